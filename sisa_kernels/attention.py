@@ -1,0 +1,103 @@
+"""sisa_attention: the argument checks, the choice of a path, and the dispatch to it."""
+
+import functools
+import os
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import reference
+from .checks import Rotary, check_attention
+from .sdpa import sdpa_exact, sdpa_one_call
+
+BACKENDS = ("auto", "triton", "flash", "sdpa", "reference")
+
+
+def backends() -> dict[str, str]:
+    """What can run here: each of "triton", "flash", "sdpa" and "extension" mapped to "available" or to why it is not."""
+    return {
+        "triton": "not part of this version",
+        "flash": "available",
+        "sdpa": "available",
+        "extension": "not part of this version",
+    }
+
+
+@functools.cache
+def _say_once(message: str) -> None:
+    warnings.warn(message, stacklevel=3)
+
+
+def _choose(backend: str, mode: str, device: torch.device) -> str:
+    """The path that runs: SISA_BACKEND if set, else ``backend``, with "auto" resolved by mode and device."""
+    name = "SISA_BACKEND" if "SISA_BACKEND" in os.environ else "backend"
+    backend = os.environ.get("SISA_BACKEND", backend)
+    if backend not in BACKENDS:
+        raise ValueError(f"{name} must be one of {', '.join(BACKENDS)}, got {backend!r}")
+    if backend == "auto":
+        if mode == "clamped":
+            return "flash"
+        if device.type != "cpu":
+            why = f"the Triton kernel is {backends()['triton']}"
+            _say_once(f"exact SISA attention on {device.type} runs the 'sdpa' path with densely tiled scores: {why}")
+        return "sdpa"
+    if backend != "reference" and backends()[backend] != "available":
+        raise ValueError(f"{name} {backend!r} cannot run here: {backends()[backend]}")
+    return backend
+
+
+def sisa_attention(
+    q: Tensor, k: Tensor, v: Tensor, b: Tensor, c: Tensor, log_decay: Tensor, theta: Tensor, lam: Tensor, *,
+    rotary: Rotary | None = None, mode: str = "exact", backend: str = "auto", cu_seqlens: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """SISA: causal softmax attention with an importance term from a state-space model inside the score (arXiv 2606.02332).
+
+    ``s_ij = q_i.k_j / sqrt(Dh) + lam exp(g_i - g_j) (R(Phi_i) c_i).(R(Phi_j) b_j)`` for i >= j (Eq. 2), ``y_i = sum_j
+    softmax_j(s_ij) v_j``; g and Phi are the running sums of ``log_decay`` and ``theta``, R rotates the channel pairs (2n, 2n+1).
+    With fewer key heads than query heads, head h uses key head h // (H/G), its b, log_decay and theta.
+
+    Args:
+        q: queries [B, L, H, Dh], fp32, bf16, fp16 or fp64.
+        k: keys [B, L, G, Dh] in q's dtype; G divides H.
+        v: values [B, L, G, Dv] in q's dtype.
+        b: importance keys [B, L, G, Ds] in q's dtype, Ds even.
+        c: importance queries [B, L, H, Ds] in q's dtype.
+        log_decay: natural log of the decay, [B, L, G] fp32, finite and <= 0.
+        theta: phase steps in radians, [B, L, G, Ds/2] fp32.
+        lam: weight of the importance term, [H] fp32, > 0.
+        rotary: (cos, sin) of the positions, each [L, Dh/2] fp32, applied to q and k inside (interleaved pairs, indexed by the
+            place in the packed sequence); None: already applied, or not wanted.
+        mode: "exact", Eq. 2 at any length and decay; "clamped", the authors' formulation with g's distance from the middle of
+            its range clamped to +-11, to reproduce their numbers and run their weights (wrong once the range passes 22).
+        backend: "auto"; "sdpa", exact by query chunks on stock kernels; "flash", one stock flash call on augmented operands (in
+            exact mode an error once the range of g is too wide for one call); "triton"; "reference", the dense fp64 oracle. The
+            environment variable SISA_BACKEND overrides it. A named backend that cannot run is an error, never a fallback.
+        cu_seqlens: [documents + 1] int32, rising from 0 to L: documents packed into one sequence (B = 1), where decay, phase
+            and attention restart at each.
+
+    Returns:
+        y [B, L, H, Dv] in q's dtype, differentiable in q, k, v, b, c, log_decay, theta and lam. For fp64, pass log_decay,
+        theta, lam and rotary in fp64 or fp32.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type, shape, dtype, device or range; the message names it. The ranges of
+            log_decay and lam are checked for CPU tensors only (on a GPU the check would stall the device).
+    """
+    check_attention(q, k, v, b, c, log_decay, theta, lam, rotary, mode, cu_seqlens)
+    path = _choose(backend, mode, q.device)
+    if path == "reference":
+        return reference.sisa_attention(q, k, v, b, c, log_decay, theta, lam, rotary=rotary, mode=mode, cu_seqlens=cu_seqlens)
+    if cu_seqlens is None:
+        return _document(path, mode, q, k, v, b, c, log_decay, theta, lam, rotary)
+    lengths = cu_seqlens.diff().tolist()
+    tables: Any = zip(*(table.split(lengths) for table in rotary)) if rotary is not None else [None] * len(lengths)
+    documents: Any = zip(*(x.split(lengths, 1) for x in (q, k, v, b, c, log_decay, theta)), tables)
+    return torch.cat([_document(path, mode, *x, lam, table) for *x, table in documents], 1)
+
+
+def _document(path: str, mode: str, q, k, v, b, c, log_decay, theta, lam, rotary) -> Tensor:
+    if path == "sdpa" and mode == "exact":
+        return sdpa_exact(q, k, v, b, c, log_decay, theta, lam, *(rotary or (None, None)))[0]
+    return sdpa_one_call(q, k, v, b, c, log_decay, theta, lam, rotary, mode)

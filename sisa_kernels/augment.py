@@ -1,0 +1,195 @@
+"""The augmentation: decay, phase and lambda folded into wider queries and keys, so that SISA is one attention call.
+
+``Qhat_i = [q_i ; s exp(g_i - m) R(Phi_i) c_i]``, ``Khat_j = [k_j ; s exp(m - g_j) R(Phi_j) b_j]``, ``s = Dh^(1/4) sqrt(lam)``
+(paper, Proposition 1). This file holds the scans and rotations that every path shares, and the paper's own clamped form.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from .checks import Rotary, check_operands
+from .reference import CLAMP, LOWEST_LOG_DECAY, rotate
+
+
+def work_dtype(x: Tensor) -> torch.dtype:
+    """The dtype a path computes in: fp64 for fp64 inputs, fp32 for every other."""
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def cumulative_decay(log_decay: Tensor) -> Tensor:
+    """g [B, L, G] in fp64: one scalar a token and head, so fp64 costs little and differences of g keep fp32's last digit."""
+    return log_decay.double().clamp(min=LOWEST_LOG_DECAY).cumsum(1)
+
+
+def cumulative_phase(theta: Tensor) -> tuple[Tensor, Tensor]:
+    """Cosine and sine of the phase, each [B, L, G, Ds/2] in theta's dtype; summed and wrapped in fp64, accurate at any length."""
+    phase = theta.double().cumsum(1).remainder(2 * math.pi).to(theta.dtype)
+    return phase.cos(), phase.sin()
+
+
+def to_query_heads(x: Tensor, heads: int) -> Tensor:
+    """Repeat each key head (axis 2) for the query heads that share it."""
+    return x if x.shape[2] == heads else x.repeat_interleave(heads // x.shape[2], 2)
+
+
+def to_key_heads(x: Tensor, heads: int) -> Tensor:
+    """Sum over the query heads that share a key head (axis 2): the derivative of :func:`to_query_heads`."""
+    return x if x.shape[2] == heads else x.unflatten(2, (heads, -1)).sum(3)
+
+
+def segment_middle(g: Tensor, starts: list[int]) -> Tensor:
+    """The middle of g's range in each token's segment, [B, L, G] like g; segments begin at ``starts`` and g never rises."""
+    L = g.shape[1]
+    ends = [*starts[1:], L]
+    middle = (g[:, starts] + g[:, [end - 1 for end in ends]]) / 2
+    lengths = torch.tensor([end - start for start, end in zip(starts, ends)], device=g.device)
+    return middle.repeat_interleave(lengths, 1, output_size=L)
+
+
+def pair_products(du: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
+    """At u = e^x R(phase) c with du = dL/du: (dL/dx summed over the channels, dL/dphase of each channel pair), in fp64."""
+    du0, du1, u0, u1 = du[..., 0::2], du[..., 1::2], u[..., 0::2], u[..., 1::2]
+    return (du * u).sum(-1).double(), (u0 * du1 - u1 * du0).double()
+
+
+class _Importance:
+    """What forward and backward share: the factors exp(+-(g - m)) s and the cosines and sines of the phases."""
+
+    def __init__(self, q: Tensor, k: Tensor, log_decay: Tensor, theta: Tensor, lam: Tensor, starts: list[int], clamp: float):
+        H, G, Dh = q.shape[2], k.shape[2], q.shape[3]
+        dtype = work_dtype(q)
+        g = cumulative_decay(log_decay)
+        x = g - segment_middle(g, starts)
+        self.unclamped = x.abs() <= clamp
+        x = x.clamp(-clamp, clamp)
+        s = math.sqrt(Dh) * lam.to(dtype)[:, None]
+        # With shared key heads all of s^2 = sqrt(Dh) lam rides on the query, since lam differs among the heads of one key.
+        s_q, s_k = (s.sqrt(), s.sqrt()) if H == G else (s, 1.0)
+        self.factor_q = to_query_heads(x.exp().to(dtype)[..., None], H) * s_q
+        self.factor_k = x.neg().exp().to(dtype)[..., None] * s_k
+        self.cos_k, self.sin_k = cumulative_phase(theta)
+        self.cos_q, self.sin_q = to_query_heads(self.cos_k, H), to_query_heads(self.sin_k, H)
+
+
+@torch.library.custom_op("sisa::augment", mutates_args=())
+def augment(
+    q: Tensor, k: Tensor, b: Tensor, c: Tensor, log_decay: Tensor, theta: Tensor, lam: Tensor,
+    cos: Tensor | None, sin: Tensor | None,
+    starts: list[int], clamp: float, width: int, dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Augmented queries [B, L, H, width] and keys [B, L, G, width] in ``dtype``, zero past the first Dh + Ds channels.
+
+    The exponents are taken about the middle m of g's range in each segment (segments begin at ``starts``, the first at 0) and
+    clamped to +-``clamp`` (inf: not clamped); m is a constant of the backward. ``cos`` and ``sin`` are the rotary tables. The
+    phase runs on over segments. The other arguments are those of :func:`augment_qk`. Differentiable.
+    """
+    Dh, Ds = q.shape[3], b.shape[3]
+    x = _Importance(q, k, log_decay, theta, lam, starts, clamp)
+    work = x.cos_k.dtype
+    q_aug, k_aug = (t.new_zeros(*t.shape[:3], width, dtype=dtype) for t in (q, k))
+    if cos is None or sin is None:
+        q_aug[..., :Dh], k_aug[..., :Dh] = q, k
+    else:
+        q_aug[..., :Dh], k_aug[..., :Dh] = (rotate(t.to(work), cos[:, None], sin[:, None]) for t in (q, k))
+    q_aug[..., Dh : Dh + Ds] = x.factor_q * rotate(c.to(work), x.cos_q, x.sin_q)
+    k_aug[..., Dh : Dh + Ds] = x.factor_k * rotate(b.to(work), x.cos_k, x.sin_k)
+    return q_aug, k_aug
+
+
+@augment.register_fake
+def _(q, k, b, c, log_decay, theta, lam, cos, sin, starts, clamp, width, dtype):
+    return tuple(t.new_empty(*t.shape[:3], width, dtype=dtype) for t in (q, k))
+
+
+@torch.library.custom_op("sisa::augment_backward", mutates_args=())
+def augment_backward(
+    dq_aug: Tensor, dk_aug: Tensor,
+    q: Tensor, k: Tensor, b: Tensor, c: Tensor, log_decay: Tensor, theta: Tensor, lam: Tensor,
+    cos: Tensor | None, sin: Tensor | None,
+    starts: list[int], clamp: float, decay_flux: Tensor | None, phase_flux: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of :func:`augment` for q, k, b, c, log_decay, theta and lam (SISA's gradients: dg, dPhi, reverse sums).
+
+    The reverse running sums restart at each segment, so that rounding errors end where they were made. What they carry over
+    from later segments is given: ``decay_flux`` [B, segments, G] and ``phase_flux`` [B, segments, G, Ds/2], fp64, are dL/dg and
+    dL/dPhi summed over all tokens past the segment (None: no attention across segments, nothing to carry).
+    """
+    Dh, Ds, G = q.shape[3], b.shape[3], k.shape[2]
+    x = _Importance(q, k, log_decay, theta, lam, starts, clamp)
+    work = x.cos_k.dtype
+    dq, dk = dq_aug[..., :Dh].to(work), dk_aug[..., :Dh].to(work)
+    if cos is not None and sin is not None:
+        dq, dk = rotate(dq, cos[:, None], -sin[:, None]), rotate(dk, cos[:, None], -sin[:, None])
+    dc, db = x.factor_q * dq_aug[..., Dh : Dh + Ds], x.factor_k * dk_aug[..., Dh : Dh + Ds]
+    row, dphase_q = pair_products(dc, rotate(c.to(work), x.cos_q, x.sin_q))
+    col, dphase_k = pair_products(db, rotate(b.to(work), x.cos_k, x.sin_k))
+    # s^2 = sqrt(Dh) lam, split evenly between query and key or all on the query (see _Importance).
+    dlam = (row.sum((0, 1)) + col.sum((0, 1))) / (2 * lam) if q.shape[2] == G else row.sum((0, 1)) / lam
+    dg = (to_key_heads(row, G) - col) * x.unclamped
+    dlog_decay = _segment_reverse_cumsum(dg, starts, decay_flux)
+    dtheta = _segment_reverse_cumsum(to_key_heads(dphase_q, G) + dphase_k, starts, phase_flux)
+    dc, db = rotate(dc, x.cos_q, -x.sin_q), rotate(db, x.cos_k, -x.sin_k)
+    return (
+        dq.to(q.dtype), dk.to(k.dtype), db.to(b.dtype), dc.to(c.dtype),
+        dlog_decay.to(log_decay.dtype), dtheta.to(theta.dtype), dlam.to(lam.dtype),
+    )  # fmt: skip
+
+
+@augment_backward.register_fake
+def _(dq_aug, dk_aug, q, k, b, c, log_decay, theta, lam, cos, sin, starts, clamp, decay_flux, phase_flux):
+    return tuple(t.new_empty(t.shape) for t in (q, k, b, c, log_decay, theta, lam))
+
+
+def _segment_reverse_cumsum(x: Tensor, starts: list[int], flux: Tensor | None) -> Tensor:
+    """Sum over u >= t within each segment of axis 1, plus the segment's ``flux`` where given."""
+    pieces = []
+    for n, piece in enumerate(x.tensor_split(starts[1:], 1)):
+        total = piece.flip(1).cumsum(1).flip(1)
+        pieces.append(total if flux is None else total + flux[:, n : n + 1])
+    return torch.cat(pieces, 1)
+
+
+def _save(ctx, inputs, output):
+    *tensors, starts, clamp, _, _ = inputs
+    ctx.save_for_backward(*tensors)
+    ctx.starts, ctx.clamp = starts, clamp
+
+
+def _backward(ctx, dq_aug, dk_aug):
+    grads = augment_backward(dq_aug, dk_aug, *ctx.saved_tensors, ctx.starts, ctx.clamp, None, None)
+    return *grads, None, None, None, None, None, None
+
+
+augment.register_autograd(_backward, setup_context=_save)
+
+
+def augment_qk(
+    q: Tensor, k: Tensor, b: Tensor, c: Tensor, log_decay: Tensor, theta: Tensor, lam: Tensor, *, rotary: Rotary | None = None
+) -> tuple[Tensor, Tensor]:
+    """The paper's augmented queries and keys (Proposition 1), clamped to +-11 as its authors run it.
+
+    ``scaled_dot_product_attention(q_aug, k_aug, v, is_causal=True, scale=Dh ** -0.5)`` on them is SISA as published: right
+    while the range of the cumulative log-decay stays under 22, wrong by half or more past it. :func:`sisa_attention` is exact.
+
+    Args:
+        q: queries [B, L, H, Dh], fp32, bf16, fp16 or fp64.
+        k: keys [B, L, G, Dh] in q's dtype; G divides H, query head h uses key head h // (H/G).
+        b: importance keys [B, L, G, Ds] in q's dtype, Ds even.
+        c: importance queries [B, L, H, Ds] in q's dtype.
+        log_decay: log of the decay, [B, L, G] fp32, <= 0.
+        theta: phase steps in radians, [B, L, G, Ds/2] fp32.
+        lam: weight of the importance term, [H] fp32, > 0.
+        rotary: (cos, sin), each [L, Dh/2] fp32, applied to q and k; None if already applied or not wanted.
+
+    Returns:
+        (q_aug [B, L, H, Dh + Ds], k_aug [B, L, G, Dh + Ds]) in q's dtype. For G = H both carry s = Dh^(1/4) sqrt(lam); for
+        G < H the query carries s^2, so that keys stay shared. Differentiable in all seven inputs.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type, shape, dtype, device or range; the message names it.
+    """
+    check_operands(q, k, b, c, log_decay, theta, lam, rotary)
+    cos, sin = rotary or (None, None)
+    return augment(q, k, b, c, log_decay, theta, lam, cos, sin, [0], CLAMP, q.shape[3] + b.shape[3], q.dtype)

@@ -1,0 +1,94 @@
+"""Argument checks of the attention operators: every error names the argument, what was given and what is allowed."""
+
+import itertools
+import math
+
+import torch
+from torch import Tensor
+
+MODES = ("exact", "clamped")
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+Rotary = tuple[Tensor, Tensor]
+
+
+def check_tensor(name: str, x: object, shape: tuple[int, ...], dtypes: tuple[torch.dtype, ...], device: torch.device) -> None:
+    """Raise TypeError/ValueError unless ``x`` is a tensor of exactly this shape and device and one of these dtypes."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
+    if tuple(x.shape) != shape:
+        raise ValueError(f"{name} must have shape {list(shape)}, got {list(x.shape)}")
+    if x.dtype not in dtypes:
+        raise TypeError(f"{name} must be {' or '.join(map(str, dtypes))}, got {x.dtype}")
+    if x.device != device:
+        raise ValueError(f"{name} must be on {device} like q, got {x.device}")
+
+
+def _given(x: object) -> str:
+    return str(list(x.shape)) if isinstance(x, Tensor) else type(x).__name__
+
+
+def check_operands(
+    q: Tensor, k: Tensor, b: Tensor, c: Tensor, log_decay: Tensor, theta: Tensor, lam: Tensor, rotary: Rotary | None
+) -> None:
+    """Check all of a SISA layer's inputs but v (shapes in :func:`sisa_kernels.sisa_attention`).
+
+    The two checks of values, ``log_decay <= 0`` and ``lam > 0``, run for CPU tensors; on a GPU they would stall the
+    device, and are the caller's duty.
+    """
+    if not isinstance(q, Tensor):
+        raise TypeError(f"q must be a torch.Tensor, got {type(q).__name__}")
+    if q.ndim != 4 or 0 in q.shape:
+        raise ValueError(f"q must be [batch, length, heads, channels] with every size >= 1, got {list(q.shape)}")
+    if q.dtype not in DTYPES:
+        raise TypeError(f"q must be one of {', '.join(map(str, DTYPES))}, got {q.dtype}")
+    B, L, H, Dh = q.shape
+    if not isinstance(k, Tensor) or k.ndim != 4:
+        raise ValueError(f"k must be a 4-d tensor [batch, length, key heads, channels], got {_given(k)}")
+    G = k.shape[2]
+    if G == 0 or H % G:
+        raise ValueError(f"the number of key heads must divide the number of query heads, got k with {G} heads and q with {H}")
+    if not isinstance(b, Tensor) or b.ndim != 4 or b.shape[3] < 2 or b.shape[3] % 2:
+        raise ValueError(f"b must be [batch, length, key heads, Ds] with Ds even and >= 2, got {_given(b)}")
+    Ds = b.shape[3]
+    wide = (torch.float32, torch.float64) if q.dtype == torch.float64 else (torch.float32,)
+    check_tensor("k", k, (B, L, G, Dh), (q.dtype,), q.device)
+    check_tensor("b", b, (B, L, G, Ds), (q.dtype,), q.device)
+    check_tensor("c", c, (B, L, H, Ds), (q.dtype,), q.device)
+    check_tensor("log_decay", log_decay, (B, L, G), wide, q.device)
+    check_tensor("theta", theta, (B, L, G, Ds // 2), wide, q.device)
+    check_tensor("lam", lam, (H,), wide, q.device)
+    if rotary is not None:
+        if not isinstance(rotary, (tuple, list)) or len(rotary) != 2:
+            raise TypeError(f"rotary must be a pair (cos, sin) or None, got {type(rotary).__name__}")
+        if Dh % 2:
+            raise ValueError(f"rotary needs an even head width, got q with {Dh} channels")
+        for name, table in zip(("rotary[0] (cos)", "rotary[1] (sin)"), rotary):
+            check_tensor(name, table, (L, Dh // 2), wide, q.device)
+            if table.requires_grad:
+                raise ValueError(f"{name} must not require grad: the rotary tables are constants of the operator")
+    if q.device.type == "cpu" and not torch.compiler.is_compiling():
+        if not bool((log_decay <= 0).all()):
+            worst = log_decay.detach().max().item()
+            raise ValueError(f"log_decay must be <= 0 everywhere (log of a decay in (0, 1]), got a maximum of {worst:g}")
+        if not bool(((lam > 0) & (lam < math.inf)).all()):
+            raise ValueError(f"lam must be finite and > 0 for every head, got {lam.detach().tolist()}")
+
+
+def check_attention(q, k, v, b, c, log_decay, theta, lam, rotary, mode, cu_seqlens) -> None:
+    """Check every argument of :func:`sisa_kernels.sisa_attention` but ``backend``."""
+    if mode not in MODES:
+        raise ValueError(f"mode must be one of {', '.join(MODES)}, got {mode!r}")
+    check_operands(q, k, b, c, log_decay, theta, lam, rotary)
+    if not isinstance(v, Tensor) or v.ndim != 4 or v.shape[3] == 0:
+        raise ValueError(f"v must be [batch, length, key heads, Dv] with Dv >= 1, got {_given(v)}")
+    B, L = q.shape[:2]
+    check_tensor("v", v, (B, L, k.shape[2], v.shape[3]), (q.dtype,), q.device)
+    if cu_seqlens is not None:
+        if not isinstance(cu_seqlens, Tensor) or cu_seqlens.dtype != torch.int32 or cu_seqlens.ndim != 1 or len(cu_seqlens) < 2:
+            got = f"{cu_seqlens.dtype} {list(cu_seqlens.shape)}" if isinstance(cu_seqlens, Tensor) else type(cu_seqlens).__name__
+            raise ValueError(f"cu_seqlens must be an int32 tensor [documents + 1], got {got}")
+        if B != 1:
+            raise ValueError(f"cu_seqlens needs the documents packed into one sequence (batch 1), got q with batch {B}")
+        bounds = cu_seqlens.tolist()
+        if bounds[0] != 0 or bounds[-1] != L or any(lo >= hi for lo, hi in itertools.pairwise(bounds)):
+            raise ValueError(f"cu_seqlens must rise strictly from 0 to the length {L}, got {bounds}")

@@ -1,0 +1,64 @@
+"""The oracle: SISA attention (arXiv 2606.02332, Eq. 2) written densely in fp64, with no trick of numerics or speed.
+
+Every other path of this package is measured against this file, and this file is checked by ``torch.autograd.gradcheck``.
+"""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .checks import Rotary, check_attention
+
+CLAMP = 11.0  # the authors' bound on the exponent g - c
+LOWEST_LOG_DECAY = -1e3  # exp of it is 0 in fp64: a bound that changes nothing, but keeps the digits of the running sum
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """R(phase) x: rotate the interleaved pairs (2n, 2n+1) of the last axis, given the cosine and sine of each pair's phase."""
+    x0, x1 = x[..., 0::2], x[..., 1::2]
+    return torch.stack((x0 * cos - x1 * sin, x0 * sin + x1 * cos), -1).flatten(-2)
+
+
+def sisa_attention(
+    q: Tensor, k: Tensor, v: Tensor, b: Tensor, c: Tensor, log_decay: Tensor, theta: Tensor, lam: Tensor, *,
+    rotary: Rotary | None = None, mode: str = "exact", cu_seqlens: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """SISA attention, Eq. 2 of the paper, O(L^2) memory, computed in fp64 whatever comes in.
+
+    ``s_ij = q_i.k_j / sqrt(Dh) + lam exp(g_i - g_j) (R(Phi_i) c_i).(R(Phi_j) b_j)`` for i >= j,
+    ``y_i = sum_j softmax_j(s_ij) v_j``, with g and Phi the running sums of ``log_decay`` and ``theta``. In ``mode="clamped"``
+    g_i - g_j becomes ``clip(g_i - m) - clip(g_j - m)``: clip to +-11, m the middle of g's range in the sequence, a constant.
+
+    Arguments, shapes and errors are those of :func:`sisa_kernels.sisa_attention`; returns y [B, L, H, Dv] in q's dtype.
+    """
+    check_attention(q, k, v, b, c, log_decay, theta, lam, rotary, mode, cu_seqlens)
+    dtype = q.dtype
+    q, k, v, b, c, log_decay, theta, lam = (x.double() for x in (q, k, v, b, c, log_decay, theta, lam))
+    if rotary is not None:
+        cos, sin = (table.double()[:, None] for table in rotary)
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+    if cu_seqlens is None:
+        return _document(q, k, v, b, c, log_decay, theta, lam, mode).to(dtype)
+    lengths = cu_seqlens.diff().tolist()
+    documents: Any = zip(*(x.split(lengths, 1) for x in (q, k, v, b, c, log_decay, theta)))
+    return torch.cat([_document(*x, lam, mode) for x in documents], 1).to(dtype)
+
+
+def _document(q, k, v, b, c, log_decay, theta, lam: Tensor, mode: str) -> Tensor:
+    L, H, Dh = q.shape[1:]
+    g = log_decay.clamp(min=LOWEST_LOG_DECAY).cumsum(1)
+    phase = theta.cumsum(1)
+    b = rotate(b, phase.cos(), phase.sin())
+    k, v, b, g, phase = (x.repeat_interleave(H // k.shape[2], 2) for x in (k, v, b, g, phase))
+    c = rotate(c, phase.cos(), phase.sin())
+    if mode == "clamped":
+        g = (g - (g[:, :1] + g[:, -1:]).detach() / 2).clamp(-CLAMP, CLAMP)
+    causal = torch.ones(L, L, dtype=torch.bool, device=q.device).tril()
+    g = g.transpose(1, 2)
+    decay = (g[..., :, None] - g[..., None, :]).masked_fill(~causal, -math.inf).exp()
+    score = torch.einsum("bihd,bjhd->bhij", q, k) / math.sqrt(Dh)
+    score = score + lam[:, None, None] * decay * torch.einsum("bihd,bjhd->bhij", c, b)
+    weight = score.masked_fill(~causal, -math.inf).softmax(-1)
+    return torch.einsum("bhij,bjhd->bihd", weight, v)

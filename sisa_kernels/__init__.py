@@ -5,5 +5,4 @@ from .attention import backends, sisa_attention
 from .augment import augment_qk
 from .version import __version__
 
-
 __all__ = ["__version__", "augment_qk", "backends", "reference", "sisa_attention"]

@@ -94,7 +94,7 @@ def sisa_attention(
     lengths = cu_seqlens.diff().tolist()
     tables: Any = zip(*(table.split(lengths) for table in rotary)) if rotary is not None else [None] * len(lengths)
     documents: Any = zip(*(x.split(lengths, 1) for x in (q, k, v, b, c, log_decay, theta)), tables)
-    return torch.cat([_document(path, mode, *x, lam, table) for *x, table in documents], 1)
+    return torch.cat([_document(path, mode, *x, lam=lam, rotary=table) for *x, table in documents], 1)
 
 
 def _document(path: str, mode: str, q, k, v, b, c, log_decay, theta, lam, rotary) -> Tensor:

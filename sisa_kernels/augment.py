@@ -131,8 +131,9 @@ def augment_backward(
     dlog_decay = _segment_reverse_cumsum(dg, starts, decay_flux)
     dtheta = _segment_reverse_cumsum(to_key_heads(dphase_q, G) + dphase_k, starts, phase_flux)
     dc, db = rotate(dc, x.cos_q, -x.sin_q), rotate(db, x.cos_k, -x.sin_k)
+    # contiguous() also copies dq and dk out of dq_aug and dk_aug: an op's results may not alias its inputs.
     return (
-        dq.to(q.dtype), dk.to(k.dtype), db.to(b.dtype), dc.to(c.dtype),
+        dq.to(q.dtype).contiguous(), dk.to(k.dtype).contiguous(), db.to(b.dtype), dc.to(c.dtype),
         dlog_decay.to(log_decay.dtype), dtheta.to(theta.dtype), dlam.to(lam.dtype),
     )  # fmt: skip
 

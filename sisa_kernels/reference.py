@@ -43,7 +43,7 @@ def sisa_attention(
         return _document(q, k, v, b, c, log_decay, theta, lam, mode).to(dtype)
     lengths = cu_seqlens.diff().tolist()
     documents: Any = zip(*(x.split(lengths, 1) for x in (q, k, v, b, c, log_decay, theta)))
-    return torch.cat([_document(*x, lam, mode) for x in documents], 1).to(dtype)
+    return torch.cat([_document(*x, lam=lam, mode=mode) for x in documents], 1).to(dtype)
 
 
 def _document(q, k, v, b, c, log_decay, theta, lam: Tensor, mode: str) -> Tensor:

@@ -3,7 +3,7 @@
 import functools
 import os
 import warnings
-from typing import Any
+from itertools import repeat
 
 import torch
 from torch import Tensor
@@ -92,9 +92,9 @@ def sisa_attention(
     if cu_seqlens is None:
         return _document(path, mode, q, k, v, b, c, log_decay, theta, lam, rotary)
     lengths = cu_seqlens.diff().tolist()
-    tables: Any = zip(*(table.split(lengths) for table in rotary)) if rotary is not None else [None] * len(lengths)
-    documents: Any = zip(*(x.split(lengths, 1) for x in (q, k, v, b, c, log_decay, theta)), tables)
-    return torch.cat([_document(path, mode, *x, lam=lam, rotary=table) for *x, table in documents], 1)
+    tables = zip(*(table.split(lengths) for table in rotary)) if rotary is not None else repeat(None)
+    pieces = zip(*(x.split(lengths, 1) for x in (q, k, v, b, c, log_decay, theta)), repeat(lam), tables)
+    return torch.cat([_document(path, mode, *piece) for piece in pieces], 1)
 
 
 def _document(path: str, mode: str, q, k, v, b, c, log_decay, theta, lam, rotary) -> Tensor:

@@ -4,7 +4,7 @@ Every other path of this package is measured against this file, and this file is
 """
 
 import math
-from typing import Any
+from itertools import repeat, starmap
 
 import torch
 from torch import Tensor
@@ -42,8 +42,8 @@ def sisa_attention(
     if cu_seqlens is None:
         return _document(q, k, v, b, c, log_decay, theta, lam, mode).to(dtype)
     lengths = cu_seqlens.diff().tolist()
-    documents: Any = zip(*(x.split(lengths, 1) for x in (q, k, v, b, c, log_decay, theta)))
-    return torch.cat([_document(*x, lam=lam, mode=mode) for x in documents], 1).to(dtype)
+    documents = zip(*(x.split(lengths, 1) for x in (q, k, v, b, c, log_decay, theta)), repeat(lam), repeat(mode))
+    return torch.cat(list(starmap(_document, documents)), 1).to(dtype)
 
 
 def _document(q, k, v, b, c, log_decay, theta, lam: Tensor, mode: str) -> Tensor:

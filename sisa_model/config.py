@@ -1,0 +1,92 @@
+"""ModelConfig: every number that defines a model, checked when it is made."""
+
+from dataclasses import dataclass
+
+from sisa_kernels.attention import BACKENDS
+from sisa_kernels.checks import MODES
+
+FAMILIES = ("sisa", "transformer")
+LAMBDAS = ("per-head", "shared", "zero")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """A causal language model: pre-norm layers of attention and SwiGLU on a tied embedding (SISA.md section 3).
+
+    Raises ValueError, naming the field, for a value or a combination that no model can have.
+    """
+
+    family: str
+    """ "sisa" or "transformer": the attention of every layer."""
+    d_model: int
+    """Width of the residual stream."""
+    n_heads: int
+    """Query heads; the head width is d_model / n_heads."""
+    n_layers: int
+    """Number of layers."""
+    d_ff_transformer: int
+    """SwiGLU width of the plain Transformer that this model's layers equal in parameters."""
+    vocab_size: int
+    """Number of tokens."""
+    max_seq_len: int
+    """Longest sequence the model accepts."""
+    d_state: int = 0
+    """Width of the importance channel a head (even); 0 for a Transformer, which has none."""
+    n_kv_heads: int = 0
+    """Key/value heads, shared by equal groups of query heads; 0: as many as query heads."""
+    d_ff: int = 0
+    """SwiGLU width; 0: computed, so that a layer has the Transformer's parameters as nearly as an integer allows."""
+    decay: bool = True
+    """Learn a decay of the importance term (the control "nodecay": g = 0)."""
+    rotation: bool = True
+    """Learn a rotation of the importance term (the control "norotation": Phi = 0)."""
+    lam: str = "per-head"
+    """Weight of the importance term: learned "per-head", one "shared" by a layer's heads, or "zero" (no importance term)."""
+    mode: str = "exact"
+    """SISA's numerics: "exact", or "clamped" as its authors ran it."""
+    backend: str = "auto"
+    """Attention path (sisa_kernels.sisa_attention)."""
+
+    def __post_init__(self) -> None:
+        def require(field: str, ok: bool, allowed: str) -> None:
+            if not ok:
+                raise ValueError(f"{field} must be {allowed}, got {getattr(self, field)!r}")
+
+        require("family", self.family in FAMILIES, f"one of {', '.join(FAMILIES)}")
+        for field in ("d_model", "n_heads", "n_layers", "d_ff_transformer", "vocab_size", "max_seq_len"):
+            require(field, getattr(self, field) >= 1, "at least 1")
+        require("n_heads", self.d_model % self.n_heads == 0, f"a divisor of d_model = {self.d_model}")
+        require("n_heads", self.d_model // self.n_heads % 2 == 0, "such that the head width d_model / n_heads is even")
+        if not self.n_kv_heads:
+            object.__setattr__(self, "n_kv_heads", self.n_heads)
+        require("n_kv_heads", self.n_kv_heads >= 1 and self.n_heads % self.n_kv_heads == 0, f"a divisor of n_heads = {self.n_heads}")
+        require("lam", self.lam in LAMBDAS, f"one of {', '.join(LAMBDAS)}")
+        require("mode", self.mode in MODES, f"one of {', '.join(MODES)}")
+        require("backend", self.backend in BACKENDS, f"one of {', '.join(BACKENDS)}")
+        if self.family == "transformer":
+            for field, default in {"d_state": 0, "decay": True, "rotation": True, "lam": "per-head", "mode": "exact"}.items():
+                require(field, getattr(self, field) == default, f"left at {default!r} for a transformer, which has no importance term")
+            require("backend", self.backend == "auto", "left at 'auto' for a transformer, which runs on stock attention")
+        else:
+            require("d_state", self.d_state >= 2 and self.d_state % 2 == 0, "even and at least 2")
+        if not self.d_ff:
+            object.__setattr__(self, "d_ff", matched_d_ff(self))
+        require("d_ff", self.d_ff >= 1, f"at least 1 (an importance term this wide exceeds d_ff_transformer = {self.d_ff_transformer})")
+
+    @property
+    def head_dim(self) -> int:
+        """Width of a head."""
+        return self.d_model // self.n_heads
+
+
+def importance_parameters(config: ModelConfig) -> int:
+    """Parameters a layer of the full importance term: W_B, W_C, w_a with b_a, W_theta and lambda (SISA.md section 3)."""
+    d, H, G, Ds = config.d_model, config.n_heads, config.n_kv_heads, config.d_state
+    return d * G * Ds + d * H * Ds + (d * G + G) + d * G * Ds // 2 + H
+
+
+def matched_d_ff(config: ModelConfig) -> int:
+    """The SwiGLU width that brings a layer closest to the Transformer's parameters; controls keep the full model's width."""
+    if config.family == "transformer":
+        return config.d_ff_transformer
+    return config.d_ff_transformer - round(importance_parameters(config) / (3 * config.d_model))

@@ -1,0 +1,83 @@
+"""Layers that every family shares. Shapes: B batch, L length, D d_model, H query heads, G key heads, E head width."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+INIT_STD = 0.02  # of every matrix and the embedding (SISA.md section 4)
+
+
+def rotary_tables(length: int, head_dim: int, device: torch.device, base: float = 10000.0) -> tuple[Tensor, Tensor]:
+    """RoPE's (cos, sin), each [length, head_dim / 2] fp32, for interleaved channel pairs; angles are formed in fp64."""
+    frequency = base ** (-torch.arange(0, head_dim, 2, dtype=torch.float64, device=device) / head_dim)
+    angle = torch.arange(length, dtype=torch.float64, device=device)[:, None] * frequency
+    return angle.cos().float(), angle.sin().float()
+
+
+class PackedLinear(nn.Module):
+    """Several bias-free projections of one input as one matrix product; the state dict holds each matrix under its own name.
+
+    Args:
+        d_in: input width.
+        sizes: name -> output width, in the order of the outputs.
+
+    ``forward(x [..., d_in])`` returns one view [..., width] a projection.
+    """
+
+    def __init__(self, d_in: int, sizes: dict[str, int]):
+        super().__init__()
+        self.sizes = sizes
+        self.weight = nn.Parameter(torch.empty(sum(sizes.values()), d_in))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        return F.linear(x, self.weight).split(list(self.sizes.values()), -1)
+
+    def matrices(self) -> dict[str, Tensor]:
+        """Views [width, d_in] of the packed weight by name."""
+        return dict(zip(self.sizes, self.weight.split(list(self.sizes.values()))))
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        for name, matrix in self.matrices().items():
+            destination[f"{prefix}{name}.weight"] = matrix if keep_vars else matrix.detach()
+
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs):
+        known = {f"{prefix}{name}.weight": matrix for name, matrix in self.matrices().items()}
+        if strict:
+            unexpected_keys += [key for key in state_dict if key.startswith(prefix) and key not in known]
+        for key, matrix in known.items():
+            given = state_dict.get(key)
+            if given is None:
+                missing_keys.append(key)
+            elif given.shape != matrix.shape:
+                error_msgs.append(f"size mismatch for {key}: {list(given.shape)} in the state dict, {list(matrix.shape)} in the model")
+            else:
+                with torch.no_grad():
+                    matrix.copy_(given)
+
+
+class SwiGLU(nn.Module):
+    """``w_down(silu(w_gate x) * w_up x)``, [B, L, D] -> [B, L, D]; gate and up are one packed product."""
+
+    def __init__(self, d_model: int, d_ff: int):
+        super().__init__()
+        self.w_in = PackedLinear(d_model, {"w_gate": d_ff, "w_up": d_ff})
+        self.w_down = nn.Linear(d_ff, d_model, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = self.w_in(x)
+        return self.w_down(F.silu(gate) * up)
+
+
+class Layer(nn.Module):
+    """One pre-norm layer: ``x + attn(norm(x))``, then ``x + SwiGLU(norm(x))``; RMSNorm eps 1e-6."""
+
+    def __init__(self, attn: nn.Module, d_model: int, d_ff: int):
+        super().__init__()
+        self.attn_norm = nn.RMSNorm(d_model, eps=1e-6)
+        self.attn = attn
+        self.ffn_norm = nn.RMSNorm(d_model, eps=1e-6)
+        self.ffn = SwiGLU(d_model, d_ff)
+
+    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
+        x = x + self.attn(self.attn_norm(x), rotary)
+        return x + self.ffn(self.ffn_norm(x))

@@ -1,0 +1,121 @@
+"""SISA's attention layer, its controls, and its health: lambda, half-life, range of g."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import sisa_kernels as sk
+from sisa_kernels.reference import CLAMP
+
+from .config import ModelConfig
+from .layers import INIT_STD, PackedLinear
+
+LAMBDA_RAW_INIT = -1.0  # softplus(-1) = 0.3133
+DECAY_BIAS_INIT = -5.0  # a half-life of about 103 tokens
+THETA_INIT_STD = 0.01
+
+
+class SisaAttention(nn.Module):
+    """Softmax attention with the importance term inside the score (SISA.md section 1), [B, L, D] -> [B, L, D].
+
+    q, k, v, b, c, theta and the decay come from one packed product. ``log_decay = -softplus(w_a.x + b_a)`` and theta are fp32,
+    and so is ``lambda_raw`` (lambda = softplus(lambda_raw)) whatever the module is cast to: in bf16 it would never move.
+    Controls drop the parameters that they make idle: without decay g = 0, without rotation Phi = 0.
+    """
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        d, H, G, E, Ds = config.d_model, config.n_heads, config.n_kv_heads, config.head_dim, config.d_state
+        self.n_heads, self.n_kv_heads, self.head_dim, self.d_state = H, G, E, Ds
+        self.mode, self.backend = config.mode, config.backend
+        self.decay, self.rotation = config.decay, config.rotation
+        sizes = {"W_Q": H * E, "W_K": G * E, "W_V": G * E, "W_B": G * Ds, "W_C": H * Ds}
+        if self.decay:
+            sizes["W_alpha"] = G
+            self.decay_bias = nn.Parameter(torch.empty(G))
+        if self.rotation:
+            sizes["W_theta"] = G * Ds // 2
+        self.proj = PackedLinear(d, sizes)
+        self.W_O = nn.Linear(d, d, bias=False)
+        self.lambda_raw = nn.Parameter(torch.empty(H if config.lam == "per-head" else 1, dtype=torch.float32))
+
+    def reset_parameters(self) -> None:
+        """SISA's own initial values; the matrices of every family are set by the model."""
+        nn.init.constant_(self.lambda_raw, LAMBDA_RAW_INIT)
+        if self.decay:
+            nn.init.constant_(self.decay_bias, DECAY_BIAS_INIT)
+        if self.rotation:
+            nn.init.normal_(self.proj.matrices()["W_theta"].detach(), std=THETA_INIT_STD)
+
+    def _apply(self, fn, recurse=True):
+        raw = self.lambda_raw.detach()
+        super()._apply(fn, recurse)
+        if self.lambda_raw.dtype != torch.float32:
+            self.lambda_raw.data = raw.to(self.lambda_raw.device)
+        return self
+
+    def lam(self) -> Tensor:
+        """lambda of each head, [H] fp32, > 0."""
+        return F.softplus(self.lambda_raw).expand(self.n_heads)
+
+    def operands(self, x: Tensor) -> tuple[Tensor, ...]:
+        """(q, k, v, b, c, log_decay, theta) of :func:`sisa_kernels.sisa_attention` from the normed input x [B, L, D]."""
+        parts = dict(zip(self.proj.sizes, self.proj(x)))
+        heads = {"W_Q": self.head_dim, "W_K": self.head_dim, "W_V": self.head_dim, "W_B": self.d_state, "W_C": self.d_state}
+        q, k, v, b, c = (parts[name].unflatten(-1, (-1, width)) for name, width in heads.items())
+        shape = (*x.shape[:2], self.n_kv_heads)
+        if self.decay:
+            log_decay = -F.softplus(parts["W_alpha"].float() + self.decay_bias.float())
+        else:
+            log_decay = x.new_zeros(shape, dtype=torch.float32)
+        if self.rotation:
+            theta = parts["W_theta"].float().unflatten(-1, (self.n_kv_heads, -1))
+        else:
+            theta = x.new_zeros(*shape, self.d_state // 2, dtype=torch.float32)
+        return q, k, v, b, c, log_decay, theta
+
+    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
+        y = sk.sisa_attention(*self.operands(x), self.lam(), rotary=rotary, mode=self.mode, backend=self.backend)
+        return self.W_O(y.flatten(2))
+
+
+@dataclass
+class Health:
+    """How a layer's importance term stands on a batch: one value a head, averaged over the batch's sequences."""
+
+    layer: int
+    lam: list[float]
+    """lambda of each head."""
+    half_life: list[float]
+    """Tokens until the importance of a key halves, ln 2 / mean(-log_decay), of each key head."""
+    g_range: list[float]
+    """Largest range of g over the sequences, of each key head."""
+    clamped: float
+    """Share of positions whose exponent "clamped" mode would clamp (0 in "exact" mode, which clamps nothing)."""
+
+
+@torch.no_grad()
+def health(model: nn.Module, input_ids: Tensor) -> list[Health]:
+    """The :class:`Health` of every SISA layer of ``model`` on ``input_ids`` [B, L]; empty for a model without one."""
+    found: list[Health] = []
+
+    def measure(attn: SisaAttention, args: tuple) -> None:
+        log_decay = attn.operands(args[0])[5]
+        g = log_decay.double().cumsum(1)
+        middle = (g[:, :1] + g[:, -1:]) / 2
+        clamped = ((g - middle).abs() > CLAMP).double().mean().item() if attn.mode == "clamped" else 0.0
+        rate = -log_decay.double().mean((0, 1))
+        half_life = (math.log(2) / rate.clamp(min=1e-12)).tolist()
+        found.append(Health(len(found), attn.lam().tolist(), half_life, (g[:, 0] - g[:, -1]).amax(0).tolist(), clamped))
+
+    hooks = [m.register_forward_pre_hook(measure) for m in model.modules() if isinstance(m, SisaAttention)]
+    try:
+        if hooks:
+            model(input_ids)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return found

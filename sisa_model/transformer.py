@@ -1,0 +1,27 @@
+"""The baseline: causal softmax attention with RoPE, on stock scaled_dot_product_attention."""
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sisa_kernels.reference import rotate
+
+from .config import ModelConfig
+from .layers import PackedLinear
+
+
+class TransformerAttention(nn.Module):
+    """``softmax(q k^T / sqrt(E)) v`` with RoPE on q and k, [B, L, D] -> [B, L, D]."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.head_dim = config.head_dim
+        width_q, width_kv = config.d_model, config.n_kv_heads * config.head_dim
+        self.proj = PackedLinear(config.d_model, {"W_Q": width_q, "W_K": width_kv, "W_V": width_kv})
+        self.W_O = nn.Linear(config.d_model, config.d_model, bias=False)
+
+    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
+        q, k, v = (t.unflatten(-1, (-1, self.head_dim)) for t in self.proj(x))
+        cos, sin = (table[:, None].to(q.dtype) for table in rotary)
+        q, k, v = (t.transpose(1, 2) for t in (rotate(q, cos, sin), rotate(k, cos, sin), v))
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
+        return self.W_O(y.transpose(1, 2).flatten(2))

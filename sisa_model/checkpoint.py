@@ -1,0 +1,109 @@
+"""Saving and loading: a folder of config.json and model.safetensors. Nothing half-written ever has its final name."""
+
+import dataclasses
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from .config import ModelConfig
+from .model import LanguageModel
+
+CONFIG, WEIGHTS = "config.json", "model.safetensors"
+
+
+def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
+    """Let ``write`` make a file beside ``path``, then rename it to ``path``; on any failure nothing is left behind."""
+    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        write(aside)
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write ``value`` as indented JSON, atomically."""
+    write_atomically(path, lambda aside: _write_text(aside, json.dumps(value, indent=2) + "\n"))
+
+
+def _write_text(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8")
+
+
+def make_folder_atomically(folder: Path, fill: Callable[[Path], None]) -> None:
+    """Let ``fill`` write into a folder beside ``folder``, then rename it; on any failure nothing is left behind."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    aside = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    try:
+        fill(aside)
+        aside.chmod(0o755)  # mkdtemp's folder is private, a checkpoint is not
+        os.replace(aside, folder)
+    except BaseException:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
+
+
+def save(model: LanguageModel, folder: str | Path) -> None:
+    """Write ``config.json`` and ``model.safetensors`` into ``folder``, made if need be.
+
+    Each file is written aside and renamed. Raises OSError (a full disk, say) with any earlier files still whole.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    # Clones: the packed projections' matrices are views of one tensor, and a safetensors file holds each by itself.
+    state = {name: tensor.detach().cpu().clone() for name, tensor in model.state_dict().items()}
+    try:
+        write_atomically(folder / WEIGHTS, lambda aside: save_file(state, aside, metadata={"format": "pt"}))
+    except SafetensorError as error:
+        raise OSError(f"cannot write {folder / WEIGHTS}: {error}") from error
+    write_json(folder / CONFIG, dataclasses.asdict(model.config))
+
+
+def load(folder: str | Path, device: str | torch.device = "cpu", **overrides: Any) -> LanguageModel:
+    """The model that :func:`save` wrote into ``folder``, on ``device``, in fp32.
+
+    ``overrides`` change fields that do not change the weights' shapes (mode, backend, max_seq_len). Raises FileNotFoundError
+    if a file is missing and ValueError for one that is truncated, foreign, or of another model.
+    """
+    folder = Path(folder)
+    config = read_config(folder / CONFIG, **overrides)
+    weights = folder / WEIGHTS
+    if not weights.is_file():
+        raise FileNotFoundError(f"no weights at {weights}")
+    try:
+        state = load_file(weights)
+    except SafetensorError as error:
+        raise ValueError(f"{weights} is truncated or not a safetensors file: {error}") from error
+    with torch.device("meta"):
+        model = LanguageModel(config)
+    model.to_empty(device=device)
+    load_state(model, state, weights)
+    return model
+
+
+def load_state(model: LanguageModel, state: dict[str, torch.Tensor], source: Path) -> None:
+    """Copy ``state`` into ``model``; ValueError naming the first tensors that are missing, unknown or of another shape."""
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        reasons = "; ".join(line.strip() for line in str(error).splitlines()[1:4])
+        raise ValueError(f"{source} does not hold this model ({model.config.family}): {reasons}") from error
+
+
+def read_config(path: Path, **overrides: Any) -> ModelConfig:
+    """The ModelConfig in a JSON file; FileNotFoundError or ValueError naming the file."""
+    if not path.is_file():
+        raise FileNotFoundError(f"no model configuration at {path}")
+    try:
+        fields = json.loads(path.read_text(encoding="utf-8"))
+        return ModelConfig(**{**fields, **overrides})
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path} is not a model configuration of this package: {error}") from error

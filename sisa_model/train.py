@@ -1,0 +1,487 @@
+"""The training run: configuration, loop, logs, checkpoints, resume (SISA.md section 4)."""
+
+import contextlib
+import dataclasses
+import json
+import math
+import platform
+import shutil
+import signal
+import subprocess
+import time
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from tqdm import tqdm
+
+import sisa_kernels as sk
+
+from .checkpoint import load_state, make_folder_atomically, read_config, save, write_json
+from .config import ModelConfig
+from .data import Blocks, Encoder, load_corpus, ngram_losses
+from .model import LanguageModel, count_parameters
+from .needle import IGNORE, TASKS, Sample, accuracy
+from .presets import preset_config
+from .sisa import health
+
+# What the paper's presets train with (SISA.md section 4), and tiny's own: a few minutes on a laptop.
+_PAPER = {"steps": 9536, "batch_size": 256, "micro_batch_size": 8, "seq_len": 2048, "lr": 6e-4, "warmup_steps": 500}
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "tiny": {"steps": 400, "batch_size": 16, "micro_batch_size": 16, "seq_len": 256, "lr": 3e-3, "warmup_steps": 40},
+    "50m": _PAPER,
+    "152m": _PAPER,
+    "369m": {**_PAPER, "lr": 3e-4},
+}
+TASK_BATCH = 32  # sequences a step of each retrieval task in the mix
+TASK_EVAL = 64  # sequences a retrieval accuracy is measured on: 256 needles, 1,024 recalls
+KEEP = 2  # checkpoints that stay
+HEALTH_BLOCKS = 4  # held-out blocks that lambda, half-life and the range of g are measured on
+PRECISIONS = ("auto", "fp32", "bf16")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """One training run. Fields left at None take the preset's value, for the paper's presets the paper's (SISA.md section 4)."""
+
+    preset: str = "sisa-tiny-ds16"
+    """Model to train; `sisa info` lists them."""
+    data: tuple[Path, ...] = ()
+    """Text files or folders (plain, .gz or .xz; lines of <|endoftext|> separate documents). Default: Python's standard library."""
+    val_data: tuple[Path, ...] = ()
+    """Held-out text. Default: 5 % of the data, by file (or by document, where files are few)."""
+    tokenizer: Path | None = None
+    """A `tokenizers` JSON file. Default: bytes."""
+    out: Path | None = None
+    """Run folder, which must not exist yet. Default: runs/PRESET, or PRESET-2, -3 ... if that is taken."""
+    steps: int | None = None
+    """Optimizer steps of the whole run; the learning rate reaches 0 at the last."""
+    seed: int = 0
+    """Seed of the initial weights, the order of the data and the retrieval tasks."""
+    seq_len: int | None = None
+    """Tokens a sequence."""
+    batch_size: int | None = None
+    """Sequences an optimizer step."""
+    micro_batch_size: int | None = None
+    """Sequences a forward pass; gradients are accumulated over the batch. Changes memory, not the result beyond rounding."""
+    lr: float | None = None
+    """Peak learning rate."""
+    lambda_lr_scale: float = 0.1
+    """Learning rate of lambda_raw relative to the rest."""
+    warmup_steps: int | None = None
+    """Steps of linear warm-up before the cosine."""
+    weight_decay: float = 0.1
+    """AdamW weight decay (never on lambda_raw)."""
+    beta1: float = 0.9
+    """AdamW beta1."""
+    beta2: float = 0.95
+    """AdamW beta2."""
+    clip: float = 1.0
+    """Gradient norm above which gradients are scaled down to it."""
+    precision: str = "auto"
+    """fp32, or bf16 autocast over fp32 weights; auto: bf16 on a GPU, fp32 on a CPU."""
+    mode: str = "exact"
+    """SISA's numerics: exact, or clamped as its authors ran it."""
+    backend: str = "auto"
+    """SISA's attention path; see `python -m sisa_kernels`."""
+    tasks: tuple[str, ...] = ()
+    """Retrieval tasks mixed into training and evaluated: needle, recall."""
+    val_every: int = 50
+    """Steps between evaluations on held-out data."""
+    val_blocks: int = 64
+    """Held-out blocks of an evaluation."""
+    save_every: int = 200
+    """Steps between checkpoints; the two newest are kept."""
+    sample_tokens: int = 200
+    """Tokens of the sample written at the end; 0 for none."""
+    device: str = "auto"
+    """cpu, cuda, cuda:1 ...; auto: a GPU if there is one."""
+    stop_at: int | None = None
+    """Save and stop after this step, as Ctrl-C would, to continue later with --resume."""
+    resume: bool = False
+    """Continue the run in --out, bit for bit on a CPU. Its settings are the folder's own; flags that differ are an error."""
+
+
+RESUME_MAY_CHANGE = {"device", "stop_at", "resume", "out"}  # all else would make it another run
+
+
+def resolve(config: TrainConfig) -> TrainConfig:
+    """Fill in the preset's values and check every field; ValueError names the first bad one."""
+    preset_config(config.preset)
+    defaults = DEFAULTS[config.preset.split("-")[1]]
+    config = dataclasses.replace(config, **{name: value for name, value in defaults.items() if getattr(config, name) is None})
+    if config.micro_batch_size is not None and config.batch_size is not None:
+        config = dataclasses.replace(config, micro_batch_size=min(config.micro_batch_size, config.batch_size))
+
+    def require(field: str, ok: bool, allowed: str) -> None:
+        if not ok:
+            raise ValueError(f"{field} must be {allowed}, got {getattr(config, field)!r}")
+
+    for field in ("steps", "seq_len", "batch_size", "micro_batch_size", "val_every", "val_blocks", "save_every"):
+        require(field, getattr(config, field) >= 1, "at least 1")
+    for field in ("warmup_steps", "weight_decay", "lambda_lr_scale", "sample_tokens", "seed"):
+        require(field, getattr(config, field) >= 0, "at least 0")
+    for field in ("lr", "clip"):
+        require(field, 0 < getattr(config, field) < math.inf, "above 0 and finite")
+    for field in ("beta1", "beta2"):
+        require(field, 0 <= getattr(config, field) < 1, "in [0, 1)")
+    require("precision", config.precision in PRECISIONS, f"one of {', '.join(PRECISIONS)}")
+    require("stop_at", config.stop_at is None or config.stop_at >= 1, "at least 1")
+    for task in config.tasks:
+        require("tasks", task in TASKS, f"among {', '.join(TASKS)}")
+    if config.tasks:
+        require("seq_len", config.seq_len is not None and config.seq_len >= 64, "at least 64 with retrieval tasks")
+    return config
+
+
+def find_device(name: str) -> torch.device:
+    """The device of a --device flag; ValueError if this machine has no such device."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device must be one this machine has, got {name!r}: {str(error).splitlines()[0]}") from error
+    return device
+
+
+def learning_rate(step: int, config: TrainConfig) -> float:
+    """Learning rate of step 0, 1 ...: linear warm-up to the peak, then a cosine that would reach 0 at step ``steps``."""
+    assert config.lr is not None and config.steps is not None and config.warmup_steps is not None
+    if step < config.warmup_steps:
+        return config.lr * (step + 1) / config.warmup_steps
+    done = (step - config.warmup_steps) / max(1, config.steps - config.warmup_steps)
+    return config.lr * 0.5 * (1 + math.cos(math.pi * done))
+
+
+def make_optimizer(model: LanguageModel, config: TrainConfig) -> torch.optim.AdamW:
+    """AdamW with lambda_raw in a group of its own: a tenth of the learning rate and no decay (SISA.md section 4)."""
+    lambdas = [p for name, p in model.named_parameters() if name.endswith("lambda_raw")]
+    rest = [p for name, p in model.named_parameters() if not name.endswith("lambda_raw")]
+    groups = [
+        {"params": rest, "weight_decay": config.weight_decay, "lr_scale": 1.0},
+        {"params": lambdas, "weight_decay": 0.0, "lr_scale": config.lambda_lr_scale},
+    ]
+    return torch.optim.AdamW([g for g in groups if g["params"]], lr=0.0, betas=(config.beta1, config.beta2))
+
+
+def versions() -> dict[str, str]:
+    """What a run depends on, for its record."""
+    here = Path(__file__).parent
+    found = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=12"], cwd=here, capture_output=True, text=True)
+    return {
+        "sisa": sk.__version__,
+        "commit": found.stdout.strip() if found.returncode == 0 else "unknown",
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "threads": str(torch.get_num_threads()),
+    }
+
+
+class RunLog:
+    """Append-only rows in RUN/train.jsonl and RUN/val.jsonl, flushed as they come."""
+
+    def __init__(self, folder: Path, from_step: int):
+        self.folder = folder
+        for name in ("train", "val"):
+            kept = [row for row in read_rows(folder / f"{name}.jsonl") if row["step"] <= from_step]
+            (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
+
+    def add(self, name: str, row: dict[str, Any]) -> None:
+        with open(self.folder / f"{name}.jsonl", "a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """Rows of a run's jsonl file; a last line cut short by a kill is dropped."""
+    rows = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
+        with contextlib.suppress(json.JSONDecodeError):
+            rows.append(json.loads(line))
+    return rows
+
+
+@dataclass
+class TrainResult:
+    """How a run ended."""
+
+    folder: Path
+    steps: int
+    """Steps done."""
+    finished: bool
+    """False if it was stopped before its last step; --resume continues it."""
+    val_loss: float
+    """Held-out loss in nats a token at the last evaluation."""
+    unigram: float
+    bigram: float
+    """Held-out loss of n-gram models counted on the training tokens, on the same held-out tokens."""
+
+
+def train(config: TrainConfig) -> TrainResult:
+    """Run (or resume) a training run and return how it ended.
+
+    Raises ValueError or FileNotFoundError for bad settings before anything is written, FileExistsError for a run folder that
+    exists, FloatingPointError for a loss or gradient that is not finite (before the optimizer step), OSError for a full disk.
+    """
+    if config.resume:
+        config = _resumed(config)
+    else:
+        config = resolve(config)
+    return _Run(config).run()
+
+
+def _resumed(config: TrainConfig) -> TrainConfig:
+    """The configuration in the run folder, with this call's device and stop; ValueError for a flag that contradicts it."""
+    if config.out is None:
+        raise ValueError("resume needs out, the run folder to continue")
+    path = config.out / "run.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"no run to resume: {path} does not exist")
+    saved = json.loads(path.read_text(encoding="utf-8"))["train"]
+    saved = {f.name: _from_json(f, saved[f.name]) for f in dataclasses.fields(TrainConfig)}
+    default = TrainConfig()
+    for name, value in saved.items():
+        given = getattr(config, name)
+        if name not in RESUME_MAY_CHANGE and given != getattr(default, name) and given != value:
+            raise ValueError(f"{name} must stay {value!r}, as the run in {config.out} has it, got {given!r}")
+    return resolve(TrainConfig(**{**saved, **{name: getattr(config, name) for name in RESUME_MAY_CHANGE}}))
+
+
+def _from_json(field: dataclasses.Field, value: Any) -> Any:
+    if field.name in ("data", "val_data"):
+        return tuple(Path(x) for x in value)
+    if field.name == "tasks":
+        return tuple(value)
+    return Path(value) if field.name in ("tokenizer", "out") and value is not None else value
+
+
+class _Run:
+    """A training run: what is set up before the first step, and the loop."""
+
+    def __init__(self, config: TrainConfig):
+        assert config.steps and config.seq_len and config.batch_size and config.micro_batch_size
+        self.config, self.steps, self.seq_len = config, config.steps, config.seq_len
+        self.batch_size, self.micro_batch_size = config.batch_size, config.micro_batch_size
+        self.device = find_device(config.device)
+        if config.out is not None and config.out.exists() and not config.resume:
+            raise FileExistsError(f"out {config.out} exists; choose another folder, or continue its run with --resume")
+        bf16 = config.precision == "bf16" or (config.precision == "auto" and self.device.type == "cuda")
+        self.autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=bf16)
+
+        self.encoder = Encoder(config.tokenizer)
+        corpus = load_corpus([*config.data], [*config.val_data], self.encoder)
+        self.split = corpus.split
+        self.train_tokens, self.val_tokens = corpus.train, corpus.val
+        self.train_blocks = Blocks(corpus.train, self.seq_len, config.seed, "training")
+        val_blocks = Blocks(corpus.val, self.seq_len, 0, "held-out")
+        # Spread over the whole held-out text rather than its first files.
+        ids = np.linspace(0, val_blocks.count - 1, min(config.val_blocks, val_blocks.count)).astype(int).tolist()
+        self.val_inputs, self.val_targets = val_blocks.take(ids)
+
+        torch.manual_seed(config.seed)
+        self.model = LanguageModel(self._model_config()).to(self.device)
+        self.optimizer = make_optimizer(self.model, config)
+        self.step = 0
+        self.folder = config.out or _free_folder(Path("runs") / config.preset)
+        self.config = dataclasses.replace(config, out=self.folder)
+        self.stop = False
+        self.warned_clamped = False
+        self.val_loss = math.nan
+
+    def _model_config(self) -> ModelConfig:
+        config = self.config
+        known = preset_config(config.preset)
+        overrides: dict[str, Any] = {
+            "vocab_size": max(known.vocab_size, self.encoder.size),
+            "max_seq_len": max(known.max_seq_len, self.seq_len),
+            "mode": config.mode,
+            "backend": config.backend,
+        }
+        return preset_config(config.preset, **overrides)
+
+    def run(self) -> TrainResult:
+        config, contexts, targets = self.config, self.val_inputs.numpy().ravel(), self.val_targets.numpy().ravel()
+        unigram, bigram = ngram_losses(self.train_tokens, targets, contexts, self.model.config.vocab_size)
+        if config.resume:
+            self._restore()
+        else:
+            self.folder.mkdir(parents=True)
+            record = {"train": dataclasses.asdict(config), "versions": versions(), "split": self.split, "model": dataclasses.asdict(self.model.config)}
+            write_json(self.folder / "run.json", json.loads(json.dumps(record, default=str)))
+        self.log = RunLog(self.folder, self.step)
+        print(f"{config.preset}: {count_parameters(self.model):,} parameters on {self.device}, run folder {self.folder}")
+        print(f"{len(self.train_tokens):,} training and {len(self.val_tokens):,} held-out tokens ({self.split})")
+        last = min(self.steps, config.stop_at or self.steps)
+        with self._interruptible(), tqdm(total=self.steps, initial=self.step, unit="step", dynamic_ncols=True) as bar:
+            if self.step == 0:
+                self._evaluate()
+            while self.step < last and not self.stop:
+                self._train_step(bar)
+                if self.step % config.val_every == 0 or self.step == self.steps:
+                    self._evaluate()
+                if self.step % config.save_every == 0 and self.step < last:
+                    self._save_checkpoint()
+        self._save_checkpoint()
+        finished = self.step == self.steps
+        if finished:
+            make_folder_atomically(self.folder / "final", lambda folder: save(self.model, folder))
+            print(f"held-out loss {self.val_loss:.3f} nats a token; a unigram model {unigram:.3f}, a bigram model {bigram:.3f}")
+        else:
+            print(f"stopped after step {self.step} of {self.steps}; continue with: sisa train --out {self.folder} --resume")
+        return TrainResult(self.folder, self.step, finished, self.val_loss, unigram, bigram)
+
+    def _batch(self, step: int) -> tuple[list[int], list[tuple[Tensor, Tensor]]]:
+        """The blocks of a step, and its groups of (inputs, targets): text, then each retrieval task; each group has its own mean."""
+        ids = self.train_blocks.ids(step * self.batch_size, self.batch_size)
+        groups = [self.train_blocks.take(ids)]
+        for number, task in enumerate(self.config.tasks):
+            sample = self._sample(task, TASK_BATCH, [self.config.seed, number, step])
+            groups.append((sample.inputs, sample.targets))
+        return ids, groups
+
+    def _sample(self, task: str, count: int, seed: list[int], held_out: bool = False) -> Sample:
+        text = self.val_tokens if held_out else self.train_tokens
+        return TASKS[task](text, self.model.config.vocab_size - 1, self.seq_len, count, np.random.default_rng(seed))
+
+    def _train_step(self, bar: tqdm) -> None:
+        start = time.perf_counter()
+        ids, groups = self._batch(self.step)
+        self.model.train()
+        losses = []
+        for inputs, targets in groups:
+            valid, total = int((targets != IGNORE).sum()), 0.0
+            for x, y in zip(inputs.split(self.micro_batch_size), targets.split(self.micro_batch_size)):
+                loss = self._loss_sum(x, y) / valid
+                loss.backward()
+                total += loss.item()
+            losses.append(total)
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip).item()
+        if not (math.isfinite(sum(losses)) and math.isfinite(norm)):
+            self.optimizer.zero_grad(set_to_none=True)
+            raise FloatingPointError(
+                f"loss {losses[0]} and gradient norm {norm} at step {self.step + 1} must be finite: the optimizer step was not taken. "
+                f"Batch: blocks {ids[0]} ... {ids[-1]} of the training text ({len(ids)}; sample {self.step * self.batch_size} on). "
+                f"The checkpoints in {self.folder} are from before it"
+            )
+        lr = learning_rate(self.step, self.config)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr * group["lr_scale"]
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.step += 1
+        tokens = sum(x.numel() for x, _ in groups)
+        rate = tokens / (time.perf_counter() - start)
+        row = {"step": self.step, "loss": losses[0], "lr": lr, "grad_norm": norm, "tokens": tokens, "tokens_per_s": round(rate, 1)}
+        self.log.add("train", {**row, **{f"{task}_loss": loss for task, loss in zip(self.config.tasks, losses[1:])}})
+        bar.set_postfix(loss=f"{losses[0]:.3f}", val=f"{self.val_loss:.3f}", tokens_s=f"{rate:,.0f}", refresh=False)
+        bar.update()
+
+    def _loss_sum(self, inputs: Tensor, targets: Tensor) -> Tensor:
+        inputs, targets = inputs.to(self.device), targets.to(self.device)
+        with self.autocast:
+            logits = self.model(inputs)
+        return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), ignore_index=IGNORE, reduction="sum")
+
+    @torch.no_grad()
+    def _evaluate(self) -> None:
+        self.model.eval()
+        pairs = zip(self.val_inputs.split(self.micro_batch_size), self.val_targets.split(self.micro_batch_size))
+        self.val_loss = sum(self._loss_sum(x, y).item() for x, y in pairs) / self.val_targets.numel()
+        row: dict[str, Any] = {"step": self.step, "loss": self.val_loss}
+        for number, task in enumerate(self.config.tasks):
+            # One sample a task for all evaluations and all models, from held-out text and seeds that training never uses.
+            sample = self._sample(task, TASK_EVAL, [10**9, number], held_out=True)
+            sample = Sample(sample.inputs.to(self.device), sample.targets.to(self.device), sample.depth.to(self.device))
+            with self.autocast:
+                row[f"{task}_accuracy"], row[f"{task}_accuracy_by_depth"] = accuracy(self.model, sample)
+        with self.autocast:
+            row["layers"] = [dataclasses.asdict(h) for h in health(self.model, self.val_inputs[:HEALTH_BLOCKS].to(self.device))]
+        self.log.add("val", row)
+        clamped = [h["layer"] for h in row["layers"] if h["clamped"] > 0]
+        if clamped and not self.warned_clamped:
+            self.warned_clamped = True
+            warnings.warn(
+                f"mode 'clamped' clamps positions in layers {clamped} at step {self.step}: their attention is no longer Eq. 2. "
+                "mode 'exact' has no such limit",
+                stacklevel=2,
+            )
+
+    def _save_checkpoint(self) -> None:
+        folder = self.folder / "checkpoints"
+        final = folder / f"step-{self.step:08d}"
+        if final.exists():
+            return
+
+        def fill(aside: Path) -> None:
+            save(self.model, aside)
+            torch.save(self.optimizer.state_dict(), aside / "optimizer.pt")
+            write_json(aside / "state.json", {"step": self.step, "val_loss": self.val_loss, "warned_clamped": self.warned_clamped})
+
+        make_folder_atomically(final, fill)
+        for old in _checkpoints(self.folder)[:-KEEP]:
+            shutil.rmtree(old)
+
+    def _restore(self) -> None:
+        found = _checkpoints(self.folder)
+        if not found:
+            raise FileNotFoundError(f"no checkpoint to resume from in {self.folder / 'checkpoints'}")
+        newest = found[-1]
+        if read_config(newest / "config.json") != self.model.config:
+            raise ValueError(f"{newest} holds another model than {self.folder / 'run.json'} describes")
+        load_state(self.model, _read_weights(newest / "model.safetensors"), newest)
+        try:
+            optimizer = torch.load(newest / "optimizer.pt", map_location=self.device, weights_only=True)
+            self.optimizer.load_state_dict(optimizer)
+            state = json.loads((newest / "state.json").read_text(encoding="utf-8"))
+            self.step, self.val_loss, self.warned_clamped = state["step"], state["val_loss"], state["warned_clamped"]
+        except Exception as error:  # torch.load raises many kinds for a damaged file
+            raise ValueError(f"checkpoint {newest} is truncated or foreign: {error}") from error
+
+    @contextlib.contextmanager
+    def _interruptible(self) -> Iterator[None]:
+        """Ctrl-C and SIGTERM end the loop after the step under way; a second Ctrl-C interrupts at once."""
+
+        def handle(number: int, frame: Any) -> None:
+            self.stop = True
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+
+        before = {}
+        with contextlib.suppress(ValueError):  # only the main thread may set handlers
+            before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+def _read_weights(path: Path) -> dict[str, Tensor]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(path)
+    except (SafetensorError, FileNotFoundError) as error:
+        raise ValueError(f"{path} is missing, truncated or not a safetensors file: {error}") from error
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    """The whole checkpoints of a run, oldest first (unfinished ones have names that begin with a dot)."""
+    return sorted((folder / "checkpoints").glob("step-*"))
+
+
+def _free_folder(wanted: Path) -> Path:
+    taken = 1
+    folder = wanted
+    while folder.exists():
+        taken += 1
+        folder = wanted.with_name(f"{wanted.name}-{taken}")
+    return folder

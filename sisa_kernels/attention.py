@@ -99,5 +99,5 @@ def sisa_attention(
 
 def _document(path: str, mode: str, q, k, v, b, c, log_decay, theta, lam, rotary) -> Tensor:
     if path == "sdpa" and mode == "exact":
-        return sdpa_exact(q, k, v, b, c, log_decay, theta, lam, *(rotary or (None, None)))[0]
+        return sdpa_exact(q, k, v, b, c, log_decay, theta, lam, *(rotary or (None, None)))[0].to(q.dtype)
     return sdpa_one_call(q, k, v, b, c, log_decay, theta, lam, rotary, mode)

@@ -35,9 +35,14 @@ def chunk_bounds(g: Tensor, max_length: int) -> list[tuple[int, int]]:
     return bounds
 
 
+def has_flash(device: torch.device) -> bool:
+    """Whether stock flash attention here takes any width and dtype and returns its log-sum-exp; elsewhere scores are dense."""
+    return device.type == "cpu"
+
+
 def attend(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
     """Softmax attention of operands [B, L, heads, W] of one width W: (out [B, Lq, H, W], log-sum-exp [B, H, Lq])."""
-    if q.device.type == "cpu":
+    if has_flash(q.device):
         out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
             q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), 0.0, causal, scale=scale
         )
@@ -51,7 +56,7 @@ def attend_backward(
     q: Tensor, k: Tensor, v: Tensor, causal: bool, dout: Tensor, out: Tensor, lse: Tensor, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dq, dk, dv) of :func:`attend`; out and lse may come from a softmax over more keys, which gives these keys' share."""
-    if q.device.type == "cpu":
+    if has_flash(q.device):
         dout, q, k, v, out = (x.transpose(1, 2) for x in (dout, q, k, v, out))
         backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
         dq, dk, dv = backward(dout, q, k, v, out, lse, 0.0, causal, scale=scale)
@@ -126,7 +131,7 @@ def _operands(q, k, v, b, c, log_decay, theta, lam, cos, sin):
     """Augmented q and k and padded v of one width in the working dtype, the chunk bounds, g and the middle of each chunk."""
     dtype, width = work_dtype(q), max(q.shape[3] + b.shape[3], v.shape[3])
     g = cumulative_decay(log_decay)
-    bounds = chunk_bounds(g, g.shape[1] if q.device.type == "cpu" else MAX_DENSE_CHUNK)
+    bounds = chunk_bounds(g, g.shape[1] if has_flash(q.device) else MAX_DENSE_CHUNK)
     starts = [start for start, _ in bounds]
     q_aug, k_aug = augment(q, k, b, c, log_decay, theta, lam, cos, sin, starts, math.inf, width, dtype)
     v = F.pad(v.to(dtype), (0, width - v.shape[3]))
@@ -145,15 +150,16 @@ def sdpa_exact(
     q: Tensor, k: Tensor, v: Tensor, b: Tensor, c: Tensor, log_decay: Tensor, theta: Tensor, lam: Tensor,
     cos: Tensor | None, sin: Tensor | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Exact SISA attention (Eq. 2) of one document on stock kernels: (y [B, L, H, Dv] in q's dtype, log-sum-exp [B, H, L]).
+    """Exact SISA attention (Eq. 2) of one document on stock kernels: (y [B, L, H, Dv], log-sum-exp [B, H, L]).
 
-    Shapes as in :func:`sisa_kernels.sisa_attention`, ``cos`` and ``sin`` its ``rotary``. Half precision is computed in fp32:
-    augmented operands rounded to bf16 would cost 8e-3 of y, and bf16 flash is slow on CPUs without bf16 matrix hardware.
+    Shapes as in :func:`sisa_kernels.sisa_attention`, ``cos`` and ``sin`` its ``rotary``. Half precision is computed in fp32, and
+    y stays fp32 for the backward: augmented operands rounded to bf16 would cost 8e-3 of y, and bf16 flash is slow on CPUs
+    without bf16 matrix hardware.
     """
     Dh, scale, Dv = q.shape[3], q.shape[3] ** -0.5, v.shape[3]
     importance = slice(Dh, Dh + b.shape[3])
     q_aug, k_aug, value, bounds, g, middle = _operands(q, k, v, b, c, log_decay, theta, lam, cos, sin)
-    y = torch.empty(*q.shape[:3], Dv, dtype=q.dtype, device=q.device)
+    y = torch.empty(*q.shape[:3], Dv, dtype=q_aug.dtype, device=q.device)
     lse = torch.empty(q.shape[0], q.shape[2], q.shape[1], dtype=q_aug.dtype, device=q.device)
     for start, end, past, _, scale_q in _chunks(k_aug, g, middle, bounds, importance):
         chunk = slice(start, end)
@@ -171,7 +177,8 @@ def sdpa_exact(
 @sdpa_exact.register_fake
 def _(q, k, v, b, c, log_decay, theta, lam, cos, sin):
     B, L, H, _ = q.shape
-    return q.new_empty(B, L, H, v.shape[3]), q.new_empty(B, H, L, dtype=work_dtype(q))
+    dtype = work_dtype(q)
+    return q.new_empty(B, L, H, v.shape[3], dtype=dtype), q.new_empty(B, H, L, dtype=dtype)
 
 
 @torch.library.custom_op("sisa::sdpa_exact_backward", mutates_args=())
@@ -184,7 +191,7 @@ def sdpa_exact_backward(
     Dh, scale, Dv = q.shape[3], q.shape[3] ** -0.5, v.shape[3]
     importance = slice(Dh, Dh + b.shape[3])
     q_aug, k_aug, value, bounds, g, middle = _operands(q, k, v, b, c, log_decay, theta, lam, cos, sin)
-    dout, out = (F.pad(t.to(q_aug.dtype), (0, value.shape[3] - Dv)) for t in (dy, y))
+    dout, out = (F.pad(t, (0, value.shape[3] - Dv)) for t in (dy, y))
     decay_flux = g.new_zeros(g.shape[0], len(bounds), g.shape[2])
     phase_flux = g.new_zeros(*decay_flux.shape, b.shape[3] // 2)
     lasts = [end - 1 for _, end in bounds]

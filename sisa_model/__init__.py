@@ -1,7 +1,9 @@
 """SISA's models and experiments, on the operators of ``sisa_kernels`` (``import sisa_model as sm``)."""
 
+from .checkpoint import load, save
+from .generate import generate
 from .model import build, count_parameters
 from .presets import presets
 from .sisa import health
 
-__all__ = ["build", "count_parameters", "health", "presets"]
+__all__ = ["build", "count_parameters", "generate", "health", "load", "presets", "save"]

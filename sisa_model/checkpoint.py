@@ -31,11 +31,16 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
 
 def write_json(path: Path, value: Any) -> None:
     """Write ``value`` as indented JSON, atomically."""
-    write_atomically(path, lambda aside: _write_text(aside, json.dumps(value, indent=2) + "\n"))
+    write_text(path, json.dumps(value, indent=2) + "\n")
 
 
-def _write_text(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8")
+def write_text(path: Path, text: str) -> None:
+    """Write ``text`` as UTF-8, atomically."""
+
+    def write(aside: Path) -> None:
+        aside.write_text(text, encoding="utf-8")
+
+    write_atomically(path, write)
 
 
 def make_folder_atomically(folder: Path, fill: Callable[[Path], None]) -> None:
@@ -75,27 +80,29 @@ def load(folder: str | Path, device: str | torch.device = "cpu", **overrides: An
     """
     folder = Path(folder)
     config = read_config(folder / CONFIG, **overrides)
+    with torch.device("meta"):
+        model = LanguageModel(config)
+    model.to_empty(device=device)
+    load_state(model, folder)
+    return model
+
+
+def load_state(model: LanguageModel, folder: Path) -> None:
+    """Copy ``folder``'s weights into ``model``.
+
+    Raises FileNotFoundError, or ValueError for a damaged file or naming the first tensors that are missing, unknown or of
+    another shape.
+    """
     weights = folder / WEIGHTS
     if not weights.is_file():
         raise FileNotFoundError(f"no weights at {weights}")
     try:
-        state = load_file(weights)
+        model.load_state_dict(load_file(weights))
     except SafetensorError as error:
         raise ValueError(f"{weights} is truncated or not a safetensors file: {error}") from error
-    with torch.device("meta"):
-        model = LanguageModel(config)
-    model.to_empty(device=device)
-    load_state(model, state, weights)
-    return model
-
-
-def load_state(model: LanguageModel, state: dict[str, torch.Tensor], source: Path) -> None:
-    """Copy ``state`` into ``model``; ValueError naming the first tensors that are missing, unknown or of another shape."""
-    try:
-        model.load_state_dict(state)
     except RuntimeError as error:
         reasons = "; ".join(line.strip() for line in str(error).splitlines()[1:4])
-        raise ValueError(f"{source} does not hold this model ({model.config.family}): {reasons}") from error
+        raise ValueError(f"{weights} does not hold this {model.config.family} model: {reasons}") from error
 
 
 def read_config(path: Path, **overrides: Any) -> ModelConfig:

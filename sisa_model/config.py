@@ -1,5 +1,6 @@
 """ModelConfig: every number that defines a model, checked when it is made."""
 
+import math
 from dataclasses import dataclass
 
 from sisa_kernels.attention import BACKENDS
@@ -11,7 +12,7 @@ LAMBDAS = ("per-head", "shared", "zero")
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """A causal language model: pre-norm layers of attention and SwiGLU on a tied embedding (SISA.md section 3).
+    """A causal language model: pre-norm layers of attention and SwiGLU on a tied embedding (paper, section 3).
 
     Raises ValueError, naming the field, for a value or a combination that no model can have.
     """
@@ -36,6 +37,8 @@ class ModelConfig:
     """Key/value heads, shared by equal groups of query heads; 0: as many as query heads."""
     d_ff: int = 0
     """SwiGLU width; 0: computed, so that a layer has the Transformer's parameters as nearly as an integer allows."""
+    init_std: float = 0.02
+    """Standard deviation of the initial matrices and the embedding."""
     decay: bool = True
     """Learn a decay of the importance term (the control "nodecay": g = 0)."""
     rotation: bool = True
@@ -59,19 +62,26 @@ class ModelConfig:
         require("n_heads", self.d_model // self.n_heads % 2 == 0, "such that the head width d_model / n_heads is even")
         if not self.n_kv_heads:
             object.__setattr__(self, "n_kv_heads", self.n_heads)
-        require("n_kv_heads", self.n_kv_heads >= 1 and self.n_heads % self.n_kv_heads == 0, f"a divisor of n_heads = {self.n_heads}")
+        require(
+            "n_kv_heads", self.n_kv_heads >= 1 and self.n_heads % self.n_kv_heads == 0, f"a divisor of n_heads = {self.n_heads}"
+        )
+        require("init_std", 0 < self.init_std < math.inf, "above 0 and finite")
         require("lam", self.lam in LAMBDAS, f"one of {', '.join(LAMBDAS)}")
         require("mode", self.mode in MODES, f"one of {', '.join(MODES)}")
         require("backend", self.backend in BACKENDS, f"one of {', '.join(BACKENDS)}")
         if self.family == "transformer":
             for field, default in {"d_state": 0, "decay": True, "rotation": True, "lam": "per-head", "mode": "exact"}.items():
-                require(field, getattr(self, field) == default, f"left at {default!r} for a transformer, which has no importance term")
+                require(
+                    field, getattr(self, field) == default, f"left at {default!r} for a transformer, which has no importance term"
+                )
             require("backend", self.backend == "auto", "left at 'auto' for a transformer, which runs on stock attention")
         else:
             require("d_state", self.d_state >= 2 and self.d_state % 2 == 0, "even and at least 2")
         if not self.d_ff:
             object.__setattr__(self, "d_ff", matched_d_ff(self))
-        require("d_ff", self.d_ff >= 1, f"at least 1 (an importance term this wide exceeds d_ff_transformer = {self.d_ff_transformer})")
+        require(
+            "d_ff", self.d_ff >= 1, f"at least 1 (an importance term this wide exceeds d_ff_transformer = {self.d_ff_transformer})"
+        )
 
     @property
     def head_dim(self) -> int:
@@ -80,7 +90,7 @@ class ModelConfig:
 
 
 def importance_parameters(config: ModelConfig) -> int:
-    """Parameters a layer of the full importance term: W_B, W_C, w_a with b_a, W_theta and lambda (SISA.md section 3)."""
+    """Parameters a layer of the full importance term: W_B, W_C, w_a with b_a, W_theta and lambda (paper, section 3)."""
     d, H, G, Ds = config.d_model, config.n_heads, config.n_kv_heads, config.d_state
     return d * G * Ds + d * H * Ds + (d * G + G) + d * G * Ds // 2 + H
 

@@ -118,17 +118,26 @@ def load_corpus(data: list[Path], val_data: list[Path], encoder: Encoder) -> Cor
         raise ValueError(f"data holds no text in {len(files)} files, the first {files[0]}")
     if val_data:
         held_out = [d for path in find_files(val_data) for d in documents(read_text(path))]
-        overlap = set(held_out)
-        train = [d for text in texts for d in documents(text) if d not in overlap]
-        return Corpus(encoder.encode(train), encoder.encode(held_out), "validation files as given, their documents removed from training")
-    units, name = (texts, "files") if len(texts) >= MIN_UNITS else ([d for text in texts for d in documents(text)], "documents")
-    if len(units) >= MIN_UNITS:
-        chosen = [int.from_bytes(hashlib.sha256(unit.encode()).digest()[:4], "big") % 100 < HELD_OUT_PERCENT for unit in units]
-        train, held_out = ([d for unit, out in zip(units, chosen) if out is side for d in documents(unit)] for side in (False, True))
-        return Corpus(encoder.encode(train), encoder.encode(held_out), f"{sum(chosen)} of {len(units)} {name} held out by hash")
-    tokens = encoder.encode(units)
-    cut = len(tokens) * (100 - HELD_OUT_PERCENT) // 100
-    return Corpus(tokens[:cut], tokens[cut:], f"the last {HELD_OUT_PERCENT} % of {len(units)} {name} held out")
+        known = set(held_out)
+        train = [d for text in texts for d in documents(text) if d not in known]
+        return Corpus(encoder.encode(train), encoder.encode(held_out), "held-out files as given")
+    units, name = texts, "files"
+    if len(units) < MIN_UNITS:
+        units, name = [d for text in texts for d in documents(text)], "documents"
+    if len(units) < MIN_UNITS:
+        tokens = encoder.encode(units)
+        cut = len(tokens) * (100 - HELD_OUT_PERCENT) // 100
+        return Corpus(tokens[:cut], tokens[cut:], f"the last {HELD_OUT_PERCENT} % of {len(units)} {name} held out")
+    sides: tuple[list[str], list[str]] = ([], [])
+    for unit in units:
+        sides[_held_out(unit)].extend(documents(unit))
+    held = sum(map(_held_out, units))
+    return Corpus(encoder.encode(sides[0]), encoder.encode(sides[1]), f"{held} of {len(units)} {name} held out by hash")
+
+
+def _held_out(text: str) -> bool:
+    digest = hashlib.sha256(text.encode()).digest()
+    return int.from_bytes(digest[:4], "big") % 100 < HELD_OUT_PERCENT
 
 
 class Blocks:

@@ -4,8 +4,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-INIT_STD = 0.02  # of every matrix and the embedding (SISA.md section 4)
-
 
 def rotary_tables(length: int, head_dim: int, device: torch.device, base: float = 10000.0) -> tuple[Tensor, Tensor]:
     """RoPE's (cos, sin), each [length, head_dim / 2] fp32, for interleaved channel pairs; angles are formed in fp64."""
@@ -49,7 +47,9 @@ class PackedLinear(nn.Module):
             if given is None:
                 missing_keys.append(key)
             elif given.shape != matrix.shape:
-                error_msgs.append(f"size mismatch for {key}: {list(given.shape)} in the state dict, {list(matrix.shape)} in the model")
+                error_msgs.append(
+                    f"size mismatch for {key}: {list(given.shape)} in the state dict, {list(matrix.shape)} in the model"
+                )
             else:
                 with torch.no_grad():
                     matrix.copy_(given)

@@ -7,14 +7,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .config import ModelConfig
-from .layers import INIT_STD, Layer, PackedLinear, rotary_tables
+from .layers import Layer, PackedLinear, rotary_tables
 from .presets import preset_config
 from .sisa import SisaAttention
 from .transformer import TransformerAttention
 
 
 class LanguageModel(nn.Module):
-    """A causal language model: ``model(input_ids [B, L] int64) -> logits [B, L, V]`` (SISA.md sections 1 and 3).
+    """A causal language model: ``model(input_ids [B, L] int64) -> logits [B, L, V]``.
 
     Works under ``torch.device("meta")``; after ``to_empty`` call :meth:`reset_parameters`. Raises ValueError for a sequence
     longer than ``config.max_seq_len`` and, on the CPU, for a token outside the vocabulary.
@@ -32,10 +32,10 @@ class LanguageModel(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Draw the initial values: std 0.02 for every matrix and the embedding, and SISA's own (SISA.md sections 1 and 4)."""
+        """Draw the initial values: std ``init_std`` for every matrix and the embedding, and SISA's own (paper, section 4)."""
         for module in self.modules():
             if isinstance(module, (nn.Embedding, nn.Linear, PackedLinear)):
-                nn.init.normal_(module.weight, std=INIT_STD)
+                nn.init.normal_(module.weight, std=self.config.init_std)
             elif isinstance(module, nn.RMSNorm):
                 nn.init.ones_(module.weight)
         for module in self.modules():

@@ -1,7 +1,7 @@
 """Retrieval tasks that a tiny model can learn: random needles in real text, and associative recall.
 
-Both use two pools of 64 rare tokens at the end of the vocabulary, keys and values, so that an answer can only come from the
-sequence itself. Guessing a value is right once in 64.
+Both use two pools of 16 rare tokens at the end of the vocabulary, keys and values, so that an answer can only come from the
+sequence itself. Guessing a value is right once in 16.
 """
 
 from dataclasses import dataclass
@@ -10,62 +10,74 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-POOL = 64
+POOL = 16
 NEEDLES = 4
-RECALL_PAIRS = 16
-DEPTHS = 4  # accuracy is reported by quarter of the text, from its end to its beginning
+RECALL_KEYS = 4
+RECALL_LENGTH = 64
+DEPTHS = 4  # accuracy is reported by quarter of the sequence, first to last
 IGNORE = -100  # targets of positions that are not scored
 CHANCE = 1 / POOL
 
 
 @dataclass
 class Sample:
-    """Sequences of a task: inputs and targets [B, L] int64, and the depth of each answer, [B, answers] in [0, 1), 0 at the start."""
+    """Sequences of a task: inputs and targets [B, L] int64, and where in its sequence each answer stood, [answers] in [0, 1).
+
+    Answers are the targets that are not IGNORE, in row-major order; the place is that of the pair asked for, 0 at the start.
+    """
 
     inputs: Tensor
     targets: Tensor
-    depth: Tensor
+    place: Tensor
 
 
-def _pairs(rng: np.random.Generator, count: int, pairs: int, end_of_text: int) -> tuple[np.ndarray, np.ndarray]:
-    """``count`` sets of distinct keys and of values, [count, pairs], from the tokens just below ``end_of_text``."""
-    keys = rng.permuted(np.tile(np.arange(POOL), (count, 1)), axis=1)[:, :pairs]
-    values = rng.integers(POOL, size=(count, pairs))
-    return end_of_text - 2 * POOL + keys, end_of_text - POOL + values
+def _pairs(rng: np.random.Generator, count: int, keys: int, end_of_text: int) -> tuple[np.ndarray, np.ndarray]:
+    """``count`` sets of distinct keys and of values, [count, keys], from the tokens just below ``end_of_text``."""
+    key = rng.permuted(np.tile(np.arange(POOL), (count, 1)), axis=1)[:, :keys]
+    return end_of_text - 2 * POOL + key, end_of_text - POOL + rng.integers(POOL, size=(count, keys))
 
 
-def _with_queries(context: np.ndarray, keys: np.ndarray, values: np.ndarray, position: np.ndarray, rng: np.random.Generator) -> Sample:
-    """Append every key with its value in a random order after ``context``; the values are what is scored."""
-    count, pairs = keys.shape
-    order = rng.permuted(np.tile(np.arange(pairs), (count, 1)), axis=1)
-    keys, values, position = (np.take_along_axis(x, order, 1) for x in (keys, values, position))
-    tail = np.stack((keys, values), 2).reshape(count, -1)
-    tokens = torch.from_numpy(np.concatenate((context, tail), 1).astype(np.int64))
-    targets = torch.full_like(tokens, IGNORE)
-    targets[:, context.shape[1] :: 2] = torch.from_numpy(values.astype(np.int64))
-    return Sample(tokens, targets, torch.from_numpy(position / context.shape[1]))
+def _sample(tokens: np.ndarray, ask: np.ndarray, place: np.ndarray) -> Sample:
+    """Score the successor of each token where ``ask`` [B, L] is true; ``place`` [B, L] is where its pair stood."""
+    inputs = torch.from_numpy(tokens.astype(np.int64))
+    targets = torch.full_like(inputs, IGNORE)
+    targets[:, :-1] = inputs[:, 1:]
+    asked = torch.from_numpy(ask)
+    return Sample(inputs, targets.masked_fill(~asked, IGNORE), torch.from_numpy(place)[asked])
 
 
 def needle(text: np.ndarray, end_of_text: int, seq_len: int, count: int, rng: np.random.Generator) -> Sample:
-    """Four key-value pairs at random places of a stretch of real text, all asked for at its end (RULER's multi-key needle)."""
+    """Four key-value pairs in a stretch of real text, one in each quarter, all asked for at its end (RULER's multi-key needle)."""
     length = seq_len - 2 * NEEDLES
     starts = rng.integers(len(text) - length, size=count)
     context = text[starts[:, None] + np.arange(length)]
-    keys, values = _pairs(rng, count, NEEDLES, end_of_text)
-    # One needle in each quarter, so that every depth is asked equally often.
+    key, value = _pairs(rng, count, NEEDLES, end_of_text)
     quarter = length // NEEDLES
     position = rng.integers(quarter - 1, size=(count, NEEDLES)) + quarter * np.arange(NEEDLES)
-    np.put_along_axis(context, position, keys, 1)
-    np.put_along_axis(context, position + 1, values, 1)
-    return _with_queries(context, keys, values, position, rng)
+    np.put_along_axis(context, position, key, 1)
+    np.put_along_axis(context, position + 1, value, 1)
+    order = rng.permuted(np.tile(np.arange(NEEDLES), (count, 1)), axis=1)
+    key, value, position = (np.take_along_axis(x, order, 1) for x in (key, value, position))
+    tokens = np.concatenate((context, np.stack((key, value), 2).reshape(count, -1)), 1)
+    ask, place = np.zeros(tokens.shape, bool), np.zeros(tokens.shape)
+    ask[:, length::2], place[:, length::2] = True, position / length
+    return _sample(tokens, ask, place)
 
 
 def recall(text: np.ndarray, end_of_text: int, seq_len: int, count: int, rng: np.random.Generator) -> Sample:
-    """Sixteen key-value pairs and nothing else, then all keys in a new order (multi-query associative recall)."""
-    pairs = min(RECALL_PAIRS, seq_len // 4)
-    keys, values = _pairs(rng, count, pairs, end_of_text)
-    position = np.broadcast_to(2 * np.arange(pairs), (count, pairs))
-    return _with_queries(np.stack((keys, values), 2).reshape(count, -1), keys, values, position, rng)
+    """A stream of pairs over four keys, each key always with its value: every recurrence is asked (associative recall).
+
+    ``text`` is unused, and the length is 64 tokens (or ``seq_len``, if that is shorter).
+    """
+    pairs = min(RECALL_LENGTH, seq_len) // 2
+    key, value = _pairs(rng, count, RECALL_KEYS, end_of_text)
+    pick = rng.integers(RECALL_KEYS, size=(count, pairs))
+    tokens = np.stack([np.take_along_axis(x, pick, 1) for x in (key, value)], 2).reshape(count, -1)
+    same = np.tril(pick[:, :, None] == pick[:, None, :], -1)
+    latest = np.where(same, np.arange(pairs), -1).max(-1)
+    ask, place = np.zeros(tokens.shape, bool), np.zeros(tokens.shape)
+    ask[:, ::2], place[:, ::2] = latest >= 0, latest / pairs
+    return _sample(tokens, ask, place)
 
 
 TASKS = {"needle": needle, "recall": recall}
@@ -73,8 +85,8 @@ TASKS = {"needle": needle, "recall": recall}
 
 @torch.no_grad()
 def accuracy(model: nn.Module, sample: Sample) -> tuple[float, list[float]]:
-    """Share of answers whose argmax is right: over all of them, and by quarter of the depth from first to last."""
+    """Share of answers whose argmax is right: over all of them, and by the quarter of the sequence their pair stood in."""
     asked = sample.targets != IGNORE
-    right = (model(sample.inputs)[asked].argmax(-1) == sample.targets[asked]).view(sample.depth.shape)
-    quarter = (sample.depth * DEPTHS).long()
-    return right.double().mean().item(), [right[quarter == d].double().mean().item() for d in range(DEPTHS)]
+    right = (model(sample.inputs)[asked].argmax(-1) == sample.targets[asked]).double()
+    quarter = (sample.place * DEPTHS).long()
+    return right.mean().item(), [right[quarter == d].mean().item() for d in range(DEPTHS)]

@@ -11,7 +11,7 @@ import sisa_kernels as sk
 from sisa_kernels.reference import CLAMP
 
 from .config import ModelConfig
-from .layers import INIT_STD, PackedLinear
+from .layers import PackedLinear
 
 LAMBDA_RAW_INIT = -1.0  # softplus(-1) = 0.3133
 DECAY_BIAS_INIT = -5.0  # a half-life of about 103 tokens
@@ -19,7 +19,7 @@ THETA_INIT_STD = 0.01
 
 
 class SisaAttention(nn.Module):
-    """Softmax attention with the importance term inside the score (SISA.md section 1), [B, L, D] -> [B, L, D].
+    """Softmax attention with the importance term inside the score (paper, section 3), [B, L, D] -> [B, L, D].
 
     q, k, v, b, c, theta and the decay come from one packed product. ``log_decay = -softplus(w_a.x + b_a)`` and theta are fp32,
     and so is ``lambda_raw`` (lambda = softplus(lambda_raw)) whatever the module is cast to: in bf16 it would never move.
@@ -78,7 +78,8 @@ class SisaAttention(nn.Module):
         return q, k, v, b, c, log_decay, theta
 
     def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
-        y = sk.sisa_attention(*self.operands(x), self.lam(), rotary=rotary, mode=self.mode, backend=self.backend)
+        q, k, v, b, c, log_decay, theta = self.operands(x)
+        y = sk.sisa_attention(q, k, v, b, c, log_decay, theta, self.lam(), rotary=rotary, mode=self.mode, backend=self.backend)
         return self.W_O(y.flatten(2))
 
 

@@ -1,4 +1,4 @@
-"""The training run: configuration, loop, logs, checkpoints, resume (SISA.md section 4)."""
+"""The training run: configuration, loop, logs, checkpoints, resume (paper, section 4)."""
 
 import contextlib
 import dataclasses
@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -23,15 +23,17 @@ from tqdm import tqdm
 
 import sisa_kernels as sk
 
-from .checkpoint import load_state, make_folder_atomically, read_config, save, write_json
+from .checkpoint import load_state, make_folder_atomically, read_config, save, write_json, write_text
 from .config import ModelConfig
 from .data import Blocks, Encoder, load_corpus, ngram_losses
+from .generate import generate
 from .model import LanguageModel, count_parameters
 from .needle import IGNORE, TASKS, Sample, accuracy
+from .plot import plot_health, plot_losses
 from .presets import preset_config
 from .sisa import health
 
-# What the paper's presets train with (SISA.md section 4), and tiny's own: a few minutes on a laptop.
+# What the paper's presets train with (paper, section 4), and tiny's own: a few minutes on a laptop.
 _PAPER = {"steps": 9536, "batch_size": 256, "micro_batch_size": 8, "seq_len": 2048, "lr": 6e-4, "warmup_steps": 500}
 DEFAULTS: dict[str, dict[str, Any]] = {
     "tiny": {"steps": 400, "batch_size": 16, "micro_batch_size": 16, "seq_len": 256, "lr": 3e-3, "warmup_steps": 40},
@@ -40,7 +42,8 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "369m": {**_PAPER, "lr": 3e-4},
 }
 TASK_BATCH = 32  # sequences a step of each retrieval task in the mix
-TASK_EVAL = 64  # sequences a retrieval accuracy is measured on: 256 needles, 1,024 recalls
+TASK_EVAL = 128  # sequences a retrieval accuracy is measured on: 512 needles, about 3,000 recalls
+T = TypeVar("T")
 KEEP = 2  # checkpoints that stay
 HEALTH_BLOCKS = 4  # held-out blocks that lambda, half-life and the range of g are measured on
 PRECISIONS = ("auto", "fp32", "bf16")
@@ -48,7 +51,7 @@ PRECISIONS = ("auto", "fp32", "bf16")
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """One training run. Fields left at None take the preset's value, for the paper's presets the paper's (SISA.md section 4)."""
+    """Train a model. What is left at None takes the preset's value: the paper's, or for tiny presets a few minutes' worth."""
 
     preset: str = "sisa-tiny-ds16"
     """Model to train; `sisa info` lists them."""
@@ -140,6 +143,11 @@ def resolve(config: TrainConfig) -> TrainConfig:
     return config
 
 
+def _resolved(value: T | None) -> T:
+    assert value is not None, "resolve() fills in the preset's values"
+    return value
+
+
 def find_device(name: str) -> torch.device:
     """The device of a --device flag; ValueError if this machine has no such device."""
     if name == "auto":
@@ -154,15 +162,15 @@ def find_device(name: str) -> torch.device:
 
 def learning_rate(step: int, config: TrainConfig) -> float:
     """Learning rate of step 0, 1 ...: linear warm-up to the peak, then a cosine that would reach 0 at step ``steps``."""
-    assert config.lr is not None and config.steps is not None and config.warmup_steps is not None
-    if step < config.warmup_steps:
-        return config.lr * (step + 1) / config.warmup_steps
-    done = (step - config.warmup_steps) / max(1, config.steps - config.warmup_steps)
-    return config.lr * 0.5 * (1 + math.cos(math.pi * done))
+    peak, steps, warmup_steps = _resolved(config.lr), _resolved(config.steps), _resolved(config.warmup_steps)
+    if step < warmup_steps:
+        return peak * (step + 1) / warmup_steps
+    done = (step - warmup_steps) / max(1, steps - warmup_steps)
+    return peak * 0.5 * (1 + math.cos(math.pi * done))
 
 
 def make_optimizer(model: LanguageModel, config: TrainConfig) -> torch.optim.AdamW:
-    """AdamW with lambda_raw in a group of its own: a tenth of the learning rate and no decay (SISA.md section 4)."""
+    """AdamW with lambda_raw in a group of its own: a tenth of the learning rate and no decay (paper, section 4)."""
     lambdas = [p for name, p in model.named_parameters() if name.endswith("lambda_raw")]
     rest = [p for name, p in model.named_parameters() if not name.endswith("lambda_raw")]
     groups = [
@@ -175,15 +183,27 @@ def make_optimizer(model: LanguageModel, config: TrainConfig) -> torch.optim.Ada
 def versions() -> dict[str, str]:
     """What a run depends on, for its record."""
     here = Path(__file__).parent
-    found = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=12"], cwd=here, capture_output=True, text=True)
+    commit = "unknown"
+    with contextlib.suppress(OSError, subprocess.CalledProcessError):
+        describe = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
+        commit = subprocess.run(describe, cwd=here, capture_output=True, text=True, check=True).stdout.strip()
     return {
         "sisa": sk.__version__,
-        "commit": found.stdout.strip() if found.returncode == 0 else "unknown",
+        "commit": commit,
         "torch": torch.__version__,
         "python": platform.python_version(),
         "platform": platform.platform(),
         "threads": str(torch.get_num_threads()),
     }
+
+
+def read_encoder(folder: Path) -> Encoder:
+    """The tokenizer of the run in ``folder``; FileNotFoundError if there is no run, or its tokenizer file is gone."""
+    path = folder / "run.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"{folder} is not a run folder of sisa train: it has no run.json")
+    tokenizer = json.loads(path.read_text(encoding="utf-8"))["train"]["tokenizer"]
+    return Encoder(None if tokenizer is None else Path(tokenizer))
 
 
 class RunLog:
@@ -231,11 +251,7 @@ def train(config: TrainConfig) -> TrainResult:
     Raises ValueError or FileNotFoundError for bad settings before anything is written, FileExistsError for a run folder that
     exists, FloatingPointError for a loss or gradient that is not finite (before the optimizer step), OSError for a full disk.
     """
-    if config.resume:
-        config = _resumed(config)
-    else:
-        config = resolve(config)
-    return _Run(config).run()
+    return _Run(_resumed(config) if config.resume else resolve(config)).run()
 
 
 def _resumed(config: TrainConfig) -> TrainConfig:
@@ -267,9 +283,9 @@ class _Run:
     """A training run: what is set up before the first step, and the loop."""
 
     def __init__(self, config: TrainConfig):
-        assert config.steps and config.seq_len and config.batch_size and config.micro_batch_size
-        self.config, self.steps, self.seq_len = config, config.steps, config.seq_len
-        self.batch_size, self.micro_batch_size = config.batch_size, config.micro_batch_size
+        self.config = config
+        self.steps, self.seq_len = _resolved(config.steps), _resolved(config.seq_len)
+        self.batch_size, self.micro_batch_size = _resolved(config.batch_size), _resolved(config.micro_batch_size)
         self.device = find_device(config.device)
         if config.out is not None and config.out.exists() and not config.resume:
             raise FileExistsError(f"out {config.out} exists; choose another folder, or continue its run with --resume")
@@ -314,7 +330,8 @@ class _Run:
             self._restore()
         else:
             self.folder.mkdir(parents=True)
-            record = {"train": dataclasses.asdict(config), "versions": versions(), "split": self.split, "model": dataclasses.asdict(self.model.config)}
+            model = dataclasses.asdict(self.model.config)
+            record = {"train": dataclasses.asdict(config), "model": model, "split": self.split, "versions": versions()}
             write_json(self.folder / "run.json", json.loads(json.dumps(record, default=str)))
         self.log = RunLog(self.folder, self.step)
         print(f"{config.preset}: {count_parameters(self.model):,} parameters on {self.device}, run folder {self.folder}")
@@ -331,15 +348,18 @@ class _Run:
                     self._save_checkpoint()
         self._save_checkpoint()
         finished = self.step == self.steps
+        self._draw(unigram, bigram)
         if finished:
-            make_folder_atomically(self.folder / "final", lambda folder: save(self.model, folder))
+            if not (self.folder / "final").exists():
+                make_folder_atomically(self.folder / "final", lambda folder: save(self.model, folder))
+            self._write_sample()
             print(f"held-out loss {self.val_loss:.3f} nats a token; a unigram model {unigram:.3f}, a bigram model {bigram:.3f}")
         else:
             print(f"stopped after step {self.step} of {self.steps}; continue with: sisa train --out {self.folder} --resume")
         return TrainResult(self.folder, self.step, finished, self.val_loss, unigram, bigram)
 
     def _batch(self, step: int) -> tuple[list[int], list[tuple[Tensor, Tensor]]]:
-        """The blocks of a step, and its groups of (inputs, targets): text, then each retrieval task; each group has its own mean."""
+        """The blocks of a step, and its groups of (inputs, targets), text and each retrieval task, each with a mean of its own."""
         ids = self.train_blocks.ids(step * self.batch_size, self.batch_size)
         groups = [self.train_blocks.take(ids)]
         for number, task in enumerate(self.config.tasks):
@@ -367,9 +387,8 @@ class _Run:
         if not (math.isfinite(sum(losses)) and math.isfinite(norm)):
             self.optimizer.zero_grad(set_to_none=True)
             raise FloatingPointError(
-                f"loss {losses[0]} and gradient norm {norm} at step {self.step + 1} must be finite: the optimizer step was not taken. "
-                f"Batch: blocks {ids[0]} ... {ids[-1]} of the training text ({len(ids)}; sample {self.step * self.batch_size} on). "
-                f"The checkpoints in {self.folder} are from before it"
+                f"the loss must be finite, got {sum(losses)} (gradient norm {norm}) at step {self.step + 1}, on blocks {ids} of "
+                f"the training text. The optimizer step was not taken; checkpoints in {self.folder} are from before it"
             )
         lr = learning_rate(self.step, self.config)
         for group in self.optimizer.param_groups:
@@ -399,7 +418,7 @@ class _Run:
         for number, task in enumerate(self.config.tasks):
             # One sample a task for all evaluations and all models, from held-out text and seeds that training never uses.
             sample = self._sample(task, TASK_EVAL, [10**9, number], held_out=True)
-            sample = Sample(sample.inputs.to(self.device), sample.targets.to(self.device), sample.depth.to(self.device))
+            sample = Sample(sample.inputs.to(self.device), sample.targets.to(self.device), sample.place.to(self.device))
             with self.autocast:
                 row[f"{task}_accuracy"], row[f"{task}_accuracy_by_depth"] = accuracy(self.model, sample)
         with self.autocast:
@@ -429,6 +448,22 @@ class _Run:
         for old in _checkpoints(self.folder)[:-KEEP]:
             shutil.rmtree(old)
 
+    def _draw(self, unigram: float, bigram: float) -> None:
+        train, val = (read_rows(self.folder / f"{name}.jsonl") for name in ("train", "val"))
+        plot_losses(self.folder / "loss.png", self.config.preset, train, val, unigram, bigram)
+        if val[0]["layers"]:
+            plot_health(self.folder / "health.png", self.config.preset, val)
+
+    def _write_sample(self) -> None:
+        if not self.config.sample_tokens:
+            return
+        start = torch.tensor([[self.encoder.end_of_text]], device=self.device)
+        generator = torch.Generator(self.device).manual_seed(self.config.seed)
+        ids = generate(self.model, start, self.config.sample_tokens, temperature=0.8, generator=generator)
+        text = self.encoder.decode(ids[0, 1:].tolist())
+        write_text(self.folder / "sample.txt", text + "\n")
+        print(f"a sample at temperature 0.8 ({self.folder / 'sample.txt'}):\n{text}\n")
+
     def _restore(self) -> None:
         found = _checkpoints(self.folder)
         if not found:
@@ -436,7 +471,7 @@ class _Run:
         newest = found[-1]
         if read_config(newest / "config.json") != self.model.config:
             raise ValueError(f"{newest} holds another model than {self.folder / 'run.json'} describes")
-        load_state(self.model, _read_weights(newest / "model.safetensors"), newest)
+        load_state(self.model, newest)
         try:
             optimizer = torch.load(newest / "optimizer.pt", map_location=self.device, weights_only=True)
             self.optimizer.load_state_dict(optimizer)
@@ -461,16 +496,6 @@ class _Run:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
-
-
-def _read_weights(path: Path) -> dict[str, Tensor]:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        return load_file(path)
-    except (SafetensorError, FileNotFoundError) as error:
-        raise ValueError(f"{path} is missing, truncated or not a safetensors file: {error}") from error
 
 
 def _checkpoints(folder: Path) -> list[Path]:

@@ -1,0 +1,95 @@
+"""The command ``sisa``: train, compare, generate, info."""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import tyro
+
+import sisa_kernels as sk
+
+from .checkpoint import load
+from .compare import CompareConfig, compare
+from .generate import check_sampling, generate
+from .model import LanguageModel, count_parameters
+from .presets import preset_config, presets
+from .train import TrainConfig, find_device, read_encoder, train
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateConfig:
+    """Continue a prompt with a model that `sisa train` made."""
+
+    run: tyro.conf.Positional[Path]
+    """Run folder of `sisa train`."""
+    prompt: str = ""
+    """Text to continue. Default: the start of a document."""
+    max_new_tokens: int = 200
+    """Tokens to add."""
+    temperature: float = 0.8
+    """Sampling temperature; 0 takes the likeliest token every time."""
+    top_k: int | None = None
+    """Sample among the k likeliest tokens only."""
+    top_p: float = 1.0
+    """Sample among the likeliest tokens that together reach this probability only."""
+    seed: int = 0
+    """Seed of the sampling."""
+    device: str = "auto"
+    """cpu, cuda, cuda:1 ...; auto: a GPU if there is one."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class InfoConfig:
+    """List the presets with their sizes."""
+
+    preset: str | None = None
+    """Show every field of this one."""
+
+
+def run_generate(config: GenerateConfig) -> None:
+    """Print a continuation of the prompt."""
+    check_sampling(config.max_new_tokens, config.temperature, config.top_k, config.top_p)
+    device = find_device(config.device)
+    encoder = read_encoder(config.run)
+    model = load(config.run / "final", device)
+    prompt = encoder.encode([config.prompt])[:-1].tolist() if config.prompt else []
+    ids = torch.tensor([[encoder.end_of_text, *prompt]], device=device)
+    generator = torch.Generator(device).manual_seed(config.seed)
+    out = generate(
+        model, ids, config.max_new_tokens, config.temperature, top_k=config.top_k, top_p=config.top_p, generator=generator
+    )
+    print(encoder.decode(out[0, 1:].tolist()))
+
+
+def run_info(config: InfoConfig) -> None:
+    """Print the presets, or one preset's fields."""
+    if config.preset is not None:
+        for name, value in vars(preset_config(config.preset)).items():
+            print(f"{name:18} {value}")
+        return
+    print(f"sisa {sk.__version__}")
+    print(f"{'preset':30} {'parameters':>12}  {'d_model':>7} {'heads':>5} {'layers':>6} {'d_state':>7} {'d_ff':>5}")
+    for name in presets():
+        with torch.device("meta"):
+            model = LanguageModel(preset_config(name))
+        c = model.config
+        print(f"{name:30} {count_parameters(model):12,}  {c.d_model:7} {c.n_heads:5} {c.n_layers:6} {c.d_state:7} {c.d_ff:5}")
+
+
+COMMANDS: dict[str, Any] = {"train": TrainConfig, "compare": CompareConfig, "generate": GenerateConfig, "info": InfoConfig}
+RUNNERS: dict[type, Any] = {TrainConfig: train, CompareConfig: compare, GenerateConfig: run_generate, InfoConfig: run_info}
+
+
+def main(args: list[str] | None = None) -> int:
+    """Run the command line; returns 0, or 1 after one line that says which argument, file or disk was at fault."""
+    description = "Exact SISA attention: train, compare and sample its models."
+    plain = (tyro.conf.FlagCreatePairsOff,)
+    config: Any = tyro.extras.subcommand_cli_from_dict(COMMANDS, prog="sisa", description=description, args=args, config=plain)
+    try:
+        RUNNERS[type(config)](config)
+    except (ValueError, TypeError, OSError, FloatingPointError) as error:
+        print(f"sisa: error: {error}", file=sys.stderr)
+        return 1
+    return 0

@@ -1,0 +1,96 @@
+"""Pictures of runs: a run's losses, SISA's health by layer, and several runs against each other."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+
+from .checkpoint import write_atomically
+from .needle import CHANCE, DEPTHS
+
+Rows = list[dict[str, Any]]
+# Okabe and Ito's palette: distinguishable to colour-blind readers.
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+plt.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.25})
+
+
+def _finish(figure: Any, path: Path) -> None:
+    figure.tight_layout()
+    write_atomically(path, lambda aside: figure.savefig(aside, dpi=130, format="png"))
+    plt.close(figure)
+
+
+def plot_losses(path: Path, title: str, train: Rows, val: Rows, unigram: float, bigram: float) -> None:
+    """Training and held-out loss against step, with the n-gram models' loss as level lines."""
+    figure, axis = plt.subplots(figsize=(6.4, 4))
+    axis.plot([r["step"] for r in train], [r["loss"] for r in train], color=COLORS[0], alpha=0.35, lw=0.8, label="training")
+    axis.plot([r["step"] for r in val], [r["loss"] for r in val], color=COLORS[1], marker="o", ms=3, label="held out")
+    for name, level, style in (("unigram", unigram, ":"), ("bigram", bigram, "--")):
+        axis.axhline(level, color="0.4", ls=style, lw=1, label=f"{name} model, {level:.2f}")
+    axis.set(xlabel="step", ylabel="loss, nats a token", title=title)
+    axis.legend(frameon=False)
+    _finish(figure, path)
+
+
+def plot_health(path: Path, title: str, val: Rows) -> None:
+    """lambda, half-life, range of g and the clamped share against step, one line a layer (mean over heads)."""
+    panels = {
+        "lam": "lambda",
+        "half_life": "half-life, tokens",
+        "g_range": "range of g",
+        "clamped": "share of positions clamped",
+    }
+    figure, axes = plt.subplots(1, len(panels), figsize=(13, 3.2))
+    steps, layers = [r["step"] for r in val], len(val[0]["layers"])
+    shades = plt.get_cmap("viridis")(np.linspace(0, 0.9, layers))
+    for axis, (field, label) in zip(axes, panels.items()):
+        for layer in range(layers):
+            axis.plot(steps, [np.mean(r["layers"][layer][field]) for r in val], color=shades[layer], label=f"layer {layer}")
+        axis.set(xlabel="step", title=label)
+    axes[1].set_yscale("log")
+    axes[0].legend(frameon=False, fontsize=7)
+    figure.suptitle(title)
+    _finish(figure, path)
+
+
+def plot_compare(path: Path, runs: dict[str, list[Rows]], title: str) -> None:
+    """Held-out loss, needle and recall accuracy against step, and the final needle accuracy by depth.
+
+    ``runs`` maps a name to the val.jsonl rows of each seed. Lines are means over seeds, bands their minimum to maximum.
+    """
+    figure, axes = plt.subplots(2, 2, figsize=(10, 7))
+    panels = (
+        (axes[0, 0], "loss", "held-out loss, nats a token"),
+        (axes[0, 1], "needle_accuracy", "needle accuracy (4 needles in text)"),
+        (axes[1, 0], "recall_accuracy", "associative recall accuracy (16 pairs)"),
+    )
+    for number, (name, seeds) in enumerate(runs.items()):
+        color = COLORS[number % len(COLORS)]
+        for axis, field, _ in panels:
+            values = np.array([[row[field] for row in rows] for rows in seeds])
+            steps = [row["step"] for row in seeds[0]]
+            first = 1 if field == "loss" else 0  # the untrained loss would flatten the rest
+            axis.fill_between(steps[first:], values.min(0)[first:], values.max(0)[first:], color=color, alpha=0.2, lw=0)
+            axis.plot(steps[first:], values.mean(0)[first:], color=color, label=name)
+        depth = np.array([rows[-1]["needle_accuracy_by_depth"] for rows in seeds])
+        place = np.arange(DEPTHS) + 0.8 * ((number + 0.5) / len(runs) - 0.5)
+        spread = np.abs(np.stack((depth.min(0), depth.max(0))) - depth.mean(0))
+        axes[1, 1].bar(place, depth.mean(0), 0.8 / len(runs), color=color, yerr=spread, error_kw={"lw": 1}, label=name)
+    for axis, field, label in panels:
+        axis.set(xlabel="step", title=label)
+        if field != "loss":
+            axis.axhline(CHANCE, color="0.4", ls=":", lw=1, label="chance")
+            axis.set_ylim(-0.03, 1.03)
+    axes[1, 1].axhline(CHANCE, color="0.4", ls=":", lw=1)
+    quarters = [f"{math.floor(100 * d / DEPTHS)}-{math.floor(100 * (d + 1) / DEPTHS)} %" for d in range(DEPTHS)]
+    axes[1, 1].set_xticks(range(DEPTHS), quarters)
+    axes[1, 1].set(xlabel="place of the needle in the text", title="final needle accuracy by depth", ylim=(-0.03, 1.03))
+    axes[0, 0].legend(frameon=False)
+    axes[0, 1].legend(frameon=False)
+    figure.suptitle(title)
+    _finish(figure, path)

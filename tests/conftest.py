@@ -1,0 +1,83 @@
+"""Fixtures for every test: fresh memory is poisoned, and one problem generator serves all operators."""
+
+import inspect
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+ROOT = Path(__file__).parent.parent
+PACKAGES = tuple(str(ROOT / name) for name in ("sisa_kernels", "sisa_model"))
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory(monkeypatch):
+    """Fill what the packages allocate uninitialised with NaN, so that an element nobody writes cannot pass for a result."""
+
+    def poison(function):
+        def allocate(*args, **kwargs):
+            x = function(*args, **kwargs)
+            caller = inspect.stack()[1].filename
+            if caller.startswith(PACKAGES) and x.is_floating_point() and x.device.type != "meta":
+                x.fill_(torch.nan)
+            return x
+
+        return allocate
+
+    for name in ("empty", "empty_like", "empty_strided"):
+        monkeypatch.setattr(torch, name, poison(getattr(torch, name)))
+    monkeypatch.setattr(torch.Tensor, "new_empty", poison(torch.Tensor.new_empty))
+
+
+@pytest.fixture(autouse=True)
+def two_threads():
+    torch.set_num_threads(2)
+
+
+NAMES = ("q", "k", "v", "b", "c", "log_decay", "theta", "lam")
+
+
+def problem(B=1, L=257, H=2, G=None, Dh=64, Ds=16, Dv=None, decay=-5.0, theta=0.3, dtype=torch.float32, seed=0):
+    """Random inputs of sisa_attention by name, and dL/dy; log_decay = -softplus(decay + noise)."""
+    G, Dv = G or H, Dv or Dh
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=generator)
+
+    narrow = torch.float64 if dtype == torch.float64 else torch.float32
+    inputs = {
+        "q": normal(B, L, H, Dh).to(dtype),
+        "k": normal(B, L, G, Dh).to(dtype),
+        "v": normal(B, L, G, Dv).to(dtype),
+        "b": normal(B, L, G, Ds).to(dtype),
+        "c": normal(B, L, H, Ds).to(dtype),
+        "log_decay": -F.softplus(0.5 * normal(B, L, G) + decay).to(narrow),
+        "theta": theta * normal(B, L, G, Ds // 2).to(narrow),
+        "lam": F.softplus(0.3 * normal(H) - 1).to(narrow),
+    }
+    return {name: x.requires_grad_() for name, x in inputs.items()}, normal(B, L, H, Dv).to(dtype)
+
+
+def value_and_grads(function, inputs, dy, **kwargs):
+    """y and the gradients by name of sum(y * dy) for every input, from fresh leaves."""
+    leaves = {name: x.detach().requires_grad_() for name, x in inputs.items()}
+    y = function(**leaves, **kwargs)
+    grads = torch.autograd.grad(y, list(leaves.values()), dy)
+    return y.detach(), dict(zip(leaves, grads))
+
+
+def in_fp64(inputs):
+    return {name: x.detach().double() for name, x in inputs.items()}
+
+
+def relative(x, oracle):
+    """|x - oracle| / |oracle| over the whole tensor; absolute where the oracle vanishes."""
+    scale = oracle.norm().item()
+    return (x.double() - oracle).norm().item() / (scale if scale > 1e-12 else 1.0)
+
+
+def worst_row(x, oracle):
+    """The largest relative error of a row (last axis) of x."""
+    return ((x.double() - oracle).norm(dim=-1) / oracle.norm(dim=-1)).max().item()

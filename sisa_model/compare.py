@@ -21,7 +21,7 @@ class CompareConfig:
 
     presets: tuple[str, ...] = ("sisa-tiny-ds16", "transformer-tiny")
     """Models to compare; `sisa info` lists them."""
-    seeds: tuple[int, ...] = (0, 1, 2)
+    seeds: tuple[int, ...] = (0,)
     """A run of every preset for each: its initial weights, its order of the data, its tasks."""
     data: tuple[Path, ...] = ()
     """Text files or folders. Default: Python's standard library."""
@@ -29,15 +29,15 @@ class CompareConfig:
     """A `tokenizers` JSON file. Default: bytes."""
     out: Path = Path("runs/compare")
     """Folder to make: one run folder a preset and seed, compare.png, table.md, results.json."""
-    steps: int = 300
+    steps: int = 2000
     """Optimizer steps of each run."""
     seq_len: int = 128
     """Tokens a sequence."""
-    batch_size: int | None = None
-    """Text sequences a step (each task adds its own). Default: the presets'."""
+    batch_size: int | None = 8
+    """Text sequences a step; each task adds its own."""
     lr: float | None = None
     """Peak learning rate. Default: the presets'."""
-    val_every: int = 25
+    val_every: int = 100
     """Steps between evaluations."""
     device: str = "auto"
     """cpu, cuda, cuda:1 ...; auto: a GPU if there is one."""

@@ -36,13 +36,13 @@ from .sisa import health
 # What the paper's presets train with (paper, section 4), and tiny's own: a few minutes on a laptop.
 _PAPER = {"steps": 9536, "batch_size": 256, "micro_batch_size": 8, "seq_len": 2048, "lr": 6e-4, "warmup_steps": 500}
 DEFAULTS: dict[str, dict[str, Any]] = {
-    "tiny": {"steps": 400, "batch_size": 16, "micro_batch_size": 16, "seq_len": 256, "lr": 3e-3, "warmup_steps": 40},
+    "tiny": {"steps": 600, "batch_size": 16, "micro_batch_size": 32, "seq_len": 256, "lr": 3e-3, "warmup_steps": 40},
     "50m": _PAPER,
     "152m": _PAPER,
     "369m": {**_PAPER, "lr": 3e-4},
 }
-TASK_BATCH = 32  # sequences a step of each retrieval task in the mix
-TASK_EVAL = 128  # sequences a retrieval accuracy is measured on: 512 needles, about 3,000 recalls
+TASK_BATCH = {"needle": 8, "recall": 32}  # sequences a step of each retrieval task in the mix
+TASK_EVAL = 256  # sequences a retrieval accuracy is measured on: 256 needles, about 7,000 recalls
 T = TypeVar("T")
 KEEP = 2  # checkpoints that stay
 HEALTH_BLOCKS = 4  # held-out blocks that lambda, half-life and the range of g are measured on
@@ -363,7 +363,7 @@ class _Run:
         ids = self.train_blocks.ids(step * self.batch_size, self.batch_size)
         groups = [self.train_blocks.take(ids)]
         for number, task in enumerate(self.config.tasks):
-            sample = self._sample(task, TASK_BATCH, [self.config.seed, number, step])
+            sample = self._sample(task, TASK_BATCH[task], [self.config.seed, number, step])
             groups.append((sample.inputs, sample.targets))
         return ids, groups
 
@@ -418,9 +418,10 @@ class _Run:
         for number, task in enumerate(self.config.tasks):
             # One sample a task for all evaluations and all models, from held-out text and seeds that training never uses.
             sample = self._sample(task, TASK_EVAL, [10**9, number], held_out=True)
-            sample = Sample(sample.inputs.to(self.device), sample.targets.to(self.device), sample.place.to(self.device))
+            sample = Sample(sample.inputs.to(self.device), sample.targets.to(self.device), sample.place.to(self.device), sample.chance)
             with self.autocast:
                 row[f"{task}_accuracy"], row[f"{task}_accuracy_by_depth"] = accuracy(self.model, sample)
+            row[f"{task}_chance"] = sample.chance
         with self.autocast:
             row["layers"] = [dataclasses.asdict(h) for h in health(self.model, self.val_inputs[:HEALTH_BLOCKS].to(self.device))]
         self.log.add("val", row)

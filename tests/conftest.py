@@ -1,6 +1,6 @@
 """Fixtures for every test: fresh memory is poisoned, and one problem generator serves all operators."""
 
-import inspect
+import sys
 from pathlib import Path
 
 import pytest
@@ -18,7 +18,7 @@ def poisoned_memory(monkeypatch):
     def poison(function):
         def allocate(*args, **kwargs):
             x = function(*args, **kwargs)
-            caller = inspect.stack()[1].filename
+            caller = sys._getframe(1).f_code.co_filename
             if caller.startswith(PACKAGES) and x.is_floating_point() and x.device.type != "meta":
                 x.fill_(torch.nan)
             return x

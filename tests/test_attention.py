@@ -89,9 +89,9 @@ def test_half_precision_is_as_good_as_its_inputs(dtype, mode):
         assert relative(grads[name], grads_ref[name]) <= 2 * rounding + 1e-5, name
 
 
-@pytest.mark.parametrize("decay", [-3.0, 3.0])
+@pytest.mark.parametrize("decay", [-3.0, 6.0])
 def test_fp64_and_its_gradcheck(decay):
-    inputs, _ = problem(L=40, H=2, G=1, Dh=4, Ds=4, Dv=12, decay=decay, dtype=torch.float64)
+    inputs, _ = problem(L=20, H=2, G=1, Dh=4, Ds=4, Dv=12, decay=decay, dtype=torch.float64)
     expected = sk.reference.sisa_attention(**inputs)
     torch.testing.assert_close(sk.sisa_attention(**inputs), expected, rtol=1e-11, atol=1e-11)
     assert torch.autograd.gradcheck(sk.sisa_attention, tuple(inputs.values()), nondet_tol=1e-12)

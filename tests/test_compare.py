@@ -1,0 +1,76 @@
+"""sisa compare and the other commands."""
+
+import json
+
+import pytest
+
+import sisa_model as sm
+from sisa_model.cli import main
+from sisa_model.compare import CompareConfig, compare
+from sisa_model.train import read_rows
+
+
+@pytest.fixture
+def small(tmp_path):
+    (tmp_path / "text.txt").write_text("".join(f"{n} green bottles on the wall; " for n in range(2000)))
+    settings = {"steps": 4, "seq_len": 64, "batch_size": 2, "val_every": 2, "data": (tmp_path / "text.txt",)}
+    return {"seeds": (0, 1), "out": tmp_path / "compare", **settings}
+
+
+def test_compare_trains_alike_and_reports(small, capsys, monkeypatch):
+    folder = compare(CompareConfig(**small))
+    runs = sorted(p.name for p in folder.iterdir() if p.is_dir())
+    assert runs == ["sisa-tiny-ds16-seed0", "sisa-tiny-ds16-seed1", "transformer-tiny-seed0", "transformer-tiny-seed1"]
+    records = {name: json.loads((folder / name / "run.json").read_text())["train"] for name in runs}
+    for record in records.values():
+        record.pop("out")
+    assert records[runs[0]] | {"preset": ""} == records[runs[2]] | {"preset": ""}, "same data, seed and budget"
+    results = json.loads((folder / "results.json").read_text())["val"]
+    assert results["transformer-tiny"][1] == read_rows(folder / runs[3] / "val.jsonl")
+    assert results["sisa-tiny-ds16"][0] != results["sisa-tiny-ds16"][1], "seeds differ"
+    table = (folder / "table.md").read_text()
+    assert table in capsys.readouterr().out
+    mean = sum(rows[-1]["loss"] for rows in results["sisa-tiny-ds16"]) / 2
+    assert f"| sisa-tiny-ds16 | {mean:.3f} (" in table
+    assert (folder / "compare.png").read_bytes().startswith(b"\x89PNG")
+
+    with pytest.raises(FileExistsError, match="continue its comparison with --resume"):
+        compare(CompareConfig(**small))
+    monkeypatch.setattr("sisa_model.compare.train", None)  # finished runs are not trained again
+    compare(CompareConfig(**small, resume=True))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"presets": ("sisa-tiny-ds16",)}, "presets must name at least two different models"),
+        ({"presets": ("transformer-tiny", "transformer-tiny")}, "presets must name at least two different models"),
+        ({"presets": ("transformer-tiny", "lstm")}, "preset must be one of"),
+        ({"seeds": ()}, "seeds must be at least one and all different"),
+        ({"steps": 0}, "steps must be at least 1"),
+    ],
+)
+def test_bad_comparisons_are_named(small, changes, message):
+    with pytest.raises(ValueError, match=message):
+        compare(CompareConfig(**{**small, **changes}))
+
+
+def test_info_lists_every_preset(capsys):
+    assert main(["info"]) == 0
+    listed = capsys.readouterr().out
+    assert all(name in listed for name in sm.presets())
+    assert "151,878,432" in listed
+    assert main(["info", "--preset", "transformer-50m"]) == 0
+    assert "d_model            512" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", ["train", "compare", "generate", "info"])
+def test_help_explains_every_flag(command, capsys):
+    with pytest.raises(SystemExit) as done:
+        main([command, "--help"])
+    assert done.value.code == 0
+    shown = capsys.readouterr().out
+    assert "--" in shown
+    if command == "train":
+        fixed = ("preset", "data", "tokenizer", "out", "steps", "seed", "seq-len", "batch-size", "lr", "device", "resume")
+        assert all(f"--{flag}" in shown for flag in fixed)

@@ -1,0 +1,194 @@
+"""Data: what is held out is held out, the order covers every block, tokens round-trip, n-gram losses by brute force."""
+
+import gzip
+import lzma
+import math
+
+import numpy as np
+import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+
+from sisa_model.data import Blocks, Encoder, documents, load_corpus, ngram_losses, read_text, standard_library
+from sisa_model.needle import DEPTHS, IGNORE, NEEDLES, POOL, needle, recall
+
+
+def write_files(folder, count, repeat=40):
+    folder.mkdir(exist_ok=True)
+    for n in range(count):
+        (folder / f"{n:03}.txt").write_text(f"file {n} says: " + "lorem ipsum " * repeat)
+    return folder
+
+
+def as_text(tokens):
+    return bytes(t for t in tokens.tolist() if t < 256).decode()
+
+
+def test_split_by_file_is_disjoint_and_stable(tmp_path):
+    folder = write_files(tmp_path / "data", 200)
+    (folder / "copy.txt").write_text((folder / "000.txt").read_text())
+    corpus = load_corpus([folder], [], Encoder(None))
+    train, val = as_text(corpus.train), as_text(corpus.val)
+    sides = [(f"file {n} says" in train, f"file {n} says" in val) for n in range(200)]
+    assert all(a != b for a, b in sides), "each file, with its copies, is on one side"
+    assert 1 <= sum(b for _, b in sides) <= 30
+    again = load_corpus([folder], [], Encoder(None))
+    assert np.array_equal(again.val, corpus.val)
+
+
+def test_split_by_document_then_by_place(tmp_path):
+    many = tmp_path / "many.txt"
+    many.write_text("".join(f"document {n} here\n<|endoftext|>\n" for n in range(100)))
+    corpus = load_corpus([many], [], Encoder(None))
+    assert "documents held out by hash" in corpus.split
+    assert all((f"document {n} here" in as_text(corpus.train)) != (f"document {n} here" in as_text(corpus.val)) for n in range(100))
+
+    one = tmp_path / "one.txt"
+    one.write_text("".join(f"line {n}\n" for n in range(1000)))
+    corpus = load_corpus([one], [], Encoder(None))
+    assert "the last 5 %" in corpus.split
+    assert as_text(corpus.train) + as_text(corpus.val) == one.read_text().strip("\n")
+    assert len(corpus.val) / (len(corpus.train) + len(corpus.val)) == pytest.approx(0.05, abs=0.001)
+
+
+def test_given_held_out_files_are_removed_from_training(tmp_path):
+    folder = write_files(tmp_path / "data", 30)
+    corpus = load_corpus([folder], [folder / "003.txt"], Encoder(None))
+    assert "file 3 says" in as_text(corpus.val)
+    assert "file 3 says" not in as_text(corpus.train)
+    assert "file 4 says" in as_text(corpus.train)
+
+
+def test_default_corpus_is_on_every_machine():
+    files = standard_library()
+    assert len(files) > 100
+    assert not any("site-packages" in str(path) for path in files)
+
+
+def test_compressed_text_and_documents(tmp_path):
+    text = "one\n<|endoftext|>\n\ntwo\nlines\n<|endoftext|>\n"
+    for suffix, opener in {".txt": open, ".gz": gzip.open, ".xz": lzma.open}.items():
+        with opener(tmp_path / f"x{suffix}", "wt") as file:
+            file.write(text)
+        assert read_text(tmp_path / f"x{suffix}") == text
+    assert list(documents(text)) == ["one", "two\nlines"]
+
+
+def test_bytes_round_trip():
+    encoder = Encoder(None)
+    text = "naive, naïve, 你好 \x00"
+    ids = encoder.encode([text, "b"])
+    assert ids.dtype == np.int32
+    assert ids.max() == encoder.end_of_text == 256
+    assert encoder.decode(encoder.encode([text])[:-1].tolist()) == text
+
+
+@pytest.fixture
+def tokenizer_file(tmp_path):
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    tokenizer.train_from_iterator(["lorem ipsum"] * 9, trainers.BpeTrainer(special_tokens=["<|endoftext|>"], initial_alphabet=alphabet))
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    return tmp_path / "tokenizer.json"
+
+
+def test_tokenizer_file(tokenizer_file):
+    encoder = Encoder(tokenizer_file)
+    ids = encoder.encode(["lorem ipsum"])
+    assert ids[-1] == encoder.end_of_text == 0
+    assert len(ids) < 11
+    assert encoder.size > 256
+
+
+def test_bad_data_is_named(tmp_path):
+    encoder = Encoder(None)
+    with pytest.raises(FileNotFoundError, match="data path .*nowhere does not exist"):
+        load_corpus([tmp_path / "nowhere"], [], encoder)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="data must hold at least one file"):
+        load_corpus([tmp_path / "empty"], [], encoder)
+    (tmp_path / "blank.txt").write_text(" \n")
+    with pytest.raises(ValueError, match="data holds no text in 1 files"):
+        load_corpus([tmp_path / "blank.txt"], [], encoder)
+    (tmp_path / "binary.txt").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ValueError, match=r"binary.txt is not a UTF-8 text file"):
+        load_corpus([tmp_path / "binary.txt"], [], encoder)
+    (tmp_path / "cut.xz").write_bytes(lzma.compress(b"text" * 100)[:-9])
+    with pytest.raises(ValueError, match=r"cut.xz is not a UTF-8 text file"):
+        read_text(tmp_path / "cut.xz")
+    with pytest.raises(ValueError, match=r"the training corpus must hold at least one block of 65 tokens, got 10"):
+        Blocks(np.zeros(10, np.int32), 64, 0, "training")
+    with pytest.raises(FileNotFoundError, match=r"tokenizer .* does not exist"):
+        Encoder(tmp_path / "none.json")
+    (tmp_path / "bad.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"bad.json is not a tokenizers JSON file"):
+        Encoder(tmp_path / "bad.json")
+    Tokenizer(models.WordLevel({"a": 0}, "a")).save(str(tmp_path / "no_end.json"))
+    with pytest.raises(ValueError, match=r"must have a token <\|endoftext\|>"):
+        Encoder(tmp_path / "no_end.json")
+
+
+def test_blocks_cover_every_epoch_in_an_order_of_their_own():
+    blocks = Blocks(np.arange(1001, dtype=np.int32), 10, seed=3, name="training")
+    first, second = blocks.ids(0, 100), blocks.ids(100, 100)
+    assert sorted(first) == sorted(second) == list(range(100))
+    assert first != second
+    assert blocks.ids(95, 10) == first[95:] + second[:5], "a batch may span two epochs"
+    assert Blocks(np.arange(1001, dtype=np.int32), 10, seed=4, name="training").ids(0, 100) != first
+    inputs, targets = blocks.take([0, 99])
+    assert inputs.tolist() == [list(range(10)), list(range(990, 1000))]
+    assert targets.tolist() == [list(range(1, 11)), list(range(991, 1001))]
+
+
+def test_ngram_losses_by_brute_force():
+    rng = np.random.default_rng(0)
+    train, held_out = rng.integers(5, size=400).astype(np.int32), rng.integers(6, size=50).astype(np.int32)
+    contexts, targets = held_out[:-1], held_out[1:]
+    unigram, bigram = ngram_losses(train, targets, contexts, vocab=6)
+    pairs = list(zip(train[:-1], train[1:]))
+    expected_unigram, expected_bigram = [], []
+    for a, b in zip(contexts, targets):
+        p = ((train == b).sum() + 1) / (400 + 6)
+        expected_unigram.append(-math.log(p))
+        seen, context = sum(pair == (a, b) for pair in pairs), sum(x == a for x, _ in pairs)
+        expected_bigram.append(-math.log((seen + 10 * p) / (context + 10)))
+    assert unigram == pytest.approx(np.mean(expected_unigram))
+    assert bigram == pytest.approx(np.mean(expected_bigram))
+
+
+def test_needle_asks_one_of_four_random_keys_at_every_depth():
+    text, end = np.arange(5000, dtype=np.int32) % 100, 256
+    sample = needle(text, end, 65, 40, np.random.default_rng(0))
+    assert sample.inputs.shape == sample.targets.shape == (40, 65)
+    assert (sample.targets != IGNORE).sum(1).tolist() == [1] * 40
+    assert sample.chance == 0.25
+    for row, target, place in zip(sample.inputs.tolist(), sample.targets.tolist(), sample.place.tolist()):
+        keys = [token for token in row[:-1] if end - 2 * POOL <= token < end - POOL]
+        values = [row[row.index(key) + 1] for key in keys]
+        assert len(set(keys)) == len(set(values)) == NEEDLES
+        assert all(end - POOL <= value < end for value in values)
+        assert dict(zip(keys, values))[row[-1]] == target[-1]
+        assert row.index(row[-1]) == round(place * 64)
+    assert np.bincount((sample.place * DEPTHS).long()).tolist() == [10] * DEPTHS
+    again = needle(text, end, 65, 40, np.random.default_rng(0))
+    assert (again.inputs == sample.inputs).all()
+    assert (needle(text, end, 65, 40, np.random.default_rng(1)).inputs != sample.inputs).any()
+
+
+def test_recall_asks_every_recurrence_and_only_those():
+    sample = recall(np.zeros(1, np.int32), 256, 128, 20, np.random.default_rng(0))
+    places, chances = [], []
+    for row, target in zip(sample.inputs.tolist(), sample.targets.tolist()):
+        known = {}
+        for position in range(0, len(row), 2):
+            key = row[position]
+            if key in known:
+                assert target[position] == row[known[key] + 1]
+                places.append(known[key] / 64)
+                chances.append(1 / len(known))
+            else:
+                assert target[position] == IGNORE
+            assert position + 1 == len(row) or target[position + 1] == IGNORE
+            known[key] = position
+    assert sample.place.tolist() == pytest.approx(places)
+    assert sample.chance == pytest.approx(np.mean(chances))

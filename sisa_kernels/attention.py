@@ -39,7 +39,7 @@ def _choose(backend: str, mode: str, device: torch.device) -> str:
     if backend == "auto":
         if mode == "clamped":
             return "flash"
-        if device.type != "cpu":
+        if device.type not in ("cpu", "meta"):
             why = f"the Triton kernel is {backends()['triton']}"
             _say_once(f"exact SISA attention on {device.type} runs the 'sdpa' path with densely tiled scores: {why}")
         return "sdpa"

@@ -5,9 +5,12 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.utils._device
 import torch.nn.functional as F
 
 ROOT = Path(__file__).parent.parent
+# `with torch.device(...)` knows its allocators by identity from the first use on: look once before they are replaced below.
+torch.utils._device._device_constructors()
 PACKAGES = tuple(str(ROOT / name) for name in ("sisa_kernels", "sisa_model"))
 
 

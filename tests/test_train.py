@@ -47,7 +47,7 @@ def losses(folder, name="train"):
 
 
 def test_forty_steps_are_twenty_and_resume_and_twenty(corpus, tmp_path):
-    settings = {"steps": 40, "val_every": 7, "tasks": ("needle", "recall")}
+    settings = {"steps": 40, "val_every": 15, "tasks": ("needle", "recall")}
     straight = train(config(corpus, tmp_path / "a", **settings))
     stopped = train(config(corpus, tmp_path / "b", stop_at=20, **settings))
     assert (straight.finished, stopped.finished, stopped.steps) == (True, False, 20)

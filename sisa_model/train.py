@@ -418,7 +418,9 @@ class _Run:
         for number, task in enumerate(self.config.tasks):
             # One sample a task for all evaluations and all models, from held-out text and seeds that training never uses.
             sample = self._sample(task, TASK_EVAL, [10**9, number], held_out=True)
-            sample = Sample(sample.inputs.to(self.device), sample.targets.to(self.device), sample.place.to(self.device), sample.chance)
+            sample = Sample(
+                sample.inputs.to(self.device), sample.targets.to(self.device), sample.place.to(self.device), sample.chance
+            )
             with self.autocast:
                 row[f"{task}_accuracy"], row[f"{task}_accuracy_by_depth"] = accuracy(self.model, sample)
             row[f"{task}_chance"] = sample.chance

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.utils._device
 import torch.nn.functional as F
+import torch.utils._device
 
 ROOT = Path(__file__).parent.parent
 # `with torch.device(...)` knows its allocators by identity from the first use on: look once before they are replaced below.

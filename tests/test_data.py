@@ -1,6 +1,7 @@
 """Data: what is held out is held out, the order covers every block, tokens round-trip, n-gram losses by brute force."""
 
 import gzip
+import itertools
 import lzma
 import math
 
@@ -87,7 +88,9 @@ def tokenizer_file(tmp_path):
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    tokenizer.train_from_iterator(["lorem ipsum"] * 9, trainers.BpeTrainer(special_tokens=["<|endoftext|>"], initial_alphabet=alphabet))
+    tokenizer.train_from_iterator(
+        ["lorem ipsum"] * 9, trainers.BpeTrainer(special_tokens=["<|endoftext|>"], initial_alphabet=alphabet)
+    )
     tokenizer.save(str(tmp_path / "tokenizer.json"))
     return tmp_path / "tokenizer.json"
 
@@ -102,7 +105,7 @@ def test_tokenizer_file(tokenizer_file):
 
 def test_bad_data_is_named(tmp_path):
     encoder = Encoder(None)
-    with pytest.raises(FileNotFoundError, match="data path .*nowhere does not exist"):
+    with pytest.raises(FileNotFoundError, match=r"data path .*nowhere does not exist"):
         load_corpus([tmp_path / "nowhere"], [], encoder)
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="data must hold at least one file"):
@@ -145,7 +148,7 @@ def test_ngram_losses_by_brute_force():
     train, held_out = rng.integers(5, size=400).astype(np.int32), rng.integers(6, size=50).astype(np.int32)
     contexts, targets = held_out[:-1], held_out[1:]
     unigram, bigram = ngram_losses(train, targets, contexts, vocab=6)
-    pairs = list(zip(train[:-1], train[1:]))
+    pairs = list(itertools.pairwise(train))
     expected_unigram, expected_bigram = [], []
     for a, b in zip(contexts, targets):
         p = ((train == b).sum() + 1) / (400 + 6)

@@ -74,7 +74,9 @@ def test_bad_sampling_settings_are_named(model, kwargs, message):
 
 def test_command_line_continues_a_prompt_of_a_run(tmp_path, capsys):
     (tmp_path / "text.txt").write_text("all work and no play " * 200)
-    run = train(TrainConfig(data=(tmp_path / "text.txt",), out=tmp_path / "run", steps=3, seq_len=32, batch_size=2, sample_tokens=0))
+    run = train(
+        TrainConfig(data=(tmp_path / "text.txt",), out=tmp_path / "run", steps=3, seq_len=32, batch_size=2, sample_tokens=0)
+    )
     capsys.readouterr()
     flags = ["--prompt", "all work", "--max-new-tokens", "9", "--seed", "3", "--top-k", "20", "--top-p", "0.9"]
     assert main(["generate", str(run.folder), *flags]) == 0

@@ -62,7 +62,13 @@ def test_forty_steps_are_twenty_and_resume_and_twenty(corpus, tmp_path):
 
 def test_ctrl_c_saves_and_says_how_to_resume(corpus, tmp_path):
     arguments = ["--data", str(corpus), "--out", str(tmp_path / "run"), "--steps", "2000", "--seq-len", "64", "--batch-size", "2"]
-    command = [sys.executable, "-c", "import sys; from sisa_model.cli import main; sys.exit(main(sys.argv[1:]))", "train", *arguments]
+    command = [
+        sys.executable,
+        "-c",
+        "import sys; from sisa_model.cli import main; sys.exit(main(sys.argv[1:]))",
+        "train",
+        *arguments,
+    ]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     log = tmp_path / "run" / "train.jsonl"
     deadline = time.time() + 120
@@ -181,7 +187,9 @@ def test_a_loss_that_is_not_finite_stops_before_the_step(corpus, tmp_path, monke
 
     train(config(corpus, tmp_path / "good", stop_at=3, save_every=3))
     monkeypatch.setattr(LanguageModel, "forward", forward)
-    with pytest.raises(FloatingPointError, match=r"the loss must be finite, got nan .* at step 4, on blocks \[\d+, \d+, \d+, \d+\]"):
+    with pytest.raises(
+        FloatingPointError, match=r"the loss must be finite, got nan .* at step 4, on blocks \[\d+, \d+, \d+, \d+\]"
+    ):
         train(config(corpus, tmp_path / "bad", save_every=3))
     assert len(losses(tmp_path / "bad")) == 3
     good, bad = (load_file(tmp_path / name / "checkpoints" / "step-00000003" / "model.safetensors") for name in ("good", "bad"))

@@ -15,7 +15,7 @@ from .compare import CompareConfig, compare
 from .generate import check_sampling, generate
 from .model import LanguageModel, count_parameters
 from .presets import preset_config, presets
-from .train import TrainConfig, find_device, read_encoder, train
+from .train import TrainConfig, find_device, newest_weights, read_encoder, train
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,7 +23,7 @@ class GenerateConfig:
     """Continue a prompt with a model that `sisa train` made."""
 
     run: tyro.conf.Positional[Path]
-    """Run folder of `sisa train`."""
+    """Run folder of `sisa train`; of an unfinished run, its newest checkpoint is used."""
     prompt: str = ""
     """Text to continue. Default: the start of a document."""
     max_new_tokens: int = 200
@@ -53,7 +53,7 @@ def run_generate(config: GenerateConfig) -> None:
     check_sampling(config.max_new_tokens, config.temperature, config.top_k, config.top_p)
     device = find_device(config.device)
     encoder = read_encoder(config.run)
-    model = load(config.run / "final", device)
+    model = load(newest_weights(config.run), device)
     prompt = encoder.encode([config.prompt])[:-1].tolist() if config.prompt else []
     ids = torch.tensor([[encoder.end_of_text, *prompt]], device=device)
     generator = torch.Generator(device).manual_seed(config.seed)
@@ -83,7 +83,7 @@ RUNNERS: dict[type, Any] = {TrainConfig: train, CompareConfig: compare, Generate
 
 
 def main(args: list[str] | None = None) -> int:
-    """Run the command line; returns 0, or 1 after one line that says which argument, file or disk was at fault."""
+    """Run the command line; returns 0, or 1 after one line saying which argument, file or disk was at fault."""
     description = "Exact SISA attention: train, compare and sample its models."
     plain = (tyro.conf.FlagCreatePairsOff,)
     config: Any = tyro.extras.subcommand_cli_from_dict(COMMANDS, prog="sisa", description=description, args=args, config=plain)
@@ -92,4 +92,6 @@ def main(args: list[str] | None = None) -> int:
     except (ValueError, TypeError, OSError, FloatingPointError) as error:
         print(f"sisa: error: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        return 130
     return 0

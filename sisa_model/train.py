@@ -506,6 +506,16 @@ def _checkpoints(folder: Path) -> list[Path]:
     return sorted((folder / "checkpoints").glob("step-*"))
 
 
+def newest_weights(folder: Path) -> Path:
+    """The folder of a run's final weights, or of its newest checkpoint; FileNotFoundError if it has neither."""
+    found = [*_checkpoints(folder), folder / "final"]
+    if not found[-1].is_dir():
+        found.pop()
+    if not found:
+        raise FileNotFoundError(f"{folder} holds no final weights and no checkpoint")
+    return found[-1]
+
+
 def _free_folder(wanted: Path) -> Path:
     taken = 1
     folder = wanted

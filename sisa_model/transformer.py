@@ -21,7 +21,9 @@ class TransformerAttention(nn.Module):
 
     def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
         q, k, v = (t.unflatten(-1, (-1, self.head_dim)) for t in self.proj(x))
-        cos, sin = (table[:, None].to(q.dtype) for table in rotary)
-        q, k, v = (t.transpose(1, 2) for t in (rotate(q, cos, sin), rotate(k, cos, sin), v))
+        cos, sin = (table[:, None] for table in rotary)
+        # Rotated in fp32 whatever the compute dtype, as SISA's operator does.
+        q, k = (rotate(t, cos, sin).to(t.dtype) for t in (q, k))
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
         return self.W_O(y.transpose(1, 2).flatten(2))

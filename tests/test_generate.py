@@ -1,5 +1,7 @@
 """Generation and the command line around it."""
 
+import shutil
+
 import pytest
 import torch
 
@@ -84,6 +86,12 @@ def test_command_line_continues_a_prompt_of_a_run(tmp_path, capsys):
     assert first.startswith("all work")
     assert main(["generate", str(run.folder), *flags]) == 0
     assert capsys.readouterr().out == first
+    shutil.move(run.folder / "final", tmp_path / "elsewhere")
+    assert main(["generate", str(run.folder), *flags]) == 0
+    assert capsys.readouterr().out == first, "the newest checkpoint serves as well"
+    shutil.rmtree(run.folder / "checkpoints")
+    assert main(["generate", str(run.folder)]) == 1
+    assert "holds no final weights and no checkpoint" in capsys.readouterr().err
     assert main(["generate", str(tmp_path)]) == 1
     assert "is not a run folder of sisa train" in capsys.readouterr().err
     assert main(["generate", str(run.folder), "--top-p", "0"]) == 1

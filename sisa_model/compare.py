@@ -29,7 +29,7 @@ class CompareConfig:
     """A `tokenizers` JSON file. Default: bytes."""
     out: Path = Path("runs/compare")
     """Folder to make: one run folder a preset and seed, compare.png, table.md, results.json."""
-    steps: int = 2000
+    steps: int = 2500
     """Optimizer steps of each run."""
     seq_len: int = 128
     """Tokens a sequence."""
@@ -37,7 +37,7 @@ class CompareConfig:
     """Text sequences a step; each task adds its own."""
     lr: float | None = None
     """Peak learning rate. Default: the presets'."""
-    val_every: int = 100
+    val_every: int = 50
     """Steps between evaluations."""
     device: str = "auto"
     """cpu, cuda, cuda:1 ...; auto: a GPU if there is one."""

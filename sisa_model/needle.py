@@ -1,7 +1,7 @@
 """Retrieval tasks that a tiny model can learn: random needles in real text, and associative recall.
 
 Both use two pools of 16 rare tokens at the end of the vocabulary, keys and values, so that an answer can only come from the
-sequence itself, and only by its key: guessing among the values in sight is the level called chance.
+sequence itself. Guessing among the values that the sequence leaves open is the level called chance.
 """
 
 from dataclasses import dataclass
@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 POOL = 16
-NEEDLES = 4
 RECALL_KEYS = 4
 RECALL_LENGTH = 64
 DEPTHS = 4  # accuracy is reported by quarter of the sequence, first to last
@@ -37,33 +36,32 @@ def _pairs(rng: np.random.Generator, count: int, keys: int, end_of_text: int) ->
     return end_of_text - 2 * POOL + key, end_of_text - POOL + value
 
 
-def _sample(tokens: np.ndarray, ask: np.ndarray, place: np.ndarray, values_in_sight: np.ndarray) -> Sample:
+def _sample(tokens: np.ndarray, ask: np.ndarray, place: np.ndarray, chance: float) -> Sample:
     """Score the successor of each token where ``ask`` [B, L + 1] is true; ``place`` [B, L + 1] is where its pair stood."""
     stream, asked = torch.from_numpy(tokens.astype(np.int64)), torch.from_numpy(ask[:, :-1])
     targets = stream[:, 1:].masked_fill(~asked, IGNORE)
-    chance = float((1 / values_in_sight[ask]).mean())
     return Sample(stream[:, :-1], targets, torch.from_numpy(place[:, :-1].copy())[asked], chance)
 
 
 def needle(text: np.ndarray, end_of_text: int, seq_len: int, count: int, rng: np.random.Generator) -> Sample:
-    """Four keys with their values in a stretch of real text, one in each quarter; one of the keys is asked at the end.
+    """A random key with its random value, hidden at a random depth of real text; the key is asked at the end.
 
-    RULER's multi-key needle with random keys and values; each quarter is asked equally often.
+    One needle a text, so its kind gives it away; keeping several apart by their keys is what :func:`recall` asks. Measured: with
+    four needles and one asked, a tiny model stays at one in four for 1,000 steps, and its few answers drown the text's gradient.
     """
     length = seq_len - 1
     starts = rng.integers(len(text) - seq_len, size=count)
     tokens = text[starts[:, None] + np.arange(seq_len + 1)]
-    key, value = _pairs(rng, count, NEEDLES, end_of_text)
-    quarter = length // NEEDLES
-    position = rng.integers(quarter - 1, size=(count, NEEDLES)) + quarter * np.arange(NEEDLES)
+    key, value = _pairs(rng, count, 1, end_of_text)
+    # Stratified: every batch covers every depth.
+    depth = (rng.permutation(count)[:, None] + rng.random((count, 1))) / count
+    position = (depth * (length - 1)).astype(np.int64)
     np.put_along_axis(tokens, position, key, 1)
     np.put_along_axis(tokens, position + 1, value, 1)
-    chosen = rng.permutation(count)[:, None] % NEEDLES
-    key, value, position = (np.take_along_axis(x, chosen, 1) for x in (key, value, position))
     tokens[:, length:] = np.concatenate((key, value), 1)
     ask = np.zeros(tokens.shape, bool)
     ask[:, length] = True
-    return _sample(tokens, ask, np.broadcast_to(position / (NEEDLES * quarter), tokens.shape), np.full(tokens.shape, NEEDLES))
+    return _sample(tokens, ask, np.broadcast_to(depth, tokens.shape), 1 / POOL)
 
 
 def recall(text: np.ndarray, end_of_text: int, seq_len: int, count: int, rng: np.random.Generator) -> Sample:
@@ -76,10 +74,10 @@ def recall(text: np.ndarray, end_of_text: int, seq_len: int, count: int, rng: np
     pick = rng.integers(RECALL_KEYS, size=(count, pairs))
     tokens = np.stack([np.take_along_axis(x, pick, 1) for x in (key, value)], 2).reshape(count, -1)
     latest = np.where(np.tril(pick[:, :, None] == pick[:, None, :], -1), np.arange(pairs), -1).max(-1)
-    ask, place, in_sight = (np.zeros(tokens.shape, dtype) for dtype in (bool, float, int))
+    ask, place = np.zeros(tokens.shape, bool), np.zeros(tokens.shape)
     ask[:, ::2], place[:, ::2] = latest >= 0, latest / pairs
-    in_sight[:, ::2] = np.cumsum(latest < 0, 1)
-    return _sample(tokens, ask, place, in_sight)
+    values_in_sight = np.cumsum(latest < 0, 1)
+    return _sample(tokens, ask, place, float((1 / values_in_sight[latest >= 0]).mean()))
 
 
 TASKS = {"needle": needle, "recall": recall}

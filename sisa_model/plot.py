@@ -66,7 +66,7 @@ def plot_compare(path: Path, runs: dict[str, list[Rows]], title: str) -> None:
     figure, axes = plt.subplots(2, 2, figsize=(10, 7))
     panels = (
         (axes[0, 0], "loss", "held-out loss, nats a token"),
-        (axes[0, 1], "needle_accuracy", "needle accuracy (4 random keys in text, one asked)"),
+        (axes[0, 1], "needle_accuracy", "needle accuracy (random key and value in text)"),
         (axes[1, 0], "recall_accuracy", "associative recall accuracy (4 keys)"),
     )
     for number, (name, seeds) in enumerate(runs.items()):
@@ -85,7 +85,7 @@ def plot_compare(path: Path, runs: dict[str, list[Rows]], title: str) -> None:
         axis.set(xlabel="step", title=label)
         if field != "loss":
             chance = next(iter(runs.values()))[0][0][field.replace("accuracy", "chance")]
-            axis.axhline(chance, color="0.4", ls=":", lw=1, label="chance among the values in sight")
+            axis.axhline(chance, color="0.4", ls=":", lw=1, label="chance")
             axis.set_ylim(-0.03, 1.03)
     quarters = [f"{math.floor(100 * d / DEPTHS)}-{math.floor(100 * (d + 1) / DEPTHS)} %" for d in range(DEPTHS)]
     axes[1, 1].set_xticks(range(DEPTHS), quarters)

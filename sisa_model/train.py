@@ -41,7 +41,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "152m": _PAPER,
     "369m": {**_PAPER, "lr": 3e-4},
 }
-TASK_BATCH = {"needle": 8, "recall": 32}  # sequences a step of each retrieval task in the mix
+TASK_BATCH = 16  # sequences a step of each retrieval task in the mix
 TASK_EVAL = 256  # sequences a retrieval accuracy is measured on: 256 needles, about 7,000 recalls
 T = TypeVar("T")
 KEEP = 2  # checkpoints that stay
@@ -363,7 +363,7 @@ class _Run:
         ids = self.train_blocks.ids(step * self.batch_size, self.batch_size)
         groups = [self.train_blocks.take(ids)]
         for number, task in enumerate(self.config.tasks):
-            sample = self._sample(task, TASK_BATCH[task], [self.config.seed, number, step])
+            sample = self._sample(task, TASK_BATCH, [self.config.seed, number, step])
             groups.append((sample.inputs, sample.targets))
         return ids, groups
 

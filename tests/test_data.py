@@ -10,7 +10,7 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
 from sisa_model.data import Blocks, Encoder, documents, load_corpus, ngram_losses, read_text, standard_library
-from sisa_model.needle import DEPTHS, IGNORE, NEEDLES, POOL, needle, recall
+from sisa_model.needle import DEPTHS, IGNORE, POOL, needle, recall
 
 
 def write_files(folder, count, repeat=40):
@@ -159,23 +159,21 @@ def test_ngram_losses_by_brute_force():
     assert bigram == pytest.approx(np.mean(expected_bigram))
 
 
-def test_needle_asks_one_of_four_random_keys_at_every_depth():
+def test_needle_hides_a_random_pair_at_every_depth():
     text, end = np.arange(5000, dtype=np.int32) % 100, 256
-    sample = needle(text, end, 65, 40, np.random.default_rng(0))
-    assert sample.inputs.shape == sample.targets.shape == (40, 65)
+    sample = needle(text, end, 64, 40, np.random.default_rng(0))
+    assert sample.inputs.shape == sample.targets.shape == (40, 64)
     assert (sample.targets != IGNORE).sum(1).tolist() == [1] * 40
-    assert sample.chance == 0.25
+    assert sample.chance == 1 / POOL
     for row, target, place in zip(sample.inputs.tolist(), sample.targets.tolist(), sample.place.tolist()):
-        keys = [token for token in row[:-1] if end - 2 * POOL <= token < end - POOL]
-        values = [row[row.index(key) + 1] for key in keys]
-        assert len(set(keys)) == len(set(values)) == NEEDLES
-        assert all(end - POOL <= value < end for value in values)
-        assert dict(zip(keys, values))[row[-1]] == target[-1]
-        assert row.index(row[-1]) == round(place * 64)
+        key, value = row[-1], target[-1]
+        assert end - 2 * POOL <= key < end - POOL <= value < end
+        assert row.index(key) == int(place * 62)
+        assert row[row.index(key) + 1] == value
     assert np.bincount((sample.place * DEPTHS).long()).tolist() == [10] * DEPTHS
-    again = needle(text, end, 65, 40, np.random.default_rng(0))
+    again = needle(text, end, 64, 40, np.random.default_rng(0))
     assert (again.inputs == sample.inputs).all()
-    assert (needle(text, end, 65, 40, np.random.default_rng(1)).inputs != sample.inputs).any()
+    assert (needle(text, end, 64, 40, np.random.default_rng(1)).inputs != sample.inputs).any()
 
 
 def test_recall_asks_every_recurrence_and_only_those():

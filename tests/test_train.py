@@ -98,7 +98,7 @@ def test_a_run_folder_holds_the_whole_record(corpus, tmp_path, capsys):
     val = read_rows(result.folder / "val.jsonl")
     assert [row["step"] for row in val] == [0, 3, 6]
     assert {"lam", "half_life", "g_range", "clamped"} <= val[-1]["layers"][1].keys()
-    assert val[-1]["needle_chance"] == 0.25
+    assert val[-1]["needle_chance"] == 1 / 16
     assert [p.name for p in (result.folder / "checkpoints").iterdir()] == ["step-00000006"]
     assert (result.folder / "loss.png").read_bytes().startswith(b"\x89PNG")
     assert f"held-out loss {result.val_loss:.3f} nats a token; a unigram model {result.unigram:.3f}" in capsys.readouterr().out

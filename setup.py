@@ -58,7 +58,7 @@ def extension() -> dict:
     module = CppExtension(
         "sisa_kernels._C",
         ["csrc/sisa.cpp", "csrc/cpu/augment.cpp"],
-        depends=["csrc/sisa.h", "csrc/augment_math.h"],
+        depends=["csrc/sisa.h", "csrc/augment_math.h", "csrc/cpu/vector.h"],
         extra_compile_args=[*flags, *(f'-D{name}="{value}"' for name, value in record.items())],
         extra_link_args=["-fopenmp"],
         optional=True,

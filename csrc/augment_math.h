@@ -1,4 +1,7 @@
-// The arithmetic of one token of the augmentation, for host and device. T is float, double or a vector of floats.
+// The arithmetic of the augmentation, for host and device. T is float or a vector of floats.
+//
+// Channels rotate in interleaved pairs (2n, 2n + 1). What is done to a channel x needs its partner in the pair, the cosine of the
+// pair's phase, and its sine with the sign of the channel: -sin for the even one, +sin for the odd one.
 #pragma once
 
 #include <cmath>
@@ -14,38 +17,22 @@ namespace sisa {
 constexpr double kTwoPi = 6.283185307179586476925;
 constexpr double kLowestLogDecay = -1e3;  // exp of it is 0 in fp64; as in reference.py
 
-// The interleaved channels (2n, 2n + 1).
-template <class T>
-struct Pair {
-  T x0, x1;
-};
-
-template <class T>
-SISA_INLINE Pair<T> operator*(T factor, Pair<T> x) {
-  return {factor * x.x0, factor * x.x1};
-}
-
 // R(phase) x
 template <class T>
-SISA_INLINE Pair<T> rotate(Pair<T> x, T cos, T sin) {
-  return {x.x0 * cos - x.x1 * sin, x.x0 * sin + x.x1 * cos};
+SISA_INLINE T rotate(T x, T partner, T cos, T signed_sin) {
+  return x * cos + partner * signed_sin;
 }
 
 // R(-phase) x
 template <class T>
-SISA_INLINE Pair<T> unrotate(Pair<T> x, T cos, T sin) {
-  return {x.x0 * cos + x.x1 * sin, x.x1 * cos - x.x0 * sin};
+SISA_INLINE T unrotate(T x, T partner, T cos, T signed_sin) {
+  return x * cos - partner * signed_sin;
 }
 
-// At u = e^x R(phase) c with du = dL/du: the pair's share of dL/dx, and its dL/dphase.
+// At u = e^x R(phase) c with du = dL/du: dL/dphase of the pair, in the even channel.
 template <class T>
-SISA_INLINE T d_exponent(Pair<T> du, Pair<T> u) {
-  return du.x0 * u.x0 + du.x1 * u.x1;
-}
-
-template <class T>
-SISA_INLINE T d_phase(Pair<T> du, Pair<T> u) {
-  return u.x0 * du.x1 - u.x1 * du.x0;
+SISA_INLINE T d_phase(T u, T u_partner, T du, T du_partner) {
+  return u * du_partner - u_partner * du;
 }
 
 // The phase modulo 2 pi, in [-pi, pi]: what a running sum carries so that it keeps its digits at any length.
@@ -53,7 +40,7 @@ SISA_INLINE double wrap(double phase) {
   return phase - kTwoPi * rint(phase * (1 / kTwoPi));
 }
 
-// Comparisons below are written so that a NaN passes through.
+// These two let a NaN through.
 SISA_INLINE double bounded_log_decay(double x) {
   return x < kLowestLogDecay ? kLowestLogDecay : x;
 }

@@ -4,12 +4,10 @@
 // the pieces in two passes (each piece's own sums, then their prefix), so that pieces run in parallel whatever the batch. How it
 // is cut depends on the length and the segments alone: the result is the same bits for any number of threads.
 //
-// Within a piece, a token's rows (all heads) pass through buffers in the first-level cache as fp32, where the arithmetic is
-// vectorised over heads and channels together. The sums of decay and phase are fp64.
+// Within a piece each token is taken with all its heads, whose rows usually lie side by side. Arithmetic is fp32 in registers
+// between the inputs and the results, but for the sums of decay and phase and of their gradients, which are fp64.
 
 #include <ATen/Parallel.h>
-#include <ATen/cpu/vec/functional.h>
-#include <ATen/cpu/vec/vec.h>
 
 #include <algorithm>
 #include <cstdlib>
@@ -22,23 +20,20 @@
 
 #include "../augment_math.h"
 #include "../sisa.h"
+#include "vector.h"
 
 namespace sisa::cpu {
 
 namespace {
 
-using Vec = at::vec::Vectorized<float>;
-constexpr int64_t V = Vec::size();
 constexpr int64_t kPiece = 32;
 
-// ---- Rows -------------------------------------------------------------------------------------------------------------------
-
-// Zeroed scratch, aligned to cache lines and padded so that loops may run over its end by two vectors of floats.
+// Zeroed scratch, aligned to cache lines and padded so that vector loops may run over its end.
 template <class T>
 class Buffer {
  public:
   explicit Buffer(int64_t size) {
-    const size_t bytes = (size * sizeof(T) + 2 * V * sizeof(float) + 63) / 64 * 64;
+    const size_t bytes = (size * sizeof(T) + 2 * sizeof(Vec) + 63) / 64 * 64;
     data_.reset(static_cast<T*>(std::aligned_alloc(64, bytes)));
     if (!data_) throw std::bad_alloc();
     std::memset(data_.get(), 0, bytes);
@@ -52,165 +47,126 @@ class Buffer {
   std::unique_ptr<T[], Free> data_;
 };
 
-template <class T>
-void widen(const T* in, int64_t n, float* out) {
-  using at::vec::Vectorized;
-  for (int64_t i = 0; i < n; i += 2 * V) {
-    const auto raw = n - i < 2 * V ? Vectorized<T>::loadu(in + i, n - i) : Vectorized<T>::loadu(in + i);
-    const auto [lo, hi] = at::vec::convert_to_float<T>(raw);
-    lo.store(out + i);
-    hi.store(out + i + V);
-  }
-}
+// ---- A token's rows, one a head ------------------------------------------------------------------------------------------------
 
-template <>
-void widen(const float* in, int64_t n, float* out) {
-  std::memcpy(out, in, n * sizeof(float));
-}
-
-template <class T>
-void narrow(const float* in, int64_t n, T* out) {
-  for (int64_t i = 0; i < n; i += 2 * V) {
-    const auto raw = at::vec::convert_from_float<T>(Vec::loadu(in + i), Vec::loadu(in + i + V));
-    if (n - i < 2 * V) {
-      raw.store(out + i, n - i);
-    } else {
-      raw.store(out + i);
-    }
-  }
-}
-
-template <>
-void narrow(const float* in, int64_t n, float* out) {
-  std::memcpy(out, in, n * sizeof(float));
-}
+// A row a head; the channels lie side by side.
+struct Row {
+  void* data;
+  DType dtype;
+  int64_t head;
+};
 
 template <class F>
 void with_type(DType dtype, F f) {
   switch (dtype) {
-    case DType::float32: return f(static_cast<float*>(nullptr));
-    case DType::bfloat16: return f(static_cast<at::BFloat16*>(nullptr));
-    case DType::float16: return f(static_cast<at::Half*>(nullptr));
+    case DType::float32: return f(std::type_identity<float>());
+    case DType::bfloat16: return f(std::type_identity<at::BFloat16>());
+    case DType::float16: return f(std::type_identity<at::Half>());
   }
 }
 
-// One token's channels [first, first + channels) of every head, packed into out [heads, channels] as fp32.
-void load(const Rows& x, int64_t batch, int64_t token, int64_t heads, int64_t first, int64_t channels, float* out) {
-  with_type(x.dtype, [&, heads, channels](auto* type) mutable {
-    using T = std::remove_pointer_t<decltype(type)>;
-    const T* row = static_cast<const T*>(x.data) + batch * x.batch + token * x.token + first * x.channel;
-    if (x.channel == 1 && x.head == channels) {
-      channels *= heads;
-      heads = 1;
+// The channels from ``first`` on of a token's heads, in place where the last stride is 1, else gathered into scratch.
+Row row(const Rows& x, int64_t batch, int64_t token, int64_t first, int64_t heads, int64_t channels, float* scratch) {
+  Row result{scratch, DType::float32, channels};
+  with_type(x.dtype, [&]<class T>(std::type_identity<T>) {
+    T* in = static_cast<T*>(x.data) + batch * x.batch + token * x.token + first * x.channel;
+    if (x.channel == 1) {
+      result = {in, x.dtype, x.head};
+      return;
     }
     for (int64_t h = 0; h < heads; ++h) {
-      const T* in = row + h * x.head;
-      float* to = out + h * channels;
-      if (x.channel == 1) {
-        widen(in, channels, to);
-      } else {
-        for (int64_t n = 0; n < channels; ++n) to[n] = static_cast<float>(in[n * x.channel]);
-      }
+      for (int64_t n = 0; n < channels; ++n) scratch[h * channels + n] = static_cast<float>(in[h * x.head + n * x.channel]);
     }
+  });
+  return result;
+}
+
+// A result's row: results are contiguous.
+Row row(const Rows& x, int64_t batch, int64_t token, int64_t first) {
+  return row(x, batch, token, first, 0, 0, nullptr);
+}
+
+// An fp32 tensor's row with its heads packed.
+const float* packed(const Rows& x, int64_t batch, int64_t token, int64_t heads, int64_t channels, float* scratch) {
+  const Row r = row(x, batch, token, 0, heads, channels, scratch);
+  const float* in = static_cast<const float*>(r.data);
+  if (r.head == channels || heads == 1) return in;
+  for (int64_t h = 0; h < heads; ++h) std::copy_n(in + h * r.head, channels, scratch + h * channels);
+  return scratch;
+}
+
+template <class F>
+void for_heads(Row in, Row out, int64_t heads, F f) {
+  with_type(in.dtype, [&]<class T>(std::type_identity<T>) {
+    with_type(out.dtype, [&]<class O>(std::type_identity<O>) {
+      for (int64_t h = 0; h < heads; ++h) f(h, static_cast<const T*>(in.data) + h * in.head, static_cast<O*>(out.data) + h * out.head);
+    });
   });
 }
 
-// The reverse of load, into a tensor whose last stride is 1.
-void store(const float* in, const Rows& x, int64_t batch, int64_t token, int64_t heads, int64_t first, int64_t channels) {
-  with_type(x.dtype, [&, heads, channels](auto* type) mutable {
-    using T = std::remove_pointer_t<decltype(type)>;
-    T* row = static_cast<T*>(x.data) + batch * x.batch + token * x.token + first;
-    if (x.head == channels) {
-      channels *= heads;
-      heads = 1;
-    }
-    for (int64_t h = 0; h < heads; ++h) narrow(in + h * channels, channels, row + h * x.head);
+void copy(Row in, Row out, int64_t heads, int64_t channels) {
+  for_heads(in, out, heads, [&](int64_t, const auto* x, auto* y) {
+    for_channels(channels, [&](int64_t i, auto count) { store(load(x + i, count), y + i, count); });
   });
 }
 
-void store_zeros(const Rows& x, int64_t batch, int64_t token, int64_t heads, int64_t first, int64_t channels) {
-  with_type(x.dtype, [&](auto* type) {
-    using T = std::remove_pointer_t<decltype(type)>;
-    T* row = static_cast<T*>(x.data) + batch * x.batch + token * x.token + first;
-    for (int64_t h = 0; h < heads; ++h) std::memset(row + h * x.head, 0, channels * sizeof(T));
+void fill_zeros(Row out, int64_t heads, int64_t channels) {
+  with_type(out.dtype, [&]<class T>(std::type_identity<T>) {
+    for (int64_t h = 0; h < heads; ++h) std::memset(static_cast<T*>(out.data) + h * out.head, 0, channels * sizeof(T));
   });
 }
 
-// ---- Arithmetic on rows of channel pairs, n of them --------------------------------------------------------------------------
+// Cosines and signed sines of each channel (augment_math.h), padded; head h has those at (h / repeat) * stride.
+struct Angles {
+  const float *cos, *sin;
+  int64_t repeat, stride;
 
-Pair<Vec> load_pairs(const float* x) {
-  const auto [x0, x1] = at::vec::deinterleave2(Vec::loadu(x), Vec::loadu(x + V));
-  return {x0, x1};
+  int64_t at(int64_t head) const { return head / repeat * stride; }
+};
+
+template <bool inverse>
+void rotate_rows(Row in, Row out, Angles angles, int64_t heads, int64_t channels) {
+  for_heads(in, out, heads, [&](int64_t h, const auto* x, auto* y) {
+    const float *cos = angles.cos + angles.at(h), *sin = angles.sin + angles.at(h);
+    for_channels(channels, [&](int64_t i, auto count) {
+      const Vec value = load(x + i, count), c = load(cos + i, count), s = load(sin + i, count);
+      store(inverse ? unrotate(value, partners(value), c, s) : rotate(value, partners(value), c, s), y + i, count);
+    });
+  });
 }
 
-void store_pairs(Pair<Vec> x, float* out) {
-  const auto [lo, hi] = at::vec::interleave2(x.x0, x.x1);
-  lo.store(out);
-  hi.store(out + V);
+void augment_rows(Row in, Row out, Angles angles, const float* factors, int64_t heads, int64_t channels) {
+  for_heads(in, out, heads, [&](int64_t h, const auto* x, auto* y) {
+    const float *cos = angles.cos + angles.at(h), *sin = angles.sin + angles.at(h);
+    const Vec factor(factors[h]);
+    for_channels(channels, [&](int64_t i, auto count) {
+      const Vec value = load(x + i, count);
+      store(factor * rotate(value, partners(value), load(cos + i, count), load(sin + i, count)), y + i, count);
+    });
+  });
 }
 
-void rotate_row(float* x, const float* cos, const float* sin, int64_t n) {
-  for (int64_t i = 0; i < n; i += V)
-    store_pairs(rotate(load_pairs(x + 2 * i), Vec::loadu(cos + i), Vec::loadu(sin + i)), x + 2 * i);
-}
-
-void unrotate_row(float* x, const float* cos, const float* sin, int64_t n) {
-  for (int64_t i = 0; i < n; i += V)
-    store_pairs(unrotate(load_pairs(x + 2 * i), Vec::loadu(cos + i), Vec::loadu(sin + i)), x + 2 * i);
-}
-
-void augment_row(float* x, const float* cos, const float* sin, const float* factor, int64_t n) {
-  for (int64_t i = 0; i < n; i += V) {
-    const auto rotated = rotate(load_pairs(x + 2 * i), Vec::loadu(cos + i), Vec::loadu(sin + i));
-    store_pairs(Vec::loadu(factor + i) * rotated, x + 2 * i);
-  }
-}
-
-// x becomes its gradient, given that of factor R(phase) x; the pairs' shares of dL/dexponent and dL/dphase are kept in fp64,
-// since long sums of both follow.
-void augment_row_backward(
-    float* x, const float* dx, const float* cos, const float* sin, const float* factor, int64_t n, double* dexponent, double* dphase) {
-  alignas(64) float part[4][V];
-  for (int64_t i = 0; i < n; i += V) {
-    const Vec c = Vec::loadu(cos + i), s = Vec::loadu(sin + i);
-    const auto u = rotate(load_pairs(x + 2 * i), c, s);
-    const auto du = Vec::loadu(factor + i) * load_pairs(dx + 2 * i);
-    store_pairs(unrotate(du, c, s), x + 2 * i);
-    u.x0.store(part[0]);
-    u.x1.store(part[1]);
-    du.x0.store(part[2]);
-    du.x1.store(part[3]);
-    for (int64_t j = 0; j < V; ++j) {
-      const Pair<double> value{part[0][j], part[1][j]}, derivative{part[2][j], part[3][j]};
-      dexponent[i + j] = d_exponent(derivative, value);
-      dphase[i + j] = d_phase(derivative, value);
-    }
-  }
-}
-
-// Cosines and sines of phases wrapped to [-pi, pi].
-void sincos_row(const float* phase, int64_t n, float* cos, float* sin) {
-  for (int64_t i = 0; i < n; i += V) {
-    const Vec x = Vec::loadu(phase + i);
-#if defined(CPU_CAPABILITY_AVX512)
-    const auto result = Sleef_sincosf16_u10(x);
-    const Vec s = result.x, c = result.y;
-#elif defined(CPU_CAPABILITY_AVX2)
-    const auto result = Sleef_sincosf8_u10(x);
-    const Vec s = result.x, c = result.y;
-#else
-    const Vec s = x.sin(), c = x.cos();
-#endif
-    c.store(cos + i);
-    s.store(sin + i);
-  }
-}
-
-double sum(const double* x, int64_t n) {
-  double total = 0;
-#pragma omp simd reduction(+ : total)
-  for (int64_t i = 0; i < n; ++i) total += x[i];
-  return total;
+// The gradient of augment_rows from x and that of its result; adds each pair's dL/dphase to dphase [heads / repeat, pairs] and
+// returns each head's dL/dexponent.
+void augment_rows_backward(
+    Row x, Row dy, Row dx, Angles angles, const float* factors, int64_t heads, int64_t channels, double* dphase, double* dexponent) {
+  with_type(dy.dtype, [&]<class D>(std::type_identity<D>) {
+    for_heads(x, dx, heads, [&](int64_t h, const auto* in, auto* out) {
+      const D* gradient = static_cast<const D*>(dy.data) + h * dy.head;
+      const float *cos = angles.cos + angles.at(h), *sin = angles.sin + angles.at(h);
+      double* phases = dphase + h / angles.repeat * (channels / 2);
+      const Vec factor(factors[h]);
+      Dot dot;
+      for_channels(channels, [&](int64_t i, auto count) {
+        const Vec value = load(in + i, count), c = load(cos + i, count), s = load(sin + i, count);
+        const Vec u = rotate(value, partners(value), c, s), du = factor * load(gradient + i, count);
+        store(unrotate(du, partners(du), c, s), out + i, count);
+        dot.add(u, du);
+        add_even(d_phase(u, partners(u), du, partners(du)), phases + i / 2);
+      });
+      dexponent[h] = dot.total();
+    });
+  });
 }
 
 // ---- The running sums of decay and phase -------------------------------------------------------------------------------------
@@ -246,7 +202,7 @@ class Scans {
         local_(p.batch * p.length * p.key_heads), base_(p.batch * pieces_ * p.key_heads),
         phase_(p.batch * (pieces_ + 1) * pairs_) {
     for_each_piece(p, pieces_, [&] { return Buffer<float>(std::max(pairs_, p.key_heads)); },
-        [&](float* row, int64_t batch, int64_t n) { sum_piece(batch, pieces[n], n, row); });
+        [&](float* scratch, int64_t batch, int64_t n) { sum_piece(batch, pieces[n], n, scratch); });
     at::parallel_for(0, p.batch * p.key_heads, 1, [&](int64_t lo, int64_t hi) {
       for (int64_t i = lo; i < hi; ++i) chain(pieces, i / p.key_heads, i % p.key_heads);
     });
@@ -258,17 +214,17 @@ class Scans {
 
  private:
   // local() of the piece's tokens, and its sum of theta in the place of the next piece's phase.
-  void sum_piece(int64_t batch, const Piece& piece, int64_t index, float* row) {
+  void sum_piece(int64_t batch, const Piece& piece, int64_t index, float* scratch) {
     double* total = phase(batch, index + 1);
     for (int64_t t = piece.begin; t < piece.end; ++t) {
-      load(p_.log_decay, batch, t, p_.key_heads, 0, 1, row);
+      const float* log_decay = packed(p_.log_decay, batch, t, p_.key_heads, 1, scratch);
       double* here = local(batch, t);
       for (int64_t g = 0; g < p_.key_heads; ++g) {
-        here[g] = bounded_log_decay(row[g]);
+        here[g] = bounded_log_decay(log_decay[g]);
         if (t > piece.begin) here[g] += here[g - p_.key_heads];
       }
-      load(p_.theta, batch, t, p_.key_heads, 0, p_.state_width / 2, row);
-      for (int64_t i = 0; i < pairs_; ++i) total[i] += row[i];
+      const float* theta = packed(p_.theta, batch, t, p_.key_heads, p_.state_width / 2, scratch);
+      for (int64_t i = 0; i < pairs_; ++i) total[i] += theta[i];
     }
   }
 
@@ -295,21 +251,18 @@ class Scans {
   Buffer<double> local_, base_, phase_;
 };
 
-// ---- A thread's work ---------------------------------------------------------------------------------------------------------
+// ---- A thread's work -----------------------------------------------------------------------------------------------------------
 
-// The factors, cosines and sines of one token, expanded to all pairs of its row, and buffers for the rows themselves.
+// The factors, cosines and sines of one token, all heads.
 struct Token {
   const AugmentParams& p;
   const Scans& scans;
-  const int64_t width = p.state_width / 2, query_pairs = p.heads * width, key_pairs = p.key_heads * width;
-  const int64_t half = p.cos.data ? p.head_width / 2 : 0;  // rotary pairs of a head
+  const int64_t pairs = p.state_width / 2, half = p.cos.data ? p.head_width / 2 : 0;  // half: rotary pairs
   int64_t batch = 0, piece = 0;
-  Buffer<float> head_row{p.heads * p.head_width}, state_row{p.heads * p.state_width};
-  Buffer<float> cos_q{query_pairs}, sin_q{query_pairs}, factor_q{query_pairs};
-  Buffer<float> cos_k{key_pairs}, sin_k{key_pairs}, factor_k{key_pairs};
-  Buffer<float> cos_rotary{p.heads * half}, sin_rotary{p.heads * half};
-  Buffer<float> theta{key_pairs}, wrapped{key_pairs};
-  Buffer<double> phase{key_pairs}, exponent{p.key_heads}, growth{p.key_heads};  // exponent: g - m, not clamped
+  Buffer<float> factor_q{p.heads}, factor_k{p.key_heads}, cos{p.key_heads * p.state_width}, sin{p.key_heads * p.state_width};
+  Buffer<float> cos_rotary{2 * half}, sin_rotary{2 * half};
+  Buffer<float> scratch{p.heads * std::max(p.head_width, p.state_width)}, wrapped{p.key_heads * pairs};
+  Buffer<double> phase{p.key_heads * pairs}, exponent{p.key_heads}, growth{p.key_heads};  // exponent: g - m, not clamped
   Buffer<double> scale_q{p.heads}, scale_k{p.key_heads};
 
   Token(const AugmentParams& params, const Scans& sums) : p(params), scans(sums) {
@@ -322,90 +275,109 @@ struct Token {
   void enter(int64_t batch_index, int64_t piece_index, bool forward) {
     batch = batch_index;
     piece = piece_index;
-    std::memcpy(phase, scans.phase(batch, forward ? piece : piece + 1), key_pairs * sizeof(double));
+    std::copy_n(scans.phase(batch, forward ? piece : piece + 1), p.key_heads * pairs, static_cast<double*>(phase));
   }
 
   void forward_to(int64_t token) {
-    load(p.theta, batch, token, p.key_heads, 0, width, theta);
-    for (int64_t i = 0; i < key_pairs; ++i) phase[i] += theta[i];
+    const float* theta = packed(p.theta, batch, token, p.key_heads, pairs, scratch);
+    for (int64_t i = 0; i < p.key_heads * pairs; ++i) phase[i] += theta[i];
     set(token);
   }
 
   void back_to(int64_t token) {
     set(token);
-    load(p.theta, batch, token, p.key_heads, 0, width, theta);
-    for (int64_t i = 0; i < key_pairs; ++i) phase[i] -= theta[i];
+    const float* theta = packed(p.theta, batch, token, p.key_heads, pairs, scratch);
+    for (int64_t i = 0; i < p.key_heads * pairs; ++i) phase[i] -= theta[i];
   }
 
   void set(int64_t token) {
-    for (int64_t i = 0; i < key_pairs; ++i) wrapped[i] = static_cast<float>(phase[i] = wrap(phase[i]));
-    sincos_row(wrapped, key_pairs, cos_k, sin_k);
+    const int64_t n = p.key_heads * pairs;
+    for (int64_t i = 0; i < n; ++i) wrapped[i] = static_cast<float>(phase[i] = wrap(phase[i]));
+    for (int64_t i = 0; i < n; i += V) {
+      Vec c, s;
+      sincos(load(wrapped + i), s, c);
+      expand(c, s, std::min(V, n - i), cos + 2 * i, sin + 2 * i);
+    }
     const double *local = scans.local(batch, token), *base = scans.base(batch, piece);
     for (int64_t g = 0; g < p.key_heads; ++g) growth[g] = clamped(exponent[g] = local[g] + base[g], p.clamp);
     using Double = at::vec::Vectorized<double>;
     for (int64_t g = 0; g < p.key_heads; g += Double::size()) Double::loadu(growth + g).exp().store(growth + g);
-    for (int64_t g = 0, repeat = p.heads / p.key_heads; g < p.key_heads; ++g) {
-      std::fill_n(factor_k + g * width, width, static_cast<float>(scale_k[g] / growth[g]));
-      for (int64_t h = g * repeat; h < (g + 1) * repeat; ++h) {
-        std::fill_n(factor_q + h * width, width, static_cast<float>(scale_q[h] * growth[g]));
-        std::memcpy(cos_q + h * width, cos_k + g * width, width * sizeof(float));
-        std::memcpy(sin_q + h * width, sin_k + g * width, width * sizeof(float));
-      }
+    for (int64_t g = 0; g < p.key_heads; ++g) factor_k[g] = static_cast<float>(scale_k[g] / growth[g]);
+    for (int64_t h = 0, repeat = p.heads / p.key_heads; h < p.heads; ++h) {
+      factor_q[h] = static_cast<float>(scale_q[h] * growth[h / repeat]);
     }
-    for (int64_t h = 0; half > 0 && h < p.heads; ++h) {
-      load(p.cos, 0, token, 1, 0, half, cos_rotary + h * half);
-      load(p.sin, 0, token, 1, 0, half, sin_rotary + h * half);
-    }
+    if (half == 0) return;
+    const float* c = packed(p.cos, 0, token, 1, half, scratch);
+    const float* s = packed(p.sin, 0, token, 1, half, scratch + half);
+    for_channels(half, [&](int64_t i, auto count) {
+      expand(load(c + i, count), load(s + i, count), count, cos_rotary + 2 * i, sin_rotary + 2 * i);
+    });
   }
+
+  // From a pair's cosine and sine to its two channels' cosines and signed sines.
+  static void expand(Vec c, Vec s, int64_t pairs, float* cos, float* sin) {
+    const auto [c_lo, c_hi] = at::vec::interleave2(c, c);
+    const auto [s_lo, s_hi] = at::vec::interleave2(s.neg(), s);
+    store(c_lo, cos), store(s_lo, sin);
+    if (2 * pairs > V) store(c_hi, cos + V), store(s_hi, sin + V);
+  }
+
+  Angles rotary() const { return {cos_rotary, sin_rotary, 1, 0}; }
 };
 
 // A token's queries or keys: what differs between the two.
 struct Side {
   int64_t heads;
   const Rows &head, &state, &augmented;  // q, c, q_aug or k, b, k_aug
-  const float *cos, *sin, *factor;
+  Angles angles;
+  const float* factors;
 };
 
 Side query_side(const Token& x) {
-  return {x.p.heads, x.p.q, x.p.c, x.p.q_aug, x.cos_q, x.sin_q, x.factor_q};
+  return {x.p.heads, x.p.q, x.p.c, x.p.q_aug, {x.cos, x.sin, x.p.heads / x.p.key_heads, x.p.state_width}, x.factor_q};
 }
 
 Side key_side(const Token& x) {
-  return {x.p.key_heads, x.p.k, x.p.b, x.p.k_aug, x.cos_k, x.sin_k, x.factor_k};
+  return {x.p.key_heads, x.p.k, x.p.b, x.p.k_aug, {x.cos, x.sin, 1, x.p.state_width}, x.factor_k};
 }
 
 void write(Token& x, int64_t token, const Side& side) {
   const AugmentParams& p = x.p;
-  load(side.head, x.batch, token, side.heads, 0, p.head_width, x.head_row);
-  rotate_row(x.head_row, x.cos_rotary, x.sin_rotary, side.heads * x.half);
-  store(x.head_row, side.augmented, x.batch, token, side.heads, 0, p.head_width);
-  load(side.state, x.batch, token, side.heads, 0, p.state_width, x.state_row);
-  augment_row(x.state_row, side.cos, side.sin, side.factor, side.heads * x.width);
-  store(x.state_row, side.augmented, x.batch, token, side.heads, p.head_width, p.state_width);
+  const Row head = row(side.head, x.batch, token, 0, side.heads, p.head_width, x.scratch);
+  const Row augmented = row(side.augmented, x.batch, token, 0);
+  if (x.half) {
+    rotate_rows<false>(head, augmented, x.rotary(), side.heads, p.head_width);
+  } else {
+    copy(head, augmented, side.heads, p.head_width);
+  }
+  const Row state = row(side.state, x.batch, token, 0, side.heads, p.state_width, x.scratch);
+  augment_rows(state, row(side.augmented, x.batch, token, p.head_width), side.angles, side.factors, side.heads, p.state_width);
   const int64_t used = p.head_width + p.state_width;
-  if (p.width > used) store_zeros(side.augmented, x.batch, token, side.heads, used, p.width - used);
+  if (p.width > used) fill_zeros(row(side.augmented, x.batch, token, used), side.heads, p.width - used);
 }
 
-// The backward's buffers on top of a token's: the gradients read, and the running sums from the piece's end back.
+// A backward token's sums from the piece's end back, and a second scratch row.
 struct BackwardToken : Token {
-  Buffer<float> gradient{p.heads * p.state_width};
-  Buffer<double> dexponent{query_pairs}, dphase_q{query_pairs}, dphase_k{key_pairs};
-  Buffer<double> row{p.heads}, col{p.key_heads};
+  Buffer<float> scratch_gradient{p.heads * p.state_width};
+  Buffer<double> phase_sums{p.key_heads * pairs}, row{p.heads}, col{p.key_heads};
   using Token::Token;
 };
 
-// Writes the gradients of one side's head and state rows; leaves dL/dexponent of each head and dL/dphase of each pair.
+// Writes the gradients of one side's head and state rows, adds to dphase and returns dexponent as augment_rows_backward.
 void write_backward(
-    BackwardToken& x, int64_t token, const Side& side, const Rows& dhead, const Rows& dstate, double* dexponent, double* dphase) {
+    BackwardToken& x, int64_t token, const Side& side, const Rows& dhead, const Rows& dstate, double* dphase, double* dexponent) {
   const AugmentParams& p = x.p;
-  load(side.augmented, x.batch, token, side.heads, 0, p.head_width, x.head_row);
-  unrotate_row(x.head_row, x.cos_rotary, x.sin_rotary, side.heads * x.half);
-  store(x.head_row, dhead, x.batch, token, side.heads, 0, p.head_width);
-  load(side.augmented, x.batch, token, side.heads, p.head_width, p.state_width, x.gradient);
-  load(side.state, x.batch, token, side.heads, 0, p.state_width, x.state_row);
-  augment_row_backward(x.state_row, x.gradient, side.cos, side.sin, side.factor, side.heads * x.width, x.dexponent, dphase);
-  store(x.state_row, dstate, x.batch, token, side.heads, 0, p.state_width);
-  for (int64_t h = 0; h < side.heads; ++h) dexponent[h] = sum(x.dexponent + h * x.width, x.width);
+  const Row augmented = row(side.augmented, x.batch, token, 0, side.heads, p.head_width, x.scratch);
+  const Row head = row(dhead, x.batch, token, 0);
+  if (x.half) {
+    rotate_rows<true>(augmented, head, x.rotary(), side.heads, p.head_width);
+  } else {
+    copy(augmented, head, side.heads, p.head_width);
+  }
+  const Row gradient = row(side.augmented, x.batch, token, p.head_width, side.heads, p.state_width, x.scratch_gradient);
+  const Row state = row(side.state, x.batch, token, 0, side.heads, p.state_width, x.scratch);
+  augment_rows_backward(
+      state, gradient, row(dstate, x.batch, token, 0), side.angles, side.factors, side.heads, p.state_width, dphase, dexponent);
 }
 
 }  // namespace
@@ -436,10 +408,11 @@ void augment_backward(const AugmentBackwardParams& p) {
     double *decay = decay_sums + (batch * count + n) * G, *phase = phase_sums + (batch * count + n) * pairs;
     double* lam = lam_sums + (batch * count + n) * p.heads;
     x.enter(batch, n, false);
+    std::fill_n(static_cast<double*>(x.phase_sums), pairs, 0.0);
     for (int64_t t = pieces[n].end - 1; t >= pieces[n].begin; --t) {
       x.back_to(t);
-      write_backward(x, t, query_side(x), p.dq, p.dc, x.row, x.dphase_q);
-      write_backward(x, t, key_side(x), p.dk, p.db, x.col, x.dphase_k);
+      write_backward(x, t, query_side(x), p.dq, p.dc, x.phase_sums, x.row);
+      write_backward(x, t, key_side(x), p.dk, p.db, x.phase_sums, x.col);
       double* dg_t = dg + (batch * p.length + t) * G;
       float* dtheta = p.dtheta + (batch * p.length + t) * pairs;
       for (int64_t g = 0; g < G; ++g) {
@@ -447,13 +420,13 @@ void augment_backward(const AugmentBackwardParams& p) {
         for (int64_t h = g * repeat; h < (g + 1) * repeat; ++h) {
           total += x.row[h];
           lam[h] += repeat == 1 ? x.row[h] + x.col[h] : x.row[h];
-          for (int64_t i = 0; i < width; ++i) phase[g * width + i] += x.dphase_q[h * width + i];
         }
         // Where the clamp binds, the exponent does not move with g.
         dg_t[g] = decay[g] += std::abs(x.exponent[g]) <= p.clamp ? total - x.col[g] : 0.0;
       }
-      for (int64_t i = 0; i < pairs; ++i) dtheta[i] = static_cast<float>(phase[i] += x.dphase_k[i]);
+      for (int64_t i = 0; i < pairs; ++i) dtheta[i] = static_cast<float>(x.phase_sums[i]);
     }
+    std::copy_n(static_cast<const double*>(x.phase_sums), pairs, phase);
   });
 
   // The sums of the pieces become what each piece's own sums lack: those of the segment's later pieces, and its flux.

@@ -86,6 +86,17 @@ Row row(const Rows& x, int64_t batch, int64_t token, int64_t first) {
   return row(x, batch, token, first, 0, 0, nullptr);
 }
 
+// Fetches a token's row ahead of use. Too many streams run side by side here for the hardware to follow: without this, a pass over
+// inputs larger than the caches takes more than twice as long.
+template <bool for_writing>
+void prefetch(const Rows& x, int64_t batch, int64_t token, int64_t heads, int64_t channels) {
+  const int64_t size = x.dtype == DType::float32 ? 4 : 2, run = x.head == channels ? heads * channels : channels;
+  const char* data = static_cast<const char*>(x.data) + (batch * x.batch + token * x.token) * size;
+  for (int64_t h = 0; h < heads * channels / run; ++h) {
+    for (int64_t i = 0; i < run * size; i += 64) __builtin_prefetch(data + h * x.head * size + i, for_writing);
+  }
+}
+
 // An fp32 tensor's row with its heads packed.
 const float* packed(const Rows& x, int64_t batch, int64_t token, int64_t heads, int64_t channels, float* scratch) {
   const Row r = row(x, batch, token, 0, heads, channels, scratch);
@@ -343,6 +354,9 @@ Side key_side(const Token& x) {
 
 void write(Token& x, int64_t token, const Side& side) {
   const AugmentParams& p = x.p;
+  prefetch<false>(side.head, x.batch, token + 1, side.heads, p.head_width);
+  prefetch<false>(side.state, x.batch, token + 1, side.heads, p.state_width);
+  prefetch<true>(side.augmented, x.batch, token + 1, side.heads, p.width);
   const Row head = row(side.head, x.batch, token, 0, side.heads, p.head_width, x.scratch);
   const Row augmented = row(side.augmented, x.batch, token, 0);
   if (x.half) {
@@ -367,6 +381,10 @@ struct BackwardToken : Token {
 void write_backward(
     BackwardToken& x, int64_t token, const Side& side, const Rows& dhead, const Rows& dstate, double* dphase, double* dexponent) {
   const AugmentParams& p = x.p;
+  prefetch<false>(side.augmented, x.batch, token - 1, side.heads, p.width);
+  prefetch<false>(side.state, x.batch, token - 1, side.heads, p.state_width);
+  prefetch<true>(dhead, x.batch, token - 1, side.heads, p.head_width);
+  prefetch<true>(dstate, x.batch, token - 1, side.heads, p.state_width);
   const Row augmented = row(side.augmented, x.batch, token, 0, side.heads, p.head_width, x.scratch);
   const Row head = row(dhead, x.batch, token, 0);
   if (x.half) {

@@ -8,7 +8,7 @@ from itertools import repeat
 import torch
 from torch import Tensor
 
-from . import reference
+from . import _extension, reference
 from .checks import Rotary, check_attention
 from .sdpa import sdpa_exact, sdpa_one_call
 
@@ -21,7 +21,7 @@ def backends() -> dict[str, str]:
         "triton": "not part of this version",
         "flash": "available",
         "sdpa": "available",
-        "extension": "not part of this version",
+        "extension": _extension.STATE,
     }
 
 

@@ -52,7 +52,7 @@ def extension() -> dict:
             except Exception as error:
                 say(
                     f"sisa: the extension did not build, the package will run in plain PyTorch: {error}",
-                    'To see why: python setup.py build_ext --inplace',
+                    "To see why: python setup.py build_ext --inplace",
                 )
 
     module = CppExtension(

@@ -102,7 +102,9 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     print(f"torch {torch.__version__}, {args.threads} threads, extension {sk.backends()['extension']}")
     print(f"batch 1, length {args.length}, {args.heads} heads of {args.head_width}; medians of {args.rounds}, in ms")
-    print(f"{'dtype':9} {'Ds':>4} {'error':>8} | fwd+bwd: {'chain':>7} {'fused':>7} {'ratio':>6} | fwd: {'compiled':>8} {'fused':>7} {'ratio':>6}")
+    print(
+        f"{'dtype':9} {'Ds':>4} {'error':>8} | fwd+bwd: {'chain':>7} {'fused':>7} {'ratio':>6} | fwd: {'compiled':>8} {'fused':>7} {'ratio':>6}"
+    )
     for dtype in (torch.float32, torch.bfloat16):
         for state_width in args.state_widths:
             inputs, grads = problem(args.length, args.heads, args.head_width, state_width, dtype)

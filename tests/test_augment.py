@@ -239,7 +239,9 @@ def test_compile_fullgraph(function):
         torch.testing.assert_close(grad, expected, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("function", [sk.augment_qk, lambda *x: (sk.sisa_attention(*x[:2], x[1], *x[2:]),)], ids=["augment", "sdpa"])
+@pytest.mark.parametrize(
+    "function", [sk.augment_qk, lambda *x: (sk.sisa_attention(*x[:2], x[1], *x[2:]),)], ids=["augment", "sdpa"]
+)
 def test_differentiable_once(function):
     inputs = [x.detach().requires_grad_() for x in problem(length=9).inputs]
     (first,) = torch.autograd.grad(function(*inputs)[0].square().sum(), inputs[:1], create_graph=True)

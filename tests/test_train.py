@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import os
 import signal
 import subprocess
 import sys
@@ -14,11 +15,15 @@ import torch
 from conftest import ROOT
 from safetensors.torch import load_file, save_file
 
+import sisa_kernels as sk
 import sisa_model as sm
 from sisa_model.checkpoint import make_folder_atomically, write_atomically
 from sisa_model.cli import main
 from sisa_model.presets import preset_config
 from sisa_model.train import TrainConfig, learning_rate, make_optimizer, read_rows, resolve, train
+
+
+COMMAND = [sys.executable, "-c", "import sys; from sisa_model.cli import main; sys.exit(main(sys.argv[1:]))"]
 
 
 @pytest.fixture(scope="module")
@@ -60,16 +65,24 @@ def test_forty_steps_are_twenty_and_resume_and_twenty(corpus, tmp_path):
     assert [row["step"] for row in read_rows(tmp_path / "b" / "train.jsonl")] == list(range(1, 41))
 
 
+@pytest.mark.skipif(sk.backends()["extension"] != "available", reason=f"the extension is {sk.backends()['extension']}")
+def test_extension_and_plain_pytorch_train_alike(corpus, tmp_path):
+    """Fifty steps with and without the compiled kernels: every step's loss within 1e-4 of the other's, relatively."""
+    for name, extension in (("compiled", "1"), ("plain", "0")):
+        flags = ["--data", str(corpus), "--out", str(tmp_path / name), "--steps", "50", "--seq-len", "64", "--batch-size", "4"]
+        environment = {**os.environ, "SISA_EXTENSION": extension}
+        subprocess.run(
+            [*COMMAND, "train", *flags, "--sample-tokens", "0"], cwd=ROOT, env=environment, check=True, capture_output=True
+        )
+    compiled, plain = losses(tmp_path / "compiled"), losses(tmp_path / "plain")
+    assert len(compiled) == 50
+    assert compiled == pytest.approx(plain, rel=1e-4)
+    assert compiled != plain, "the two runs took the same path"
+
+
 def test_ctrl_c_saves_and_says_how_to_resume(corpus, tmp_path):
     arguments = ["--data", str(corpus), "--out", str(tmp_path / "run"), "--steps", "2000", "--seq-len", "64", "--batch-size", "2"]
-    command = [
-        sys.executable,
-        "-c",
-        "import sys; from sisa_model.cli import main; sys.exit(main(sys.argv[1:]))",
-        "train",
-        *arguments,
-    ]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen([*COMMAND, "train", *arguments], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     log = tmp_path / "run" / "train.jsonl"
     deadline = time.time() + 120
     while len(read_rows(log)) < 3 and time.time() < deadline:

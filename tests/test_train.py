@@ -22,7 +22,6 @@ from sisa_model.cli import main
 from sisa_model.presets import preset_config
 from sisa_model.train import TrainConfig, learning_rate, make_optimizer, read_rows, resolve, train
 
-
 COMMAND = [sys.executable, "-c", "import sys; from sisa_model.cli import main; sys.exit(main(sys.argv[1:]))"]
 
 

@@ -5,7 +5,7 @@ import time
 
 import torch
 
-from . import __version__, backends, reference, sisa_attention
+from . import __version__, _extension, backends, reference, sisa_attention
 
 NAMES = ("q", "k", "v", "b", "c", "log_decay", "theta", "lam")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -58,6 +58,7 @@ def self_check(device: torch.device) -> list[str]:
 
 def main() -> None:
     print(f"sisa_kernels {__version__}   torch {torch.__version__}   Python {platform.python_version()}   {platform.platform()}")
+    print(f"extension: {_extension.STATE}\n{_extension.build_info()}".strip())
     print(f"cpu: {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads")
     devices = [torch.device("cpu")]
     if torch.cuda.is_available():

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import reference
+from . import _extension, reference
+from .augment import refuse_forward_mode
 from .checks import Rotary, check_attention
 from .sdpa import sdpa_exact, sdpa_one_call
 
@@ -21,7 +22,7 @@ def backends() -> dict[str, str]:
         "triton": "not part of this version",
         "flash": "available",
         "sdpa": "available",
-        "extension": "not part of this version",
+        "extension": _extension.STATE,
     }
 
 
@@ -87,6 +88,8 @@ def sisa_attention(
     """
     check_attention(q, k, v, b, c, log_decay, theta, lam, rotary, mode, cu_seqlens)
     path = _choose(backend, mode, q.device)
+    if path != "reference":
+        refuse_forward_mode(q, k, v, b, c, log_decay, theta, lam)
     if path == "reference":
         return reference.sisa_attention(q, k, v, b, c, log_decay, theta, lam, rotary=rotary, mode=mode, cu_seqlens=cu_seqlens)
     if cu_seqlens is None:

@@ -2,14 +2,20 @@
 
 ``Qhat_i = [q_i ; s exp(g_i - m) R(Phi_i) c_i]``, ``Khat_j = [k_j ; s exp(m - g_j) R(Phi_j) b_j]``, ``s = Dh^(1/4) sqrt(lam)``
 (paper, Proposition 1). This file holds the scans and rotations that every path shares, and the paper's own clamped form.
+The ops ``sisa::augment`` and ``sisa::augment_backward`` are compiled on the CPU (csrc/) where the extension is loaded; their
+PyTorch implementation here serves everywhere else, fp64 included.
 """
 
 import math
+from collections.abc import Callable
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
-from .checks import Rotary, check_operands
+from . import _extension
+from .checks import DTYPES, Rotary, check_operands, check_tensor
 from .reference import CLAMP, LOWEST_LOG_DECAY, rotate
 
 
@@ -73,8 +79,62 @@ class _Importance:
         self.cos_q, self.sin_q = to_query_heads(self.cos_k, H), to_query_heads(self.sin_k, H)
 
 
-@torch.library.custom_op("sisa::augment", mutates_args=())
-def augment(
+def _check(
+    q: Tensor, k: Tensor, b: Tensor, c: Tensor, log_decay: Tensor, theta: Tensor, lam: Tensor,
+    cos: Tensor | None, sin: Tensor | None, starts: list[int], clamp: float,
+) -> None:  # fmt: skip
+    """Refuse what csrc/sisa.cpp refuses: every wrong shape, dtype, device or range of a direct call of the ops."""
+    if q.ndim != 4 or 0 in q.shape:
+        raise ValueError(f"q must be [batch, length, heads, channels], each >= 1, got {list(q.shape)}")
+    if k.ndim != 4 or k.shape[2] == 0 or q.shape[2] % k.shape[2]:
+        raise ValueError(f"k must be [batch, length, key heads, channels], its heads a divisor of q's, got {list(k.shape)}")
+    if b.ndim != 4 or b.shape[3] == 0 or b.shape[3] % 2:
+        raise ValueError(f"b must be [batch, length, key heads, Ds] with Ds even and >= 2, got {list(b.shape)}")
+    (B, L, H, Dh), G, Ds = q.shape, k.shape[2], b.shape[3]
+    narrow, wide = (q.dtype,), (torch.float32, torch.float64)
+    tables = (cos, sin) if cos is not None and sin is not None else ()
+    if (cos is None) != (sin is None) or (tables and Dh % 2):
+        raise ValueError(f"cos and sin must be given together, and need an even head width, got q with {Dh} channels")
+    check_tensor("q", q, (B, L, H, Dh), DTYPES, q.device)
+    check_tensor("k", k, (B, L, G, Dh), narrow, q.device)
+    check_tensor("b", b, (B, L, G, Ds), narrow, q.device)
+    check_tensor("c", c, (B, L, H, Ds), narrow, q.device)
+    check_tensor("log_decay", log_decay, (B, L, G), wide, q.device)
+    check_tensor("theta", theta, (B, L, G, Ds // 2), wide, q.device)
+    check_tensor("lam", lam, (H,), wide, q.device)
+    for name, table in zip(("cos", "sin"), tables):
+        check_tensor(name, table, (L, Dh // 2), wide, q.device)
+    if not clamp >= 0:
+        raise ValueError(f"clamp must be >= 0, got {clamp}")
+    if not starts or starts[0] != 0 or any(lo >= hi for lo, hi in zip(starts, [*starts[1:], L])):
+        raise ValueError(f"starts must rise from 0 and stay below the length {L}, got {starts}")
+
+
+def _check_forward(q, k, b, c, log_decay, theta, lam, cos, sin, starts, clamp, width, dtype) -> None:
+    _check(q, k, b, c, log_decay, theta, lam, cos, sin, starts, clamp)
+    if width < q.shape[3] + b.shape[3]:
+        raise ValueError(f"width must be at least Dh + Ds = {q.shape[3] + b.shape[3]}, got {width}")
+    if dtype not in DTYPES:
+        raise TypeError(f"dtype must be one of {', '.join(map(str, DTYPES))}, got {dtype}")
+
+
+def _check_backward(
+    dq_aug, dk_aug, q, k, b, c, log_decay, theta, lam, cos, sin, starts, clamp, decay_flux, phase_flux
+) -> None:  # fmt: skip
+    _check(q, k, b, c, log_decay, theta, lam, cos, sin, starts, clamp)
+    used = q.shape[3] + b.shape[3]
+    if dq_aug.ndim != 4 or dq_aug.shape[3] < used:
+        raise ValueError(f"dq_aug must have at least Dh + Ds = {used} channels, got {list(dq_aug.shape)}")
+    check_tensor("dq_aug", dq_aug, (*q.shape[:3], dq_aug.shape[3]), DTYPES, q.device)
+    check_tensor("dk_aug", dk_aug, (*k.shape[:3], dq_aug.shape[3]), (dq_aug.dtype,), q.device)
+    flux = (q.shape[0], len(starts), k.shape[2])
+    if decay_flux is not None:
+        check_tensor("decay_flux", decay_flux, flux, (torch.float64,), q.device)
+    if phase_flux is not None:
+        check_tensor("phase_flux", phase_flux, (*flux, b.shape[3] // 2), (torch.float64,), q.device)
+
+
+def augment_eager(
     q: Tensor, k: Tensor, b: Tensor, c: Tensor, log_decay: Tensor, theta: Tensor, lam: Tensor,
     cos: Tensor | None, sin: Tensor | None,
     starts: list[int], clamp: float, width: int, dtype: torch.dtype,
@@ -85,6 +145,7 @@ def augment(
     clamped to +-``clamp`` (inf: not clamped); m is a constant of the backward. ``cos`` and ``sin`` are the rotary tables. The
     phase runs on over segments. The other arguments are those of :func:`augment_qk`. Differentiable.
     """
+    _check_forward(q, k, b, c, log_decay, theta, lam, cos, sin, starts, clamp, width, dtype)
     Dh, Ds = q.shape[3], b.shape[3]
     x = _Importance(q, k, log_decay, theta, lam, starts, clamp)
     work = x.cos_k.dtype
@@ -98,24 +159,26 @@ def augment(
     return q_aug, k_aug
 
 
-@augment.register_fake
-def _(q, k, b, c, log_decay, theta, lam, cos, sin, starts, clamp, width, dtype):
+def _augment_fake(q, k, b, c, log_decay, theta, lam, cos, sin, starts, clamp, width, dtype):
+    _check_forward(q, k, b, c, log_decay, theta, lam, cos, sin, starts, clamp, width, dtype)
     return tuple(t.new_empty(*t.shape[:3], width, dtype=dtype) for t in (q, k))
 
 
-@torch.library.custom_op("sisa::augment_backward", mutates_args=())
-def augment_backward(
+def augment_backward_eager(
     dq_aug: Tensor, dk_aug: Tensor,
     q: Tensor, k: Tensor, b: Tensor, c: Tensor, log_decay: Tensor, theta: Tensor, lam: Tensor,
     cos: Tensor | None, sin: Tensor | None,
     starts: list[int], clamp: float, decay_flux: Tensor | None, phase_flux: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of :func:`augment` for q, k, b, c, log_decay, theta and lam (SISA's gradients: dg, dPhi, reverse sums).
+    """Gradients of :func:`augment_eager` for q, k, b, c, log_decay, theta and lam (SISA's gradients: dg, dPhi, reverse sums).
 
     The reverse running sums restart at each segment, so that rounding errors end where they were made. What they carry over
     from later segments is given: ``decay_flux`` [B, segments, G] and ``phase_flux`` [B, segments, G, Ds/2], fp64, are dL/dg and
     dL/dPhi summed over all tokens past the segment (None: no attention across segments, nothing to carry).
     """
+    _check_backward(
+        dq_aug, dk_aug, q, k, b, c, log_decay, theta, lam, cos, sin, starts, clamp, decay_flux, phase_flux
+    )  # fmt: skip
     Dh, Ds, G = q.shape[3], b.shape[3], k.shape[2]
     x = _Importance(q, k, log_decay, theta, lam, starts, clamp)
     work = x.cos_k.dtype
@@ -138,8 +201,12 @@ def augment_backward(
     )  # fmt: skip
 
 
-@augment_backward.register_fake
-def _(dq_aug, dk_aug, q, k, b, c, log_decay, theta, lam, cos, sin, starts, clamp, decay_flux, phase_flux):
+def _augment_backward_fake(
+    dq_aug, dk_aug, q, k, b, c, log_decay, theta, lam, cos, sin, starts, clamp, decay_flux, phase_flux
+):  # fmt: skip
+    _check_backward(
+        dq_aug, dk_aug, q, k, b, c, log_decay, theta, lam, cos, sin, starts, clamp, decay_flux, phase_flux
+    )  # fmt: skip
     return tuple(t.new_empty(t.shape) for t in (q, k, b, c, log_decay, theta, lam))
 
 
@@ -163,7 +230,35 @@ def _backward(ctx, dq_aug, dk_aug):
     return *grads, None, None, None, None, None, None
 
 
-augment.register_autograd(_backward, setup_context=_save)
+def no_second_derivative(ctx, *grads) -> NoReturn:
+    """The backward of the backward ops: an error, where autograd's own answer would be a warning and a wrong gradient."""
+    raise RuntimeError("SISA's operators are differentiable once: no double backward (create_graph=True), nested grad or hessian")
+
+
+_library = torch.library.Library("sisa", "FRAGMENT")
+
+
+def _register(name: str, eager: Callable, fake: Callable, backward: Callable, setup_context: Callable | None) -> Any:
+    """The op sisa::``name``: compiled for the CPU if the extension is loaded, else and on every other device ``eager``."""
+    schema = torch.library.infer_schema(eager, mutates_args=())
+    # The compiled op hands fp64 to sisa::<name>_eager.
+    for op in [f"{name}_eager"] if _extension.LOADED else [name]:
+        _library.define(op + schema, tags=(torch.Tag.pt2_compliant_tag,))
+    for op in {name, f"{name}_eager"} if _extension.LOADED else {name}:
+        _library.impl(op, eager, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"sisa::{name}", fake, lib=_library)
+    torch.library.register_autograd(f"sisa::{name}", backward, setup_context=setup_context, lib=_library)
+    return getattr(torch.ops.sisa, name).default
+
+
+augment = _register("augment", augment_eager, _augment_fake, _backward, _save)
+augment_backward = _register("augment_backward", augment_backward_eager, _augment_backward_fake, no_second_derivative, None)
+
+
+def refuse_forward_mode(*tensors: Tensor) -> None:
+    """An error where PyTorch would take an op without a forward-mode derivative for a constant."""
+    if not torch.compiler.is_compiling() and any(forward_ad.unpack_dual(x).tangent is not None for x in tensors):
+        raise NotImplementedError("SISA's operators have no forward-mode derivative (jvp)")
 
 
 def augment_qk(
@@ -192,5 +287,6 @@ def augment_qk(
         TypeError, ValueError: an argument of the wrong type, shape, dtype, device or range; the message names it.
     """
     check_operands(q, k, b, c, log_decay, theta, lam, rotary)
+    refuse_forward_mode(q, k, b, c, log_decay, theta, lam)
     cos, sin = rotary or (None, None)
     return augment(q, k, b, c, log_decay, theta, lam, cos, sin, [0], CLAMP, q.shape[3] + b.shape[3], q.dtype)

@@ -12,7 +12,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .augment import augment, augment_backward, cumulative_decay, pair_products, segment_middle, to_query_heads, work_dtype
+from .augment import (
+    augment,
+    augment_backward,
+    cumulative_decay,
+    no_second_derivative,
+    pair_products,
+    segment_middle,
+    to_query_heads,
+    work_dtype,
+)
 from .checks import Rotary
 from .reference import CLAMP
 
@@ -230,3 +239,4 @@ def _backward(ctx, dy, _dlse):
 
 
 sdpa_exact.register_autograd(_backward, setup_context=_save)
+sdpa_exact_backward.register_autograd(no_second_derivative)

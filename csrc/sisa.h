@@ -1,0 +1,41 @@
+// Parameters of the kernels: plain data, strides in elements, no torch types, so that every back end can take them.
+#pragma once
+
+#include <cstdint>
+
+namespace sisa {
+
+enum class DType : int32_t { float32, bfloat16, float16 };
+
+// A tensor [batch, length, heads, channels] of any strides (a view of a packed projection, for one). data is null where absent.
+struct Rows {
+  void* data = nullptr;
+  DType dtype = DType::float32;
+  int64_t batch = 0, token = 0, head = 0, channel = 0;
+};
+
+// sisa::augment. In the backward q_aug and k_aug hold the incoming gradients.
+struct AugmentParams {
+  int64_t batch, length, heads, key_heads, head_width, state_width, width;
+  Rows q, k, b, c, log_decay, theta;  // log_decay has one channel, theta state_width / 2
+  Rows cos, sin;                      // rotary tables [length, head_width / 2], one head, batch stride 0
+  const float* lam;                   // [heads]
+  const int64_t* starts;              // [segments], rising from 0
+  int64_t segments;
+  double clamp;
+  Rows q_aug, k_aug;
+};
+
+struct AugmentBackwardParams : AugmentParams {
+  Rows dq, dk, db, dc;
+  float *dlog_decay, *dtheta, *dlam;  // contiguous
+  const double *decay_flux, *phase_flux;  // [batch, segments, key_heads(, state_width / 2)] contiguous, or null
+};
+
+namespace cpu {
+void augment(const AugmentParams& params);
+void augment_backward(const AugmentBackwardParams& params);
+const char* vector_isa();
+}  // namespace cpu
+
+}  // namespace sisa

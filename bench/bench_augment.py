@@ -1,11 +1,10 @@
-"""Speed of the augmentation on the CPU against the chain of PyTorch ops that the paper's authors run (``python bench/bench_augment.py``).
+"""Speed of the augmentation on the CPU against the chain of PyTorch ops that the paper's authors run.
 
 Forward + backward against that chain in eager mode, and forward against the same chain under ``torch.compile``; the variants
 take turns and the ratio is of medians. Each is first checked against the fp64 chain: one that fails it prints no number.
 """
 
 import argparse
-import math
 import statistics
 import time
 from collections.abc import Callable
@@ -90,6 +89,16 @@ def medians(calls: dict[str, Callable[[], object]], rounds: int) -> dict[str, fl
     return {name: statistics.median(series) for name, series in times.items()}
 
 
+def measure(inputs: list[Tensor], grads: list[Tensor], rounds: int) -> str:
+    torch._dynamo.reset()
+    compiled = torch.compile(eager_chain, dynamic=False)
+    both = medians({"chain": lambda: run(eager_chain, inputs, grads), "fused": lambda: run(fused, inputs, grads)}, rounds)
+    forward = medians({"compiled": lambda: run(compiled, inputs, None), "fused": lambda: run(fused, inputs, None)}, rounds)
+    pieces = [f"{both['chain']:8.1f} {both['fused']:7.2f} {both['chain'] / both['fused']:6.1f}"]
+    pieces += [f"{forward['compiled']:8.2f} {forward['fused']:7.2f} {forward['compiled'] / forward['fused']:6.1f}"]
+    return " | ".join(pieces)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--length", type=int, default=2048)
@@ -101,28 +110,17 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     print(f"torch {torch.__version__}, {args.threads} threads, extension {sk.backends()['extension']}")
-    print(f"batch 1, length {args.length}, {args.heads} heads of {args.head_width}; medians of {args.rounds}, in ms")
+    print(f"batch 1, length {args.length}, {args.heads} heads of {args.head_width}; medians of {args.rounds} in ms")
+    print(f"{'':23} | {'forward + backward':^23} | {'forward':^23}")
     print(
-        f"{'dtype':9} {'Ds':>4} {'error':>8} | fwd+bwd: {'chain':>7} {'fused':>7} {'ratio':>6} | fwd: {'compiled':>8} {'fused':>7} {'ratio':>6}"
+        f"{'dtype':9} {'Ds':>4} {'error':>8} | {'chain':>8} {'fused':>7} {'ratio':>6} | {'compiled':>8} {'fused':>7} {'ratio':>6}"
     )
     for dtype in (torch.float32, torch.bfloat16):
         for state_width in args.state_widths:
             inputs, grads = problem(args.length, args.heads, args.head_width, state_width, dtype)
-            head = f"{str(dtype)[6:]:9} {state_width:4}"
             error = worst_error(fused, inputs, grads)
-            if not error < TOLERANCE[dtype]:
-                print(f"{head} {error:8.1e} | wrong, not timed")
-                continue
-            torch._dynamo.reset()
-            compiled = torch.compile(eager_chain, dynamic=False)
-            both = medians({f.__name__: lambda f=f: run(f, inputs, grads) for f in (eager_chain, fused)}, args.rounds)
-            forward = {"compiled": lambda: run(compiled, inputs, None), "fused": lambda: run(fused, inputs, None)}
-            alone = medians(forward, args.rounds)
-            chain, both_fused = both["eager_chain"], both["fused"]
-            print(
-                f"{head} {error:8.1e} |          {chain:7.1f} {both_fused:7.2f} {chain / both_fused:6.1f} |"
-                f"      {alone['compiled']:8.2f} {alone['fused']:7.2f} {alone['compiled'] / alone['fused']:6.1f}"
-            )
+            line = measure(inputs, grads, args.rounds) if error < TOLERANCE[dtype] else "wrong, not timed"
+            print(f"{str(dtype)[6:]:9} {state_width:4} {error:8.1e} | {line}", flush=True)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from . import _extension, reference
+from .augment import refuse_forward_mode
 from .checks import Rotary, check_attention
 from .sdpa import sdpa_exact, sdpa_one_call
 
@@ -87,6 +88,8 @@ def sisa_attention(
     """
     check_attention(q, k, v, b, c, log_decay, theta, lam, rotary, mode, cu_seqlens)
     path = _choose(backend, mode, q.device)
+    if path != "reference":
+        refuse_forward_mode(q, k, v, b, c, log_decay, theta, lam)
     if path == "reference":
         return reference.sisa_attention(q, k, v, b, c, log_decay, theta, lam, rotary=rotary, mode=mode, cu_seqlens=cu_seqlens)
     if cu_seqlens is None:

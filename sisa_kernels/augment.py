@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from . import _extension
 from .checks import DTYPES, Rotary, check_operands, check_tensor
@@ -254,6 +255,12 @@ augment = _register("augment", augment_eager, _augment_fake, _backward, _save)
 augment_backward = _register("augment_backward", augment_backward_eager, _augment_backward_fake, no_second_derivative, None)
 
 
+def refuse_forward_mode(*tensors: Tensor) -> None:
+    """An error where PyTorch would take an op without a forward-mode derivative for a constant."""
+    if not torch.compiler.is_compiling() and any(forward_ad.unpack_dual(x).tangent is not None for x in tensors):
+        raise NotImplementedError("SISA's operators have no forward-mode derivative (jvp)")
+
+
 def augment_qk(
     q: Tensor, k: Tensor, b: Tensor, c: Tensor, log_decay: Tensor, theta: Tensor, lam: Tensor, *, rotary: Rotary | None = None
 ) -> tuple[Tensor, Tensor]:
@@ -280,5 +287,6 @@ def augment_qk(
         TypeError, ValueError: an argument of the wrong type, shape, dtype, device or range; the message names it.
     """
     check_operands(q, k, b, c, log_decay, theta, lam, rotary)
+    refuse_forward_mode(q, k, b, c, log_decay, theta, lam)
     cos, sin = rotary or (None, None)
     return augment(q, k, b, c, log_decay, theta, lam, cos, sin, [0], CLAMP, q.shape[3] + b.shape[3], q.dtype)

@@ -127,6 +127,7 @@ CASES = {
     "odd head width, rotation off": dict(widths=(5, 2), rotary=False),
     "wide state": dict(widths=(64, 128), length=100),
     "contiguous": dict(packed=False),
+    "past the caches": dict(length=3000, batch=1, heads=(12, 12), widths=(64, 32)),
     "large steps": dict(step=50.0),
 }
 
@@ -149,7 +150,7 @@ def test_result_dtype_is_independent_of_the_inputs(dtype, out):
 def test_any_strides():
     p = problem(length=63)
     transposed = [x.transpose(1, -1).contiguous().transpose(1, -1) for x in p.inputs[:6]]
-    expanded = transposed[:3] + [transposed[3][:, :, :1].expand_as(transposed[3])] + transposed[4:]
+    expanded = [*transposed[:3], transposed[3][:, :, :1].expand_as(transposed[3]), *transposed[4:]]
     strided = p._replace(
         inputs=[*expanded, torch.stack((p.inputs[6], p.inputs[6]), 1)[:, 0]],
         rotary=[table.T.contiguous().T for table in p.rotary],
@@ -249,6 +250,22 @@ def test_differentiable_once(function):
         torch.autograd.grad(first.sum(), inputs[1:2])
 
 
+@pytest.mark.parametrize("dtype", [FP32, torch.float64], ids=str)
+@pytest.mark.parametrize(
+    "function", [sk.augment_qk, lambda *x: (sk.sisa_attention(*x[:2], x[1], *x[2:]),)], ids=["augment", "sdpa"]
+)
+def test_no_transform_gives_a_wrong_gradient(function, dtype):
+    q, *others = [x.to(dtype) for x in problem(length=9).inputs]
+
+    def loss(x):
+        return function(x, *others)[0].square().sum()
+
+    with pytest.raises(NotImplementedError, match="jvp"):
+        torch.func.jvp(loss, (q,), (q,))
+    with pytest.raises(RuntimeError, match="functorch"):
+        torch.func.grad(loss)(q)
+
+
 WRONG = {
     "q": [("q", lambda x: x[0]), ("q", lambda x: x[:, :0]), ("q", lambda x: x.int())],
     "k": [("k", lambda x: x[0]), ("k", lambda x: x[:, :, :3]), ("k", lambda x: x.half()), ("k", lambda x: x[..., :8])],
@@ -259,7 +276,7 @@ WRONG = {
     "lam": [("lam", lambda x: x[:1]), ("lam", lambda x: x[None])],
     "cos": [("cos", lambda x: None), ("cos", lambda x: x[:3])],
     "sin": [("sin", lambda x: x[:, :3]), ("sin", lambda x: x.half())],
-    "starts": [("starts", lambda x: bad) for bad in ([], [1], [0, 0], [0, 5, 3], [0, 9], [0, -1])],
+    "starts": [("starts", lambda x, bad=bad: bad) for bad in ([], [1], [0, 0], [0, 5, 3], [0, 9], [0, -1])],
     "clamp": [("clamp", lambda x: -1.0), ("clamp", lambda x: math.nan)],
 }
 FORWARD = ("q", "k", "b", "c", "log_decay", "theta", "lam", "cos", "sin", "starts", "clamp", "width", "dtype")

@@ -26,7 +26,8 @@ namespace sisa::cpu {
 
 namespace {
 
-constexpr int64_t kPiece = 32;
+constexpr int64_t kPiece = 32;               // tokens
+constexpr int64_t kStreamedBytes = 4 << 20;  // of a result, about a core's second-level cache and more
 
 // Zeroed scratch, aligned to cache lines and padded so that vector loops may run over its end.
 template <class T>
@@ -54,6 +55,7 @@ struct Row {
   void* data;
   DType dtype;
   int64_t head;
+  bool streamed = false;  // a result to be written past the caches
 };
 
 template <class F>
@@ -81,19 +83,27 @@ Row row(const Rows& x, int64_t batch, int64_t token, int64_t first, int64_t head
   return result;
 }
 
-// A result's row: results are contiguous.
-Row row(const Rows& x, int64_t batch, int64_t token, int64_t first) {
-  return row(x, batch, token, first, 0, 0, nullptr);
+int64_t size_of(DType dtype) {
+  return dtype == DType::float32 ? 4 : 2;
+}
+
+// A result's row; results are contiguous. Those too large to stay in the caches are written past them, where the rows are whole
+// cache lines: fetching the lines to be overwritten would take as long as writing them.
+Row result(const AugmentParams& p, const Rows& x, int64_t batch, int64_t token, int64_t first, int64_t heads, int64_t channels) {
+  Row r = row(x, batch, token, first, heads, channels, nullptr);
+  const int64_t size = size_of(x.dtype);
+  const bool whole_lines = (reinterpret_cast<uintptr_t>(r.data) | (r.head * size) | (channels * size)) % 64 == 0;
+  r.streamed = whole_lines && p.batch * p.length * heads * channels * size >= kStreamedBytes;
+  return r;
 }
 
 // Fetches a token's row ahead of use. Too many streams run side by side here for the hardware to follow: without this, a pass over
 // inputs larger than the caches takes more than twice as long.
-template <bool for_writing>
 void prefetch(const Rows& x, int64_t batch, int64_t token, int64_t heads, int64_t channels) {
-  const int64_t size = x.dtype == DType::float32 ? 4 : 2, run = x.head == channels ? heads * channels : channels;
+  const int64_t size = size_of(x.dtype), run = x.head == channels ? heads * channels : channels;
   const char* data = static_cast<const char*>(x.data) + (batch * x.batch + token * x.token) * size;
   for (int64_t h = 0; h < heads * channels / run; ++h) {
-    for (int64_t i = 0; i < run * size; i += 64) __builtin_prefetch(data + h * x.head * size + i, for_writing);
+    for (int64_t i = 0; i < run * size; i += 64) __builtin_prefetch(data + h * x.head * size + i);
   }
 }
 
@@ -110,14 +120,15 @@ template <class F>
 void for_heads(Row in, Row out, int64_t heads, F f) {
   with_type(in.dtype, [&]<class T>(std::type_identity<T>) {
     with_type(out.dtype, [&]<class O>(std::type_identity<O>) {
-      for (int64_t h = 0; h < heads; ++h) f(h, static_cast<const T*>(in.data) + h * in.head, static_cast<O*>(out.data) + h * out.head);
+      for (int64_t h = 0; h < heads; ++h)
+        f(h, static_cast<const T*>(in.data) + h * in.head, static_cast<O*>(out.data) + h * out.head);
     });
   });
 }
 
 void copy(Row in, Row out, int64_t heads, int64_t channels) {
   for_heads(in, out, heads, [&](int64_t, const auto* x, auto* y) {
-    for_channels(channels, [&](int64_t i, auto count) { store(load(x + i, count), y + i, count); });
+    for_channels(channels, [&](int64_t i, auto count) { store(load(x + i, count), y + i, count, out.streamed); });
   });
 }
 
@@ -141,7 +152,7 @@ void rotate_rows(Row in, Row out, Angles angles, int64_t heads, int64_t channels
     const float *cos = angles.cos + angles.at(h), *sin = angles.sin + angles.at(h);
     for_channels(channels, [&](int64_t i, auto count) {
       const Vec value = load(x + i, count), c = load(cos + i, count), s = load(sin + i, count);
-      store(inverse ? unrotate(value, partners(value), c, s) : rotate(value, partners(value), c, s), y + i, count);
+      store(inverse ? unrotate(value, partners(value), c, s) : rotate(value, partners(value), c, s), y + i, count, out.streamed);
     });
   });
 }
@@ -152,7 +163,7 @@ void augment_rows(Row in, Row out, Angles angles, const float* factors, int64_t 
     const Vec factor(factors[h]);
     for_channels(channels, [&](int64_t i, auto count) {
       const Vec value = load(x + i, count);
-      store(factor * rotate(value, partners(value), load(cos + i, count), load(sin + i, count)), y + i, count);
+      store(factor * rotate(value, partners(value), load(cos + i, count), load(sin + i, count)), y + i, count, out.streamed);
     });
   });
 }
@@ -160,7 +171,8 @@ void augment_rows(Row in, Row out, Angles angles, const float* factors, int64_t 
 // The gradient of augment_rows from x and that of its result; adds each pair's dL/dphase to dphase [heads / repeat, pairs] and
 // returns each head's dL/dexponent.
 void augment_rows_backward(
-    Row x, Row dy, Row dx, Angles angles, const float* factors, int64_t heads, int64_t channels, double* dphase, double* dexponent) {
+    Row x, Row dy, Row dx, Angles angles, const float* factors, int64_t heads, int64_t channels, double* dphase,
+    double* dexponent) {
   with_type(dy.dtype, [&]<class D>(std::type_identity<D>) {
     for_heads(x, dx, heads, [&](int64_t h, const auto* in, auto* out) {
       const D* gradient = static_cast<const D*>(dy.data) + h * dy.head;
@@ -171,7 +183,7 @@ void augment_rows_backward(
       for_channels(channels, [&](int64_t i, auto count) {
         const Vec value = load(in + i, count), c = load(cos + i, count), s = load(sin + i, count);
         const Vec u = rotate(value, partners(value), c, s), du = factor * load(gradient + i, count);
-        store(unrotate(du, partners(du), c, s), out + i, count);
+        store(unrotate(du, partners(du), c, s), out + i, count, dx.streamed);
         dot.add(u, du);
         add_even(d_phase(u, partners(u), du, partners(du)), phases + i / 2);
       });
@@ -201,6 +213,7 @@ void for_each_piece(const AugmentParams& p, int64_t pieces, Scratch scratch, Wor
   at::parallel_for(0, p.batch * pieces, 1, [&](int64_t lo, int64_t hi) {
     auto buffers = scratch();
     for (int64_t i = lo; i < hi; ++i) work(buffers, i / pieces, i % pieces);
+    fence();
   });
 }
 
@@ -354,20 +367,20 @@ Side key_side(const Token& x) {
 
 void write(Token& x, int64_t token, const Side& side) {
   const AugmentParams& p = x.p;
-  prefetch<false>(side.head, x.batch, token + 1, side.heads, p.head_width);
-  prefetch<false>(side.state, x.batch, token + 1, side.heads, p.state_width);
-  prefetch<true>(side.augmented, x.batch, token + 1, side.heads, p.width);
+  prefetch(side.head, x.batch, token + 1, side.heads, p.head_width);
+  prefetch(side.state, x.batch, token + 1, side.heads, p.state_width);
   const Row head = row(side.head, x.batch, token, 0, side.heads, p.head_width, x.scratch);
-  const Row augmented = row(side.augmented, x.batch, token, 0);
+  const Row augmented = result(p, side.augmented, x.batch, token, 0, side.heads, p.head_width);
   if (x.half) {
     rotate_rows<false>(head, augmented, x.rotary(), side.heads, p.head_width);
   } else {
     copy(head, augmented, side.heads, p.head_width);
   }
   const Row state = row(side.state, x.batch, token, 0, side.heads, p.state_width, x.scratch);
-  augment_rows(state, row(side.augmented, x.batch, token, p.head_width), side.angles, side.factors, side.heads, p.state_width);
-  const int64_t used = p.head_width + p.state_width;
-  if (p.width > used) fill_zeros(row(side.augmented, x.batch, token, used), side.heads, p.width - used);
+  const Row augmented_state = result(p, side.augmented, x.batch, token, p.head_width, side.heads, p.state_width);
+  augment_rows(state, augmented_state, side.angles, side.factors, side.heads, p.state_width);
+  const int64_t used = p.head_width + p.state_width, rest = p.width - used;
+  if (rest > 0) fill_zeros(result(p, side.augmented, x.batch, token, used, side.heads, rest), side.heads, rest);
 }
 
 // A backward token's sums from the piece's end back, and a second scratch row.
@@ -381,12 +394,10 @@ struct BackwardToken : Token {
 void write_backward(
     BackwardToken& x, int64_t token, const Side& side, const Rows& dhead, const Rows& dstate, double* dphase, double* dexponent) {
   const AugmentParams& p = x.p;
-  prefetch<false>(side.augmented, x.batch, token - 1, side.heads, p.width);
-  prefetch<false>(side.state, x.batch, token - 1, side.heads, p.state_width);
-  prefetch<true>(dhead, x.batch, token - 1, side.heads, p.head_width);
-  prefetch<true>(dstate, x.batch, token - 1, side.heads, p.state_width);
+  prefetch(side.augmented, x.batch, token - 1, side.heads, p.width);
+  prefetch(side.state, x.batch, token - 1, side.heads, p.state_width);
   const Row augmented = row(side.augmented, x.batch, token, 0, side.heads, p.head_width, x.scratch);
-  const Row head = row(dhead, x.batch, token, 0);
+  const Row head = result(p, dhead, x.batch, token, 0, side.heads, p.head_width);
   if (x.half) {
     rotate_rows<true>(augmented, head, x.rotary(), side.heads, p.head_width);
   } else {
@@ -394,8 +405,9 @@ void write_backward(
   }
   const Row gradient = row(side.augmented, x.batch, token, p.head_width, side.heads, p.state_width, x.scratch_gradient);
   const Row state = row(side.state, x.batch, token, 0, side.heads, p.state_width, x.scratch);
+  const Row dstate_row = result(p, dstate, x.batch, token, 0, side.heads, p.state_width);
   augment_rows_backward(
-      state, gradient, row(dstate, x.batch, token, 0), side.angles, side.factors, side.heads, p.state_width, dphase, dexponent);
+      state, gradient, dstate_row, side.angles, side.factors, side.heads, p.state_width, dphase, dexponent);
 }
 
 }  // namespace

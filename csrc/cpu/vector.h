@@ -51,6 +51,36 @@ inline void store(Vec x, at::Half* out) {
 #endif
 }
 
+// A store past the caches, to an address aligned to V elements; fence() before another thread may read it.
+template <class T>
+void stream(Vec x, T* out) {
+#if defined(CPU_CAPABILITY_AVX512)
+  alignas(64) T whole[V];
+  store(x, whole);
+  if constexpr (sizeof(T) == 4) {
+    _mm512_stream_si512(reinterpret_cast<__m512i*>(out), _mm512_load_si512(whole));
+  } else {
+    _mm256_stream_si256(reinterpret_cast<__m256i*>(out), _mm256_load_si256(reinterpret_cast<const __m256i*>(whole)));
+  }
+#elif defined(CPU_CAPABILITY_AVX2)
+  alignas(32) T whole[V];
+  store(x, whole);
+  if constexpr (sizeof(T) == 4) {
+    _mm256_stream_si256(reinterpret_cast<__m256i*>(out), _mm256_load_si256(reinterpret_cast<const __m256i*>(whole)));
+  } else {
+    _mm_stream_si128(reinterpret_cast<__m128i*>(out), _mm_load_si128(reinterpret_cast<const __m128i*>(whole)));
+  }
+#else
+  store(x, out);
+#endif
+}
+
+inline void fence() {
+#if defined(CPU_CAPABILITY_AVX512) || defined(CPU_CAPABILITY_AVX2)
+  _mm_sfence();
+#endif
+}
+
 // The first count < V of them; the rest are zero.
 template <class T>
 Vec load(const T* in, int64_t count) {
@@ -60,7 +90,7 @@ Vec load(const T* in, int64_t count) {
 }
 
 template <class T>
-void store(Vec x, T* out, int64_t count) {
+void store(Vec x, T* out, int64_t count, bool /*streamed*/) {
   T whole[V];
   store(x, whole);
   std::memcpy(out, whole, count * sizeof(T));
@@ -74,8 +104,12 @@ Vec load(const T* in, Whole) {
 }
 
 template <class T>
-void store(Vec x, T* out, Whole) {
-  store(x, out);
+void store(Vec x, T* out, Whole, bool streamed) {
+  if (streamed) {
+    stream(x, out);
+  } else {
+    store(x, out);
+  }
 }
 
 // Calls body(offset, count) over n channels: V at a time with a count of Whole, then the rest.

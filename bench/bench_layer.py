@@ -70,9 +70,8 @@ def main() -> None:
         memory = {p: peak_mib(lambda m=m: step(m, x, dy, rotary)) for p, m in layers.items()}
         for preset in layers:
             speed, space = times[BASELINE] / times[preset], memory[preset] / memory[BASELINE]
-            print(
-                f"L {length:5} {preset:18} {times[preset]:8.1f} ms  speed {speed:.3f}x   peak {memory[preset]:6.1f} MiB  {space:.3f}x"
-            )
+            time = f"{times[preset]:8.1f} ms  speed {speed:.3f}x"
+            print(f"L {length:5} {preset:18} {time}   peak {memory[preset]:6.1f} MiB  {space:.3f}x")
             if args.profile:
                 with profile(activities=[ProfilerActivity.CPU]) as trace:
                     step(layers[preset], x, dy, rotary)

@@ -88,10 +88,9 @@ def sisa_attention(
     """
     check_attention(q, k, v, b, c, log_decay, theta, lam, rotary, mode, cu_seqlens)
     path = _choose(backend, mode, q.device)
-    if path != "reference":
-        refuse_forward_mode(q, k, v, b, c, log_decay, theta, lam)
     if path == "reference":
         return reference.sisa_attention(q, k, v, b, c, log_decay, theta, lam, rotary=rotary, mode=mode, cu_seqlens=cu_seqlens)
+    refuse_forward_mode(q, k, v, b, c, log_decay, theta, lam)
     if cu_seqlens is None:
         return _document(path, mode, q, k, v, b, c, log_decay, theta, lam, rotary)
     lengths = cu_seqlens.diff().tolist()

@@ -295,3 +295,18 @@ def test_health_reports_what_the_layers_compute():
 def test_model_is_a_plain_module():
     assert isinstance(tiny(), LanguageModel)
     assert isinstance(tiny(), torch.nn.Module)
+
+
+@pytest.mark.parametrize("preset", ["sisa-tiny-ds16", "transformer-tiny"])
+def test_models_compile_whole(preset):
+    """torch.compile(fullgraph=True) gives the eager loss and gradients."""
+    torch._dynamo.reset()
+    model, ids = tiny(preset), tokens()
+    compiled = torch.compile(model, fullgraph=True)
+    results = []
+    for forward in (model, compiled):
+        model.zero_grad()
+        loss = forward(ids).logsumexp(-1).mean()
+        loss.backward()
+        results.append([loss.detach(), *(p.grad.clone() for p in model.parameters())])
+    torch.testing.assert_close(results[0], results[1], rtol=1e-3, atol=1e-5)

@@ -105,6 +105,13 @@ class Corpus:
     val: np.ndarray
     split: str
 
+    def fingerprint(self) -> str:
+        """A hash of the tokens and of how they are split."""
+        digest = hashlib.sha256(len(self.train).to_bytes(8, "big"))
+        for tokens in (self.train, self.val):
+            digest.update(tokens.tobytes())
+        return digest.hexdigest()
+
 
 def load_corpus(data: list[Path], val_data: list[Path], encoder: Encoder) -> Corpus:
     """Read, split and encode a corpus; no ``data`` means the Python standard library.

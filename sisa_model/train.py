@@ -114,9 +114,17 @@ class TrainConfig:
 RESUME_MAY_CHANGE = {"device", "stop_at", "resume", "out"}  # all else would make it another run
 
 
+def _absolute(config: TrainConfig) -> TrainConfig:
+    """With absolute paths to the data, so that a run resumes from any working folder."""
+    data, val_data = (tuple(path.absolute() for path in paths) for paths in (config.data, config.val_data))
+    tokenizer = None if config.tokenizer is None else config.tokenizer.absolute()
+    return dataclasses.replace(config, data=data, val_data=val_data, tokenizer=tokenizer)
+
+
 def resolve(config: TrainConfig) -> TrainConfig:
     """Fill in the preset's values and check every field; ValueError names the first bad one."""
     preset_config(config.preset)
+    config = _absolute(config)
     defaults = DEFAULTS[config.preset.split("-")[1]]
     config = dataclasses.replace(config, **{name: value for name, value in defaults.items() if getattr(config, name) is None})
     if config.micro_batch_size is not None and config.batch_size is not None:
@@ -264,6 +272,7 @@ def _resumed(config: TrainConfig) -> TrainConfig:
     saved = json.loads(path.read_text(encoding="utf-8"))["train"]
     saved = {f.name: _from_json(f, saved[f.name]) for f in dataclasses.fields(TrainConfig)}
     default = TrainConfig()
+    config = _absolute(config)
     for name, value in saved.items():
         given = getattr(config, name)
         if name not in RESUME_MAY_CHANGE and given != getattr(default, name) and given != value:
@@ -294,7 +303,7 @@ class _Run:
 
         self.encoder = Encoder(config.tokenizer)
         corpus = load_corpus([*config.data], [*config.val_data], self.encoder)
-        self.split = corpus.split
+        self.split, self.fingerprint = corpus.split, corpus.fingerprint()
         self.train_tokens, self.val_tokens = corpus.train, corpus.val
         self.train_blocks = Blocks(corpus.train, self.seq_len, config.seed, "training")
         val_blocks = Blocks(corpus.val, self.seq_len, 0, "held-out")
@@ -331,7 +340,8 @@ class _Run:
         else:
             self.folder.mkdir(parents=True)
             model = dataclasses.asdict(self.model.config)
-            record = {"train": dataclasses.asdict(config), "model": model, "split": self.split, "versions": versions()}
+            corpus = {"split": self.split, "sha256": self.fingerprint}
+            record = {"train": dataclasses.asdict(config), "model": model, "corpus": corpus, "versions": versions()}
             write_json(self.folder / "run.json", json.loads(json.dumps(record, default=str)))
         self.log = RunLog(self.folder, self.step)
         print(f"{config.preset}: {count_parameters(self.model):,} parameters on {self.device}, run folder {self.folder}")
@@ -468,6 +478,9 @@ class _Run:
         print(f"a sample at temperature 0.8 ({self.folder / 'sample.txt'}):\n{text}\n")
 
     def _restore(self) -> None:
+        known = json.loads((self.folder / "run.json").read_text(encoding="utf-8"))["corpus"]["sha256"]
+        if known != self.fingerprint:
+            raise ValueError(f"data must be what the run in {self.folder} began with, but its tokens have changed since")
         found = _checkpoints(self.folder)
         if not found:
             raise FileNotFoundError(f"no checkpoint to resume from in {self.folder / 'checkpoints'}")

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -104,7 +105,7 @@ def test_a_run_folder_holds_the_whole_record(corpus, tmp_path, capsys):
     assert record["train"]["lr"] == 3e-3
     assert record["model"] == dataclasses.asdict(sm.load(result.folder / "final").config)
     assert {"sisa", "commit", "torch", "python"} <= record["versions"].keys()
-    assert "held out" in record["split"]
+    assert "held out" in record["corpus"]["split"]
     row = read_rows(result.folder / "train.jsonl")[-1]
     assert {"step", "loss", "lr", "grad_norm", "tokens", "tokens_per_s", "needle_loss"} <= row.keys()
     val = read_rows(result.folder / "val.jsonl")
@@ -286,6 +287,11 @@ def test_an_existing_run_is_not_overwritten_nor_silently_changed(corpus, tmp_pat
         train(config(corpus, tmp_path / "run"))
     with pytest.raises(ValueError, match=r"lr must stay 0.003, as the run in .* has it, got 0.1"):
         train(TrainConfig(out=tmp_path / "run", resume=True, lr=0.1))
+    copy = shutil.copytree(corpus, tmp_path / "copy")
+    train(config(copy, tmp_path / "other", stop_at=2))
+    (copy / "0.txt").write_text("another text")
+    with pytest.raises(ValueError, match=r"data must be what the run in .*other began with"):
+        train(TrainConfig(out=tmp_path / "other", resume=True))
     with pytest.raises(FileNotFoundError, match="no run to resume"):
         train(TrainConfig(out=tmp_path / "none", resume=True))
     with pytest.raises(ValueError, match="resume needs out"):

@@ -65,7 +65,7 @@ def sisa_attention(
         v: values [B, L, G, Dv] in q's dtype.
         b: importance keys [B, L, G, Ds] in q's dtype, Ds even.
         c: importance queries [B, L, H, Ds] in q's dtype.
-        log_decay: natural log of the decay, [B, L, G] fp32, finite and <= 0.
+        log_decay: natural log of the decay, [B, L, G] fp32, <= 0 (-inf: the token forgets all before it).
         theta: phase steps in radians, [B, L, G, Ds/2] fp32.
         lam: weight of the importance term, [H] fp32, > 0.
         rotary: (cos, sin) of the positions, each [L, Dh/2] fp32, applied to q and k inside (interleaved pairs, indexed by the
@@ -91,6 +91,14 @@ def sisa_attention(
     if path == "reference":
         return reference.sisa_attention(q, k, v, b, c, log_decay, theta, lam, rotary=rotary, mode=mode, cu_seqlens=cu_seqlens)
     refuse_forward_mode(q, k, v, b, c, log_decay, theta, lam)
+    if torch.is_autocast_enabled(q.device.type):
+        # Autocast reaches into the paths and would run their fp32 products in half precision.
+        with torch.autocast(q.device.type, enabled=False):
+            return _documents(path, mode, q, k, v, b, c, log_decay, theta, lam, rotary, cu_seqlens)
+    return _documents(path, mode, q, k, v, b, c, log_decay, theta, lam, rotary, cu_seqlens)
+
+
+def _documents(path: str, mode: str, q, k, v, b, c, log_decay, theta, lam, rotary, cu_seqlens) -> Tensor:
     if cu_seqlens is None:
         return _document(path, mode, q, k, v, b, c, log_decay, theta, lam, rotary)
     lengths = cu_seqlens.diff().tolist()

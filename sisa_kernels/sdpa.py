@@ -106,11 +106,11 @@ def sdpa_one_call(
     dtype = work_dtype(q) if q.device.type == "cpu" else q.dtype
     clamp = CLAMP
     if mode == "exact":
-        clamp, limit = math.inf, ONE_CALL_RANGE[q.dtype]
+        clamp, limit = math.inf, ONE_CALL_RANGE[dtype]
         fall = -cumulative_decay(log_decay.detach())[:, -1].min().item()
         if fall > limit:
             raise ValueError(
-                f"backend 'flash' is one call, exact in {q.dtype} while log_decay sums to at least {-limit:g}, got {-fall:.4g}; "
+                f"backend 'flash' is one call, exact in {dtype} while log_decay sums to at least {-limit:g}, got {-fall:.4g}; "
                 "use backend 'sdpa'"
             )
     width = max(q.shape[3] + b.shape[3], v.shape[3])

@@ -12,7 +12,7 @@ from .checkpoint import write_json, write_text
 from .needle import TASKS
 from .plot import Rows, plot_compare
 from .presets import preset_config
-from .train import TrainConfig, read_rows, train
+from .train import TrainConfig, read_rows, require_same_run, train
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,10 +64,12 @@ def compare(config: CompareConfig) -> Path:
     for seed in config.seeds:
         for preset in config.presets:
             folder = config.out / f"{preset}-seed{seed}"
-            if (folder / "final").is_dir():
-                continue
-            identity: dict[str, Any] = {"preset": preset, "seed": seed, "out": folder, "resume": folder.exists()}
-            if not train(TrainConfig(tasks=tuple(TASKS), sample_tokens=0, **identity, **settings)).finished:
+            begun = (folder / "run.json").is_file()
+            identity: dict[str, Any] = {"preset": preset, "seed": seed, "out": folder, "resume": begun}
+            run = TrainConfig(tasks=tuple(TASKS), sample_tokens=0, **identity, **settings)
+            if begun and (folder / "final").is_dir():
+                require_same_run(run)
+            elif not train(run).finished:
                 print(f"stopped; continue the comparison with: sisa compare --out {config.out} --resume (and the same flags)")
                 return config.out
     folders = {preset: [config.out / f"{preset}-seed{seed}" for seed in config.seeds] for preset in config.presets}

@@ -76,6 +76,9 @@ class ModelConfig:
                 )
             require("backend", self.backend == "auto", "left at 'auto' for a transformer, which runs on stock attention")
         else:
+            if self.lam == "zero":
+                require("mode", self.mode == "exact", "left at 'exact' with lam 'zero', which has no importance term")
+                require("backend", self.backend == "auto", "left at 'auto' with lam 'zero', which runs on stock attention")
             require("d_state", self.d_state >= 2 and self.d_state % 2 == 0, "even and at least 2")
         if not self.d_ff:
             object.__setattr__(self, "d_ff", matched_d_ff(self))

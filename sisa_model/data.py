@@ -3,7 +3,9 @@
 import gzip
 import hashlib
 import lzma
+import math
 import sysconfig
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,13 +29,14 @@ def standard_library() -> list[Path]:
 
 
 def find_files(paths: list[Path]) -> list[Path]:
-    """The files of ``paths``, folders searched through (hidden files skipped); ValueError/FileNotFoundError if there are none."""
+    """The files of ``paths`` and, but for hidden ones, of the folders among them; FileNotFoundError or ValueError for none."""
     files: list[Path] = []
     for path in paths:
         if not path.exists():
             raise FileNotFoundError(f"data path {path} does not exist")
         if path.is_dir():
-            files += sorted(p for p in path.rglob("*") if p.is_file() and not p.name.startswith("."))
+            found = (p for p in path.rglob("*") if not any(part.startswith(".") for part in p.relative_to(path).parts))
+            files += sorted(p for p in found if p.is_file())
         else:
             files.append(path)
     if not files:
@@ -46,7 +49,7 @@ def read_text(path: Path) -> str:
     try:
         with OPENERS.get(path.suffix, open)(path, "rt", encoding="utf-8") as file:
             return file.read()
-    except (UnicodeDecodeError, EOFError, gzip.BadGzipFile, lzma.LZMAError) as error:
+    except (UnicodeDecodeError, EOFError, gzip.BadGzipFile, lzma.LZMAError, zlib.error) as error:
         raise ValueError(f"{path} is not a UTF-8 text file: {error}") from error
 
 
@@ -78,7 +81,10 @@ class Encoder:
         end = self.tokenizer.token_to_id(END_OF_TEXT)
         if end is None:
             raise ValueError(f"tokenizer {path} must have a token {END_OF_TEXT}")
-        self.size, self.end_of_text = self.tokenizer.get_vocab_size(), end
+        # What a published file sets for inference would cut documents and fill them up.
+        self.tokenizer.no_truncation()
+        self.tokenizer.no_padding()
+        self.size, self.end_of_text = max(self.tokenizer.get_vocab().values()) + 1, end
 
     def encode(self, texts: list[str]) -> np.ndarray:
         """Token ids of the texts in a row, an end-of-text token after each, as int32."""
@@ -116,13 +122,14 @@ class Corpus:
 def load_corpus(data: list[Path], val_data: list[Path], encoder: Encoder) -> Corpus:
     """Read, split and encode a corpus; no ``data`` means the Python standard library.
 
-    Held out are ``val_data``, or else 5 % by the hash of each file's (of few files, each document's) text, so that equal texts
-    fall on one side; a text of fewer than 20 documents is cut at 95 %. Raises ValueError for an empty corpus.
+    Held out are ``val_data``, or else 5 % of the distinct files (of few files, documents), the first by the hash of their text;
+    no document of theirs stays in training. Fewer than 20 documents are cut at 95 %. Raises ValueError for an empty corpus.
     """
     files = find_files(data) if data else standard_library()
     texts = [text for text in map(read_text, files) if text.strip()]
     if not texts:
-        raise ValueError(f"data holds no text in {len(files)} files, the first {files[0]}")
+        where = ", ".join(map(str, data)) or "the standard library"
+        raise ValueError(f"data holds no text in {len(files)} files: {where}")
     if val_data:
         held_out = [d for path in find_files(val_data) for d in documents(read_text(path))]
         known = set(held_out)
@@ -135,16 +142,13 @@ def load_corpus(data: list[Path], val_data: list[Path], encoder: Encoder) -> Cor
         tokens = encoder.encode(units)
         cut = len(tokens) * (100 - HELD_OUT_PERCENT) // 100
         return Corpus(tokens[:cut], tokens[cut:], f"the last {HELD_OUT_PERCENT} % of {len(units)} {name} held out")
-    sides: tuple[list[str], list[str]] = ([], [])
-    for unit in units:
-        sides[_held_out(unit)].extend(documents(unit))
-    held = sum(map(_held_out, units))
-    return Corpus(encoder.encode(sides[0]), encoder.encode(sides[1]), f"{held} of {len(units)} {name} held out by hash")
-
-
-def _held_out(text: str) -> bool:
-    digest = hashlib.sha256(text.encode()).digest()
-    return int.from_bytes(digest[:4], "big") % 100 < HELD_OUT_PERCENT
+    distinct = sorted({unit.strip() for unit in units}, key=lambda unit: hashlib.sha256(unit.encode()).digest())
+    chosen = set(distinct[: math.ceil(len(distinct) * HELD_OUT_PERCENT / 100)])
+    val = [d for unit in distinct if unit in chosen for d in documents(unit)]
+    known = set(val)
+    train = [d for unit in units if unit.strip() not in chosen for d in documents(unit) if d not in known]
+    split = f"{len(chosen)} of {len(distinct)} distinct {name} held out, the first by hash"
+    return Corpus(encoder.encode(train), encoder.encode(val), split)
 
 
 class Blocks:

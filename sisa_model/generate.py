@@ -51,13 +51,16 @@ def generate(
     check_sampling(max_new_tokens, temperature, top_k, top_p)
     training = model.training
     model.eval()
-    for _ in range(max_new_tokens):
-        logits = model(input_ids[:, -model.config.max_seq_len :])[:, -1].float()
-        if temperature == 0:
-            chosen = logits.argmax(-1, keepdim=True)
-        else:
-            probabilities = filter_logits(logits / temperature, top_k, top_p).softmax(-1)
-            chosen = torch.multinomial(probabilities, 1, generator=generator)
-        input_ids = torch.cat((input_ids, chosen), 1)
-    model.train(training)
+    try:
+        for _ in range(max_new_tokens):
+            logits = model(input_ids[:, -model.config.max_seq_len :])[:, -1].float()
+            if temperature == 0:
+                chosen = logits.argmax(-1, keepdim=True)
+            else:
+                # Relative to the largest logit: a tiny temperature sends the others to -inf and leaves that one at 0.
+                scaled = (logits - logits.amax(-1, keepdim=True)).double() / temperature
+                chosen = torch.multinomial(filter_logits(scaled, top_k, top_p).softmax(-1), 1, generator=generator)
+            input_ids = torch.cat((input_ids, chosen), 1)
+    finally:
+        model.train(training)
     return input_ids

@@ -1,7 +1,7 @@
 """Retrieval tasks that a tiny model can learn: random needles in real text, and associative recall.
 
-Both use two pools of 16 rare tokens at the end of the vocabulary, keys and values, so that an answer can only come from the
-sequence itself. Guessing among the values that the sequence leaves open is the level called chance.
+Both use two pools of 16 tokens below the last of the vocabulary, keys and values: for bytes, values that ASCII text never has.
+An answer can only come from the sequence itself; guessing among the values it leaves open is the level called chance.
 """
 
 from dataclasses import dataclass
@@ -30,10 +30,10 @@ class Sample:
     chance: float
 
 
-def _pairs(rng: np.random.Generator, count: int, keys: int, end_of_text: int) -> tuple[np.ndarray, np.ndarray]:
-    """``count`` sets of distinct keys and of distinct values, [count, keys], from the tokens just below ``end_of_text``."""
+def _pairs(rng: np.random.Generator, count: int, keys: int, top: int) -> tuple[np.ndarray, np.ndarray]:
+    """``count`` sets of distinct keys and of distinct values, [count, keys], from the tokens below ``top``, the last one."""
     key, value = (rng.permuted(np.tile(np.arange(POOL), (count, 1)), axis=1)[:, :keys] for _ in range(2))
-    return end_of_text - 2 * POOL + key, end_of_text - POOL + value
+    return top - 2 * POOL + key, top - POOL + value
 
 
 def _sample(tokens: np.ndarray, ask: np.ndarray, place: np.ndarray, chance: float) -> Sample:
@@ -43,7 +43,7 @@ def _sample(tokens: np.ndarray, ask: np.ndarray, place: np.ndarray, chance: floa
     return Sample(stream[:, :-1], targets, torch.from_numpy(place[:, :-1].copy())[asked], chance)
 
 
-def needle(text: np.ndarray, end_of_text: int, seq_len: int, count: int, rng: np.random.Generator) -> Sample:
+def needle(text: np.ndarray, top: int, seq_len: int, count: int, rng: np.random.Generator) -> Sample:
     """A random key with its random value, hidden at a random depth of real text; the key is asked at the end.
 
     One needle a text, so its kind gives it away; keeping several apart by their keys is what :func:`recall` asks. Measured: with
@@ -52,7 +52,7 @@ def needle(text: np.ndarray, end_of_text: int, seq_len: int, count: int, rng: np
     length = seq_len - 1
     starts = rng.integers(len(text) - seq_len, size=count)
     tokens = text[starts[:, None] + np.arange(seq_len + 1)]
-    key, value = _pairs(rng, count, 1, end_of_text)
+    key, value = _pairs(rng, count, 1, top)
     # Stratified: every batch covers every depth.
     depth = (rng.permutation(count)[:, None] + rng.random((count, 1))) / count
     position = (depth * (length - 1)).astype(np.int64)
@@ -64,13 +64,13 @@ def needle(text: np.ndarray, end_of_text: int, seq_len: int, count: int, rng: np
     return _sample(tokens, ask, np.broadcast_to(depth, tokens.shape), 1 / POOL)
 
 
-def recall(text: np.ndarray, end_of_text: int, seq_len: int, count: int, rng: np.random.Generator) -> Sample:
+def recall(text: np.ndarray, top: int, seq_len: int, count: int, rng: np.random.Generator) -> Sample:
     """A stream of pairs over four keys, each key always with its value: every recurrence is asked (associative recall).
 
     ``text`` is unused, and the length is 64 tokens (or ``seq_len``, if that is shorter).
     """
     pairs = min(RECALL_LENGTH, seq_len) // 2
-    key, value = _pairs(rng, count, RECALL_KEYS, end_of_text)
+    key, value = _pairs(rng, count, RECALL_KEYS, top)
     pick = rng.integers(RECALL_KEYS, size=(count, pairs))
     tokens = np.stack([np.take_along_axis(x, pick, 1) for x in (key, value)], 2).reshape(count, -1)
     latest = np.where(np.tril(pick[:, :, None] == pick[:, None, :], -1), np.arange(pairs), -1).max(-1)
@@ -84,9 +84,9 @@ TASKS = {"needle": needle, "recall": recall}
 
 
 @torch.no_grad()
-def accuracy(model: nn.Module, sample: Sample) -> tuple[float, list[float]]:
+def accuracy(model: nn.Module, sample: Sample, micro_batch_size: int) -> tuple[float, list[float]]:
     """Share of answers whose argmax is right: over all of them, and by the quarter of the sequence their pair stood in."""
-    asked = sample.targets != IGNORE
-    right = (model(sample.inputs)[asked].argmax(-1) == sample.targets[asked]).double()
+    pieces = zip(sample.inputs.split(micro_batch_size), sample.targets.split(micro_batch_size))
+    right = torch.cat([(model(x)[y != IGNORE].argmax(-1) == y[y != IGNORE]) for x, y in pieces]).double()
     quarter = (sample.place * DEPTHS).long()
     return right.mean().item(), [right[quarter == d].mean().item() for d in range(DEPTHS)]

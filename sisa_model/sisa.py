@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -21,8 +22,9 @@ THETA_INIT_STD = 0.01
 class SisaAttention(nn.Module):
     """Softmax attention with the importance term inside the score (paper, section 3), [B, L, D] -> [B, L, D].
 
-    q, k, v, b, c, theta and the decay come from one packed product. ``log_decay = -softplus(w_a.x + b_a)`` and theta are fp32,
-    and so is ``lambda_raw`` (lambda = softplus(lambda_raw)) whatever the module is cast to: in bf16 it would never move.
+    q, k, v, b, c, theta and the decay come from one packed product in the compute dtype; ``log_decay = -softplus(w_a.x + b_a)``
+    and theta are fp32 from there on, and so is ``lambda_raw`` (lambda = softplus(lambda_raw)) whatever the module is cast to:
+    in bf16 it would never move.
     Controls drop the parameters that they make idle: without decay g = 0, without rotation Phi = 0.
     """
 
@@ -99,7 +101,7 @@ class Health:
 
 
 @torch.no_grad()
-def health(model: nn.Module, input_ids: Tensor) -> list[Health]:
+def health(model: Any, input_ids: Tensor) -> list[Health]:
     """The :class:`Health` of every SISA layer of ``model`` on ``input_ids`` [B, L]; empty for a model without one."""
     found: list[Health] = []
 
@@ -115,7 +117,7 @@ def health(model: nn.Module, input_ids: Tensor) -> list[Health]:
     hooks = [m.register_forward_pre_hook(measure) for m in model.modules() if isinstance(m, SisaAttention)]
     try:
         if hooks:
-            model(input_ids)
+            model.hidden(input_ids)
     finally:
         for hook in hooks:
             hook.remove()

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import json
 import math
 import platform
@@ -64,7 +65,7 @@ class TrainConfig:
     out: Path | None = None
     """Run folder, which must not exist yet. Default: runs/PRESET, or PRESET-2, -3 ... if that is taken."""
     steps: int | None = None
-    """Optimizer steps of the whole run; the learning rate reaches 0 at the last."""
+    """Optimizer steps of the whole run, over which the learning rate falls to 0."""
     seed: int = 0
     """Seed of the initial weights, the order of the data and the retrieval tasks."""
     seq_len: int | None = None
@@ -78,7 +79,7 @@ class TrainConfig:
     lambda_lr_scale: float = 0.1
     """Learning rate of lambda_raw relative to the rest."""
     warmup_steps: int | None = None
-    """Steps of linear warm-up before the cosine."""
+    """Steps of linear warm-up before the cosine; a tenth of a run too short for the preset's."""
     weight_decay: float = 0.1
     """AdamW weight decay (never on lambda_raw)."""
     beta1: float = 0.9
@@ -108,7 +109,7 @@ class TrainConfig:
     stop_at: int | None = None
     """Save and stop after this step, as Ctrl-C would, to continue later with --resume."""
     resume: bool = False
-    """Continue the run in --out, bit for bit on a CPU. Its settings are the folder's own; flags that differ are an error."""
+    """Continue the run in --out, bit for bit on a CPU, with the settings it was begun with; a flag set otherwise is an error."""
 
 
 RESUME_MAY_CHANGE = {"device", "stop_at", "resume", "out"}  # all else would make it another run
@@ -125,10 +126,10 @@ def resolve(config: TrainConfig) -> TrainConfig:
     """Fill in the preset's values and check every field; ValueError names the first bad one."""
     preset_config(config.preset)
     config = _absolute(config)
-    defaults = DEFAULTS[config.preset.split("-")[1]]
+    defaults = dict(DEFAULTS[config.preset.split("-")[1]])
+    if config.steps is not None:
+        defaults["warmup_steps"] = min(defaults["warmup_steps"], config.steps // 10)
     config = dataclasses.replace(config, **{name: value for name, value in defaults.items() if getattr(config, name) is None})
-    if config.micro_batch_size is not None and config.batch_size is not None:
-        config = dataclasses.replace(config, micro_batch_size=min(config.micro_batch_size, config.batch_size))
 
     def require(field: str, ok: bool, allowed: str) -> None:
         if not ok:
@@ -146,6 +147,8 @@ def resolve(config: TrainConfig) -> TrainConfig:
     require("stop_at", config.stop_at is None or config.stop_at >= 1, "at least 1")
     for task in config.tasks:
         require("tasks", task in TASKS, f"among {', '.join(TASKS)}")
+    require("tasks", len(set(config.tasks)) == len(config.tasks), "all different")
+    require("seed", config.seed < 2**63, "below 2 ** 63")
     if config.tasks:
         require("seq_len", config.seq_len is not None and config.seq_len >= 64, "at least 64 with retrieval tasks")
     return config
@@ -190,11 +193,14 @@ def make_optimizer(model: LanguageModel, config: TrainConfig) -> torch.optim.Ada
 
 def versions() -> dict[str, str]:
     """What a run depends on, for its record."""
-    here = Path(__file__).parent
+    here = Path(__file__).resolve().parent
     commit = "unknown"
     with contextlib.suppress(OSError, subprocess.CalledProcessError):
-        describe = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
-        commit = subprocess.run(describe, cwd=here, capture_output=True, text=True, check=True).stdout.strip()
+        git = functools.partial(subprocess.run, cwd=here, capture_output=True, text=True, check=True)
+        if (
+            Path(git(["git", "rev-parse", "--show-toplevel"]).stdout.strip()) == here.parent
+        ):  # not a repository around site-packages
+            commit = git(["git", "describe", "--always", "--dirty", "--abbrev=12"]).stdout.strip()
     return {
         "sisa": sk.__version__,
         "commit": commit,
@@ -205,13 +211,22 @@ def versions() -> dict[str, str]:
     }
 
 
-def read_encoder(folder: Path) -> Encoder:
-    """The tokenizer of the run in ``folder``; FileNotFoundError if there is no run, or its tokenizer file is gone."""
+def read_run(folder: Path) -> dict[str, Any]:
+    """The record of the run in ``folder``, its "train" as a TrainConfig; FileNotFoundError or ValueError if there is none."""
     path = folder / "run.json"
     if not path.is_file():
         raise FileNotFoundError(f"{folder} is not a run folder of sisa train: it has no run.json")
-    tokenizer = json.loads(path.read_text(encoding="utf-8"))["train"]["tokenizer"]
-    return Encoder(None if tokenizer is None else Path(tokenizer))
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        fields = {f.name: _from_json(f, record["train"][f.name]) for f in dataclasses.fields(TrainConfig)}
+        return {**record, "train": TrainConfig(**fields), "corpus": {"sha256": record["corpus"]["sha256"]}}
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} is not the record of a run of this version of sisa train: {error!r}") from error
+
+
+def read_encoder(folder: Path) -> Encoder:
+    """The tokenizer of the run in ``folder``; raises as :func:`read_run` does, and FileNotFoundError if the file is gone."""
+    return Encoder(read_run(folder)["train"].tokenizer)
 
 
 class RunLog:
@@ -220,8 +235,8 @@ class RunLog:
     def __init__(self, folder: Path, from_step: int):
         self.folder = folder
         for name in ("train", "val"):
-            kept = [row for row in read_rows(folder / f"{name}.jsonl") if row["step"] <= from_step]
-            (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
+            kept = [row for row in read_rows(folder / f"{name}.jsonl") if from_step > 0 and row["step"] <= from_step]
+            write_text(folder / f"{name}.jsonl", "".join(json.dumps(row) + "\n" for row in kept))
 
     def add(self, name: str, row: dict[str, Any]) -> None:
         with open(self.folder / f"{name}.jsonl", "a", encoding="utf-8") as file:
@@ -262,21 +277,22 @@ def train(config: TrainConfig) -> TrainResult:
     return _Run(_resumed(config) if config.resume else resolve(config)).run()
 
 
-def _resumed(config: TrainConfig) -> TrainConfig:
-    """The configuration in the run folder, with this call's device and stop; ValueError for a flag that contradicts it."""
-    if config.out is None:
-        raise ValueError("resume needs out, the run folder to continue")
-    path = config.out / "run.json"
-    if not path.is_file():
-        raise FileNotFoundError(f"no run to resume: {path} does not exist")
-    saved = json.loads(path.read_text(encoding="utf-8"))["train"]
-    saved = {f.name: _from_json(f, saved[f.name]) for f in dataclasses.fields(TrainConfig)}
-    default = TrainConfig()
-    config = _absolute(config)
+def require_same_run(config: TrainConfig) -> dict[str, Any]:
+    """The settings of the run in ``config.out``; ValueError for a field of ``config`` that is set, and set otherwise."""
+    assert config.out is not None
+    saved, default, config = vars(read_run(config.out)["train"]), TrainConfig(), _absolute(config)
     for name, value in saved.items():
         given = getattr(config, name)
         if name not in RESUME_MAY_CHANGE and given != getattr(default, name) and given != value:
             raise ValueError(f"{name} must stay {value!r}, as the run in {config.out} has it, got {given!r}")
+    return saved
+
+
+def _resumed(config: TrainConfig) -> TrainConfig:
+    """The configuration in the run folder, with this call's device and stop; ValueError for a flag that contradicts it."""
+    if config.out is None:
+        raise ValueError("resume needs out, the run folder to continue")
+    saved = require_same_run(config)
     return resolve(TrainConfig(**{**saved, **{name: getattr(config, name) for name in RESUME_MAY_CHANGE}}))
 
 
@@ -313,6 +329,8 @@ class _Run:
 
         torch.manual_seed(config.seed)
         self.model = LanguageModel(self._model_config()).to(self.device)
+        with torch.no_grad(), self.autocast:
+            self.model(torch.zeros(1, 2, dtype=torch.int64, device=self.device))  # a path that cannot run is known before any file
         self.optimizer = make_optimizer(self.model, config)
         self.step = 0
         self.folder = config.out or _free_folder(Path("runs") / config.preset)
@@ -354,14 +372,15 @@ class _Run:
                 self._train_step(bar)
                 if self.step % config.val_every == 0 or self.step == self.steps:
                     self._evaluate()
-                if self.step % config.save_every == 0 and self.step < last:
+                if self.step % config.save_every == 0:
                     self._save_checkpoint()
-        self._save_checkpoint()
-        finished = self.step == self.steps
+            signal_again(signal.SIG_IGN)  # nothing interrupts the last save
+            self._save_checkpoint()
+            finished = self.step == self.steps
+            if finished and not (self.folder / "final").exists():
+                make_folder_atomically(self.folder / "final", lambda folder: save(self.model, folder))
         self._draw(unigram, bigram)
         if finished:
-            if not (self.folder / "final").exists():
-                make_folder_atomically(self.folder / "final", lambda folder: save(self.model, folder))
             self._write_sample()
             print(f"held-out loss {self.val_loss:.3f} nats a token; a unigram model {unigram:.3f}, a bigram model {bigram:.3f}")
         else:
@@ -389,7 +408,10 @@ class _Run:
         for inputs, targets in groups:
             valid, total = int((targets != IGNORE).sum()), 0.0
             for x, y in zip(inputs.split(self.micro_batch_size), targets.split(self.micro_batch_size)):
-                loss = self._loss_sum(x, y) / valid
+                try:
+                    loss = self._loss_sum(x, y) / valid
+                except ValueError as error:  # the operators' checks meet a weight that is not finite before the loss does
+                    raise FloatingPointError(f"{error}, at step {self.step + 1}, on blocks {ids} of the training text") from error
                 loss.backward()
                 total += loss.item()
             losses.append(total)
@@ -398,7 +420,7 @@ class _Run:
             self.optimizer.zero_grad(set_to_none=True)
             raise FloatingPointError(
                 f"the loss must be finite, got {sum(losses)} (gradient norm {norm}) at step {self.step + 1}, on blocks {ids} of "
-                f"the training text. The optimizer step was not taken; checkpoints in {self.folder} are from before it"
+                f"the training text (losses of text and tasks: {losses}). The optimizer step was not taken"
             )
         lr = learning_rate(self.step, self.config)
         for group in self.optimizer.param_groups:
@@ -424,6 +446,8 @@ class _Run:
         self.model.eval()
         pairs = zip(self.val_inputs.split(self.micro_batch_size), self.val_targets.split(self.micro_batch_size))
         self.val_loss = sum(self._loss_sum(x, y).item() for x, y in pairs) / self.val_targets.numel()
+        if not math.isfinite(self.val_loss):
+            raise FloatingPointError(f"the held-out loss must be finite, got {self.val_loss} after step {self.step}")
         row: dict[str, Any] = {"step": self.step, "loss": self.val_loss}
         for number, task in enumerate(self.config.tasks):
             # One sample a task for all evaluations and all models, from held-out text and seeds that training never uses.
@@ -432,7 +456,8 @@ class _Run:
                 sample.inputs.to(self.device), sample.targets.to(self.device), sample.place.to(self.device), sample.chance
             )
             with self.autocast:
-                row[f"{task}_accuracy"], row[f"{task}_accuracy_by_depth"] = accuracy(self.model, sample)
+                found = accuracy(self.model, sample, self.micro_batch_size)
+            row[f"{task}_accuracy"], row[f"{task}_accuracy_by_depth"] = found
             row[f"{task}_chance"] = sample.chance
         with self.autocast:
             row["layers"] = [dataclasses.asdict(h) for h in health(self.model, self.val_inputs[:HEALTH_BLOCKS].to(self.device))]
@@ -454,7 +479,8 @@ class _Run:
 
         def fill(aside: Path) -> None:
             save(self.model, aside)
-            torch.save(self.optimizer.state_dict(), aside / "optimizer.pt")
+            with open(aside / "optimizer.pt", "wb") as file:  # given a path, torch.save hides a full disk in a RuntimeError
+                torch.save(self.optimizer.state_dict(), file)
             write_json(aside / "state.json", {"step": self.step, "val_loss": self.val_loss, "warned_clamped": self.warned_clamped})
 
         make_folder_atomically(final, fill)
@@ -478,12 +504,11 @@ class _Run:
         print(f"a sample at temperature 0.8 ({self.folder / 'sample.txt'}):\n{text}\n")
 
     def _restore(self) -> None:
-        known = json.loads((self.folder / "run.json").read_text(encoding="utf-8"))["corpus"]["sha256"]
-        if known != self.fingerprint:
+        if read_run(self.folder)["corpus"]["sha256"] != self.fingerprint:
             raise ValueError(f"data must be what the run in {self.folder} began with, but its tokens have changed since")
         found = _checkpoints(self.folder)
-        if not found:
-            raise FileNotFoundError(f"no checkpoint to resume from in {self.folder / 'checkpoints'}")
+        if not found:  # ended before its first checkpoint: step 0 is where it resumes
+            return
         newest = found[-1]
         if read_config(newest / "config.json") != self.model.config:
             raise ValueError(f"{newest} holds another model than {self.folder / 'run.json'} describes")
@@ -502,7 +527,8 @@ class _Run:
 
         def handle(number: int, frame: Any) -> None:
             self.stop = True
-            signal.signal(signal.SIGINT, signal.default_int_handler)
+            print("\nstopping after this step; Ctrl-C again to stop at once, without saving", flush=True)
+            signal_again(signal.default_int_handler)
 
         before = {}
         with contextlib.suppress(ValueError):  # only the main thread may set handlers
@@ -517,6 +543,12 @@ class _Run:
 def _checkpoints(folder: Path) -> list[Path]:
     """The whole checkpoints of a run, oldest first (unfinished ones have names that begin with a dot)."""
     return sorted((folder / "checkpoints").glob("step-*"))
+
+
+def signal_again(handler: Any) -> None:
+    """Set what Ctrl-C does from here on, where signals can be handled at all (the main thread)."""
+    with contextlib.suppress(ValueError):
+        signal.signal(signal.SIGINT, handler)
 
 
 def newest_weights(folder: Path) -> Path:

@@ -94,6 +94,15 @@ def test_half_precision_is_as_good_as_its_inputs(dtype, mode):
         assert relative(grads[name], grads_ref[name]) <= 2 * rounding + 1e-5, name
 
 
+@pytest.mark.parametrize(("mode", "backend"), [("exact", "sdpa"), ("exact", "flash"), ("clamped", "flash")])
+def test_autocast_does_not_reach_inside(mode, backend):
+    inputs, dy = problem(L=257, decay=-4.0)
+    plain = value_and_grads(sk.sisa_attention, inputs, dy, mode=mode, backend=backend)
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = value_and_grads(sk.sisa_attention, inputs, dy, mode=mode, backend=backend)
+    torch.testing.assert_close(inside, plain, rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("decay", [-3.0, 6.0])
 def test_fp64_and_its_gradcheck(decay):
     inputs, _ = problem(L=20, H=2, G=1, Dh=4, Ds=4, Dv=12, decay=decay, dtype=torch.float64)
@@ -126,6 +135,7 @@ def test_one_token_may_wipe_out_everything_before_it():
     log_decay = inputs["log_decay"].detach().clone()
     log_decay[:, 150] = -1e30
     log_decay[:, 200:203] = -500.0
+    log_decay[:, 250] = -torch.inf
     check_exact({**inputs, "log_decay": log_decay}, dy)
 
 

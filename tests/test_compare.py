@@ -38,6 +38,8 @@ def test_compare_trains_alike_and_reports(small, capsys, monkeypatch):
         compare(CompareConfig(**small))
     monkeypatch.setattr("sisa_model.compare.train", None)  # finished runs are not trained again
     compare(CompareConfig(**small, resume=True))
+    with pytest.raises(ValueError, match=r"steps must stay 4, as the run in .* has it, got 9"):
+        compare(CompareConfig(**{**small, "steps": 9}, resume=True))
 
 
 @pytest.mark.parametrize(

@@ -145,6 +145,7 @@ def test_max_seq_len_bounds_the_input():
         ("sisa-tiny-ds16", {"n_layers": 0}, "n_layers must be at least 1, got 0"),
         ("transformer-tiny", {"d_state": 16}, "d_state must be left at 0 for a transformer"),
         ("transformer-tiny", {"mode": "clamped"}, "mode must be left at 'exact' for a transformer"),
+        ("sisa-tiny-ds32-lambda0", {"mode": "clamped"}, "mode must be left at 'exact' with lam 'zero'"),
         ("transformer-tiny", {"backend": "sdpa"}, "backend must be left at 'auto' for a transformer"),
     ],
 )

@@ -264,6 +264,9 @@ def test_clamped_mode_warns_once_and_logs_the_share(corpus, tmp_path, monkeypatc
         ({"beta2": 1.0}, "beta2 must be in [0, 1), got 1.0"),
         ({"weight_decay": -0.1}, "weight_decay must be at least 0"),
         ({"precision": "fp8"}, "precision must be one of auto, fp32, bf16, got 'fp8'"),
+        ({"backend": "triton"}, "backend 'triton' cannot run here"),
+        ({"tasks": ("needle", "needle")}, "tasks must be all different"),
+        ({"seed": 2**63}, "seed must be below 2 ** 63"),
         ({"tasks": ("chess",)}, "tasks must be among needle, recall"),
         ({"seq_len": 32, "tasks": ("needle",)}, "seq_len must be at least 64 with retrieval tasks"),
         ({"preset": "gpt-5"}, "preset must be one of those that `sisa info` lists"),
@@ -292,10 +295,38 @@ def test_an_existing_run_is_not_overwritten_nor_silently_changed(corpus, tmp_pat
     (copy / "0.txt").write_text("another text")
     with pytest.raises(ValueError, match=r"data must be what the run in .*other began with"):
         train(TrainConfig(out=tmp_path / "other", resume=True))
-    with pytest.raises(FileNotFoundError, match="no run to resume"):
+    with pytest.raises(FileNotFoundError, match="is not a run folder of sisa train"):
         train(TrainConfig(out=tmp_path / "none", resume=True))
     with pytest.raises(ValueError, match="resume needs out"):
         train(TrainConfig(resume=True))
+
+
+def test_a_run_that_ended_before_its_first_checkpoint_resumes_at_its_start(corpus, tmp_path):
+    straight = train(config(corpus, tmp_path / "a"))
+    train(config(corpus, tmp_path / "b", stop_at=2))
+    shutil.rmtree(tmp_path / "b" / "checkpoints")
+    train(TrainConfig(out=tmp_path / "b", resume=True))
+    assert same(weights(tmp_path / "a"), weights(tmp_path / "b"))
+    assert [row["step"] for row in read_rows(tmp_path / "b" / "val.jsonl")] == [0, 3, 6]
+    assert straight.finished
+
+
+def test_foreign_records_are_named(tmp_path):
+    for text in ("{}", "{", json.dumps({"train": {"preset": "sisa-tiny-ds16"}})):
+        (tmp_path / "run.json").write_text(text)
+        with pytest.raises(ValueError, match=r"run.json is not the record of a run of this version"):
+            train(TrainConfig(out=tmp_path, resume=True))
+
+
+def test_a_weight_that_is_not_finite_is_named_with_its_step(corpus, tmp_path):
+    with pytest.raises(FloatingPointError, match=r"(at|after) step \d"):
+        train(config(corpus, tmp_path / "run", lr=1e30, warmup_steps=0))
+    assert not (tmp_path / "run" / "final").exists()
+
+
+def test_short_runs_warm_up_for_a_tenth():
+    assert resolve(TrainConfig(steps=50)).warmup_steps == 5
+    assert resolve(TrainConfig(steps=50, warmup_steps=30)).warmup_steps == 30
 
 
 def test_without_out_a_free_folder_is_taken(corpus, tmp_path, monkeypatch):

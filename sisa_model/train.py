@@ -330,7 +330,9 @@ class _Run:
         torch.manual_seed(config.seed)
         self.model = LanguageModel(self._model_config()).to(self.device)
         with torch.no_grad(), self.autocast:
-            self.model(torch.zeros(1, 2, dtype=torch.int64, device=self.device))  # a path that cannot run is known before any file
+            self.model.eval()(
+                torch.zeros(1, 2, dtype=torch.int64, device=self.device)
+            )  # a path that cannot run is known before any file
         self.optimizer = make_optimizer(self.model, config)
         self.step = 0
         self.folder = config.out or _free_folder(Path("runs") / config.preset)

@@ -37,7 +37,7 @@ from .sisa import health
 # What the paper's presets train with (paper, section 4), and tiny's own: a few minutes on a laptop.
 _PAPER = {"steps": 9536, "batch_size": 256, "micro_batch_size": 8, "seq_len": 2048, "lr": 6e-4, "warmup_steps": 500}
 DEFAULTS: dict[str, dict[str, Any]] = {
-    "tiny": {"steps": 600, "batch_size": 16, "micro_batch_size": 32, "seq_len": 256, "lr": 3e-3, "warmup_steps": 40},
+    "tiny": {"steps": 1000, "batch_size": 16, "micro_batch_size": 32, "seq_len": 256, "lr": 3e-3, "warmup_steps": 40},
     "50m": _PAPER,
     "152m": _PAPER,
     "369m": {**_PAPER, "lr": 3e-4},

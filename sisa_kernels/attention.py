@@ -91,7 +91,7 @@ def sisa_attention(
     if path == "reference":
         return reference.sisa_attention(q, k, v, b, c, log_decay, theta, lam, rotary=rotary, mode=mode, cu_seqlens=cu_seqlens)
     refuse_forward_mode(q, k, v, b, c, log_decay, theta, lam)
-    if torch.is_autocast_enabled(q.device.type):
+    if q.device.type != "meta" and torch.is_autocast_enabled(q.device.type):
         # Autocast reaches into the paths and would run their fp32 products in half precision.
         with torch.autocast(q.device.type, enabled=False):
             return _documents(path, mode, q, k, v, b, c, log_decay, theta, lam, rotary, cu_seqlens)

@@ -73,6 +73,8 @@ def test_every_preset_builds_and_controls_change_the_result():
             torch.manual_seed(0)
             outputs[name] = sm.build(name)(ids)
     full = outputs.pop("sisa-tiny-ds32")
+    shared = outputs.pop("sisa-tiny-ds32-lambdashared")
+    assert torch.equal(shared, full), "one lambda or one a head begin at the same value; they differ in what they can learn"
     assert all(not torch.allclose(y, full, atol=1e-4) for y in outputs.values())
     assert torch.equal(outputs["sisa-tiny-ds32-lambda0"], outputs["transformer-tiny-reduced"]), "lambda = 0 is that Transformer"
 

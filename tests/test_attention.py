@@ -259,3 +259,12 @@ def test_command_line_checks_the_machine(monkeypatch):
     assert float(errors["exact", "sdpa"]) <= 5e-6
     assert float(errors["clamped", "flash"]) > 0.3
     assert set(sk.backends()) == {"triton", "flash", "sdpa", "extension"}
+
+
+def test_the_readme_example_runs():
+    code = (ROOT / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    scope: dict = {}
+    exec(code, scope)
+    assert scope["y"].shape == (2, 1000, 8, 64)
+    scope["y"].sum().backward()
+    assert scope["lam"].grad.isfinite().all()

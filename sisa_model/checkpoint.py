@@ -30,8 +30,8 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write ``value`` as indented JSON, atomically."""
-    write_text(path, json.dumps(value, indent=2) + "\n")
+    """Write ``value`` as indented JSON, paths in it as text, atomically."""
+    write_text(path, json.dumps(value, indent=2, default=str) + "\n")
 
 
 def write_text(path: Path, text: str) -> None:

@@ -1,7 +1,6 @@
 """sisa compare: presets on the same data, seeds and token budget, as one figure and one table."""
 
 import dataclasses
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -78,9 +77,7 @@ def compare(config: CompareConfig) -> Path:
     title = f"{config.steps} steps, {len(config.seeds)} seeds: mean, minimum to maximum"
     plot_compare(config.out / "compare.png", runs, title)
     write_text(config.out / "table.md", table)
-    write_json(
-        config.out / "results.json", {"config": json.loads(json.dumps(dataclasses.asdict(config), default=str)), "val": runs}
-    )
+    write_json(config.out / "results.json", {"config": dataclasses.asdict(config), "val": runs})
     print(f"\n{table}\nfigure: {config.out / 'compare.png'}")
     return config.out
 

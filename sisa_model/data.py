@@ -132,9 +132,7 @@ def load_corpus(data: list[Path], val_data: list[Path], encoder: Encoder) -> Cor
         raise ValueError(f"data holds no text in {len(files)} files: {where}")
     if val_data:
         held_out = [d for path in find_files(val_data) for d in documents(read_text(path))]
-        known = set(held_out)
-        train = [d for text in texts for d in documents(text) if d not in known]
-        return Corpus(encoder.encode(train), encoder.encode(held_out), "held-out files as given")
+        return _without(held_out, texts, encoder, "held-out files as given")
     units, name = texts, "files"
     if len(units) < MIN_UNITS:
         units, name = [d for text in texts for d in documents(text)], "documents"
@@ -144,11 +142,16 @@ def load_corpus(data: list[Path], val_data: list[Path], encoder: Encoder) -> Cor
         return Corpus(tokens[:cut], tokens[cut:], f"the last {HELD_OUT_PERCENT} % of {len(units)} {name} held out")
     distinct = sorted({unit.strip() for unit in units}, key=lambda unit: hashlib.sha256(unit.encode()).digest())
     chosen = set(distinct[: math.ceil(len(distinct) * HELD_OUT_PERCENT / 100)])
-    val = [d for unit in distinct if unit in chosen for d in documents(unit)]
-    known = set(val)
-    train = [d for unit in units if unit.strip() not in chosen for d in documents(unit) if d not in known]
-    split = f"{len(chosen)} of {len(distinct)} distinct {name} held out, the first by hash"
-    return Corpus(encoder.encode(train), encoder.encode(val), split)
+    held_out = [d for unit in distinct if unit in chosen for d in documents(unit)]
+    rest = [unit for unit in units if unit.strip() not in chosen]
+    return _without(held_out, rest, encoder, f"{len(chosen)} of {len(distinct)} distinct {name} held out, the first by hash")
+
+
+def _without(held_out: list[str], texts: list[str], encoder: Encoder, split: str) -> Corpus:
+    """The corpus that trains on the documents of ``texts``, less those held out."""
+    known = set(held_out)
+    train = [d for text in texts for d in documents(text) if d not in known]
+    return Corpus(encoder.encode(train), encoder.encode(held_out), split)
 
 
 class Blocks:

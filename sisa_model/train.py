@@ -197,9 +197,8 @@ def versions() -> dict[str, str]:
     commit = "unknown"
     with contextlib.suppress(OSError, subprocess.CalledProcessError):
         git = functools.partial(subprocess.run, cwd=here, capture_output=True, text=True, check=True)
-        if (
-            Path(git(["git", "rev-parse", "--show-toplevel"]).stdout.strip()) == here.parent
-        ):  # not a repository around site-packages
+        top = git(["git", "rev-parse", "--show-toplevel"]).stdout.strip()
+        if Path(top) == here.parent:  # not somebody else's repository around site-packages
             commit = git(["git", "describe", "--always", "--dirty", "--abbrev=12"]).stdout.strip()
     return {
         "sisa": sk.__version__,
@@ -329,10 +328,11 @@ class _Run:
 
         torch.manual_seed(config.seed)
         self.model = LanguageModel(self._model_config()).to(self.device)
+        # A path that cannot run is known before any file is made.
         with torch.no_grad(), self.autocast:
-            self.model.eval()(
-                torch.zeros(1, 2, dtype=torch.int64, device=self.device)
-            )  # a path that cannot run is known before any file
+            self.model.eval()(torch.zeros(1, 2, dtype=torch.int64, device=self.device))
+        # One sample a task for all evaluations and all models, from held-out text and seeds that training never uses.
+        self.exams = {task: self._exam(task, number) for number, task in enumerate(config.tasks)}
         self.optimizer = make_optimizer(self.model, config)
         self.step = 0
         self.folder = config.out or _free_folder(Path("runs") / config.preset)
@@ -362,7 +362,7 @@ class _Run:
             model = dataclasses.asdict(self.model.config)
             corpus = {"split": self.split, "sha256": self.fingerprint}
             record = {"train": dataclasses.asdict(config), "model": model, "corpus": corpus, "versions": versions()}
-            write_json(self.folder / "run.json", json.loads(json.dumps(record, default=str)))
+            write_json(self.folder / "run.json", record)
         self.log = RunLog(self.folder, self.step)
         print(f"{config.preset}: {count_parameters(self.model):,} parameters on {self.device}, run folder {self.folder}")
         print(f"{len(self.train_tokens):,} training and {len(self.val_tokens):,} held-out tokens ({self.split})")
@@ -394,12 +394,16 @@ class _Run:
         ids = self.train_blocks.ids(step * self.batch_size, self.batch_size)
         groups = [self.train_blocks.take(ids)]
         for number, task in enumerate(self.config.tasks):
-            sample = self._sample(task, TASK_BATCH, [self.config.seed, number, step])
+            sample = self._sample(task, self.train_tokens, TASK_BATCH, [self.config.seed, number, step])
             groups.append((sample.inputs, sample.targets))
         return ids, groups
 
-    def _sample(self, task: str, count: int, seed: list[int], held_out: bool = False) -> Sample:
-        text = self.val_tokens if held_out else self.train_tokens
+    def _exam(self, task: str, number: int) -> Sample:
+        sample = self._sample(task, self.val_tokens, TASK_EVAL, [10**9, number])
+        inputs, targets, place = (x.to(self.device) for x in (sample.inputs, sample.targets, sample.place))
+        return Sample(inputs, targets, place, sample.chance)
+
+    def _sample(self, task: str, text: np.ndarray, count: int, seed: list[int]) -> Sample:
         return TASKS[task](text, self.model.config.vocab_size - 1, self.seq_len, count, np.random.default_rng(seed))
 
     def _train_step(self, bar: tqdm) -> None:
@@ -451,16 +455,11 @@ class _Run:
         if not math.isfinite(self.val_loss):
             raise FloatingPointError(f"the held-out loss must be finite, got {self.val_loss} after step {self.step}")
         row: dict[str, Any] = {"step": self.step, "loss": self.val_loss}
-        for number, task in enumerate(self.config.tasks):
-            # One sample a task for all evaluations and all models, from held-out text and seeds that training never uses.
-            sample = self._sample(task, TASK_EVAL, [10**9, number], held_out=True)
-            sample = Sample(
-                sample.inputs.to(self.device), sample.targets.to(self.device), sample.place.to(self.device), sample.chance
-            )
+        for task, exam in self.exams.items():
             with self.autocast:
-                found = accuracy(self.model, sample, self.micro_batch_size)
+                found = accuracy(self.model, exam, self.micro_batch_size)
             row[f"{task}_accuracy"], row[f"{task}_accuracy_by_depth"] = found
-            row[f"{task}_chance"] = sample.chance
+            row[f"{task}_chance"] = exam.chance
         with self.autocast:
             row["layers"] = [dataclasses.asdict(h) for h in health(self.model, self.val_inputs[:HEALTH_BLOCKS].to(self.device))]
         self.log.add("val", row)

@@ -13,17 +13,31 @@ from .augment import refuse_forward_mode
 from .checks import Rotary, check_attention
 from .sdpa import sdpa_exact, sdpa_one_call
 
+try:
+    from . import triton_attention
+except ImportError as error:
+    triton_attention = None  # type: ignore[assignment]
+    _NO_TRITON = f"needs the package triton ({error})"
+
 BACKENDS = ("auto", "triton", "flash", "sdpa", "reference")
 
 
 def backends() -> dict[str, str]:
     """What can run here: each of "triton", "flash", "sdpa" and "extension" mapped to "available" or to why it is not."""
     return {
-        "triton": "not part of this version",
+        "triton": _triton_state(),
         "flash": "available",
         "sdpa": "available",
         "extension": _extension.STATE,
     }
+
+
+def _triton_state() -> str:
+    if triton_attention is None:
+        return _NO_TRITON
+    if triton_attention.INTERPRETED:
+        return "available"
+    return "available" if torch.cuda.is_available() else "needs a CUDA device"
 
 
 @functools.cache
@@ -31,8 +45,14 @@ def _say_once(message: str) -> None:
     warnings.warn(message, stacklevel=3)
 
 
-def _choose(backend: str, mode: str, device: torch.device) -> str:
-    """The path that runs: SISA_BACKEND if set, else ``backend``, with "auto" resolved by mode and device."""
+def _triton_refusal(q: Tensor, v: Tensor, b: Tensor) -> str | None:
+    """Why the Triton path cannot run on these operands, or None."""
+    state = _triton_state()
+    return f"it {state}" if state != "available" else triton_attention.refusal(q, v, b)
+
+
+def _choose(backend: str, mode: str, q: Tensor, v: Tensor, b: Tensor) -> str:
+    """The path that runs: SISA_BACKEND if set, else ``backend``, with "auto" resolved by mode, device and operands."""
     name = "SISA_BACKEND" if "SISA_BACKEND" in os.environ else "backend"
     backend = os.environ.get("SISA_BACKEND", backend)
     if backend not in BACKENDS:
@@ -40,12 +60,17 @@ def _choose(backend: str, mode: str, device: torch.device) -> str:
     if backend == "auto":
         if mode == "clamped":
             return "flash"
-        if device.type not in ("cpu", "meta"):
-            why = f"the Triton kernel is {backends()['triton']}"
-            _say_once(f"exact SISA attention on {device.type} runs the 'sdpa' path with densely tiled scores: {why}")
+        if q.device.type in ("cpu", "meta"):
+            return "sdpa"
+        why = _triton_refusal(q, v, b)
+        if why is None:
+            return "triton"
+        _say_once(f"exact SISA attention on {q.device.type} runs the 'sdpa' path with densely tiled scores, not 'triton': {why}")
         return "sdpa"
-    if backend != "reference" and backends()[backend] != "available":
-        raise ValueError(f"{name} {backend!r} cannot run here: {backends()[backend]}")
+    if backend == "triton":
+        why = "it computes mode 'exact' only" if mode != "exact" else _triton_refusal(q, v, b)
+        if why is not None:
+            raise ValueError(f"{name} 'triton' cannot run here: {why}")
     return backend
 
 
@@ -73,7 +98,8 @@ def sisa_attention(
         mode: "exact", Eq. 2 at any length and decay; "clamped", the authors' formulation with g's distance from the middle of
             its range clamped to +-11, to reproduce their numbers and run their weights (wrong once the range passes 22).
         backend: "auto"; "sdpa", exact by query chunks on stock kernels; "flash", one stock flash call on augmented operands (in
-            exact mode an error once the range of g is too wide for one call); "triton"; "reference", the dense fp64 oracle. The
+            exact mode an error once the range of g is too wide for one call); "triton", exact in one kernel on a GPU, its products
+            past the horizon left out; "reference", the dense fp64 oracle. The
             environment variable SISA_BACKEND overrides it. A named backend that cannot run is an error, never a fallback.
         cu_seqlens: [documents + 1] int32, rising from 0 to L: documents packed into one sequence (B = 1), where decay, phase
             and attention restart at each.
@@ -87,7 +113,7 @@ def sisa_attention(
             log_decay and lam are checked for CPU tensors only (on a GPU the check would stall the device).
     """
     check_attention(q, k, v, b, c, log_decay, theta, lam, rotary, mode, cu_seqlens)
-    path = _choose(backend, mode, q.device)
+    path = _choose(backend, mode, q, v, b)
     if path == "reference":
         return reference.sisa_attention(q, k, v, b, c, log_decay, theta, lam, rotary=rotary, mode=mode, cu_seqlens=cu_seqlens)
     refuse_forward_mode(q, k, v, b, c, log_decay, theta, lam)
@@ -99,6 +125,9 @@ def sisa_attention(
 
 
 def _documents(path: str, mode: str, q, k, v, b, c, log_decay, theta, lam, rotary, cu_seqlens) -> Tensor:
+    if path == "triton":
+        tables, horizon = rotary or (None, None), triton_attention.default_horizon(q.dtype)
+        return triton_attention.triton_exact(q, k, v, b, c, log_decay, theta, lam, *tables, cu_seqlens, horizon)[0]
     if cu_seqlens is None:
         return _document(path, mode, q, k, v, b, c, log_decay, theta, lam, rotary)
     lengths = cu_seqlens.diff().tolist()

@@ -27,6 +27,37 @@ def _given(x: object) -> str:
     return str(list(x.shape)) if isinstance(x, Tensor) else type(x).__name__
 
 
+def check_rotary(rotary: Rotary | None, q: Tensor, dtypes: tuple[torch.dtype, ...]) -> None:
+    """Check the rotary tables of ``q`` [B, L, H, Dh], a pair [L, Dh / 2] of constants."""
+    if rotary is None:
+        return
+    if not isinstance(rotary, (tuple, list)) or len(rotary) != 2:
+        raise TypeError(f"rotary must be a pair (cos, sin) or None, got {type(rotary).__name__}")
+    L, Dh = q.shape[1], q.shape[3]
+    if Dh % 2:
+        raise ValueError(f"rotary needs an even head width, got q with {Dh} channels")
+    for name, table in zip(("rotary[0] (cos)", "rotary[1] (sin)"), rotary):
+        check_tensor(name, table, (L, Dh // 2), dtypes, q.device)
+        if table.requires_grad:
+            raise ValueError(f"{name} must not require grad: the rotary tables are constants of the operator")
+
+
+def check_documents(cu_seqlens: Tensor | None, q: Tensor) -> None:
+    """Check the bounds of the documents packed into ``q`` [1, L, H, Dh]; their values for CPU tensors only, as elsewhere."""
+    if cu_seqlens is None:
+        return
+    B, L = q.shape[:2]
+    if not isinstance(cu_seqlens, Tensor) or cu_seqlens.dtype != torch.int32 or cu_seqlens.ndim != 1 or len(cu_seqlens) < 2:
+        got = f"{cu_seqlens.dtype} {list(cu_seqlens.shape)}" if isinstance(cu_seqlens, Tensor) else type(cu_seqlens).__name__
+        raise ValueError(f"cu_seqlens must be an int32 tensor [documents + 1], got {got}")
+    if B != 1:
+        raise ValueError(f"cu_seqlens needs the documents packed into one sequence (batch 1), got q with batch {B}")
+    if cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling():
+        bounds = cu_seqlens.tolist()
+        if bounds[0] != 0 or bounds[-1] != L or any(lo >= hi for lo, hi in itertools.pairwise(bounds)):
+            raise ValueError(f"cu_seqlens must rise strictly from 0 to the length {L}, got {bounds}")
+
+
 def check_operands(
     q: Tensor, k: Tensor, b: Tensor, c: Tensor, log_decay: Tensor, theta: Tensor, lam: Tensor, rotary: Rotary | None
 ) -> None:
@@ -57,15 +88,7 @@ def check_operands(
     check_tensor("log_decay", log_decay, (B, L, G), wide, q.device)
     check_tensor("theta", theta, (B, L, G, Ds // 2), wide, q.device)
     check_tensor("lam", lam, (H,), wide, q.device)
-    if rotary is not None:
-        if not isinstance(rotary, (tuple, list)) or len(rotary) != 2:
-            raise TypeError(f"rotary must be a pair (cos, sin) or None, got {type(rotary).__name__}")
-        if Dh % 2:
-            raise ValueError(f"rotary needs an even head width, got q with {Dh} channels")
-        for name, table in zip(("rotary[0] (cos)", "rotary[1] (sin)"), rotary):
-            check_tensor(name, table, (L, Dh // 2), wide, q.device)
-            if table.requires_grad:
-                raise ValueError(f"{name} must not require grad: the rotary tables are constants of the operator")
+    check_rotary(rotary, q, wide)
     if q.device.type == "cpu" and not torch.compiler.is_compiling():
         if not bool((log_decay <= 0).all()):
             worst = log_decay.detach().max().item()
@@ -83,12 +106,4 @@ def check_attention(q, k, v, b, c, log_decay, theta, lam, rotary, mode, cu_seqle
         raise ValueError(f"v must be [batch, length, key heads, Dv] with Dv >= 1, got {_given(v)}")
     B, L = q.shape[:2]
     check_tensor("v", v, (B, L, k.shape[2], v.shape[3]), (q.dtype,), q.device)
-    if cu_seqlens is not None:
-        if not isinstance(cu_seqlens, Tensor) or cu_seqlens.dtype != torch.int32 or cu_seqlens.ndim != 1 or len(cu_seqlens) < 2:
-            got = f"{cu_seqlens.dtype} {list(cu_seqlens.shape)}" if isinstance(cu_seqlens, Tensor) else type(cu_seqlens).__name__
-            raise ValueError(f"cu_seqlens must be an int32 tensor [documents + 1], got {got}")
-        if B != 1:
-            raise ValueError(f"cu_seqlens needs the documents packed into one sequence (batch 1), got q with batch {B}")
-        bounds = cu_seqlens.tolist()
-        if bounds[0] != 0 or bounds[-1] != L or any(lo >= hi for lo, hi in itertools.pairwise(bounds)):
-            raise ValueError(f"cu_seqlens must rise strictly from 0 to the length {L}, got {bounds}")
+    check_documents(cu_seqlens, q)

@@ -1,5 +1,6 @@
 """Fixtures for every test: fresh memory is poisoned, and one problem generator serves all operators."""
 
+import os
 import sys
 from pathlib import Path
 
@@ -8,6 +9,8 @@ import torch
 import torch.nn.functional as F
 import torch.utils._device
 
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read when triton is first imported
 ROOT = Path(__file__).parent.parent
 # `with torch.device(...)` knows its allocators by identity from the first use on: look once before they are replaced below.
 torch.utils._device._device_constructors()

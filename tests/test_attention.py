@@ -199,7 +199,7 @@ def test_the_environment_forces_a_backend(monkeypatch):
     inputs, _ = problem(L=63)
     monkeypatch.setenv("SISA_BACKEND", "triton")
     with pytest.raises(ValueError, match="SISA_BACKEND 'triton' cannot run here"):
-        sk.sisa_attention(**inputs, backend="sdpa")
+        sk.sisa_attention(**in_fp64(inputs), backend="sdpa")
     monkeypatch.setenv("SISA_BACKEND", "cuda")
     with pytest.raises(ValueError, match="SISA_BACKEND must be one of auto, triton, flash, sdpa, reference, got 'cuda'"):
         sk.sisa_attention(**inputs)
@@ -231,7 +231,7 @@ BAD = {
     "rotary[0] (cos) must not require grad": {"rotary": (torch.zeros(63, 32, requires_grad=True), torch.zeros(63, 32))},
     "mode must be one of exact, clamped, got 'fast'": {"mode": "fast"},
     "backend must be one of": {"backend": "fast"},
-    "backend 'triton' cannot run here": {"backend": "triton"},
+    "backend 'triton' cannot run here: it computes mode 'exact' only": {"backend": "triton", "mode": "clamped"},
     "cu_seqlens must be an int32 tensor": {"cu_seqlens": torch.tensor([0, 63])},
     "cu_seqlens must rise strictly from 0 to the length 63": {"cu_seqlens": torch.tensor([0, 9, 9, 63], dtype=torch.int32)},
 }  # fmt: skip

@@ -264,7 +264,7 @@ def test_clamped_mode_warns_once_and_logs_the_share(corpus, tmp_path, monkeypatc
         ({"beta2": 1.0}, "beta2 must be in [0, 1), got 1.0"),
         ({"weight_decay": -0.1}, "weight_decay must be at least 0"),
         ({"precision": "fp8"}, "precision must be one of auto, fp32, bf16, got 'fp8'"),
-        ({"backend": "triton"}, "backend 'triton' cannot run here"),
+        ({"backend": "triton", "mode": "clamped"}, "backend 'triton' cannot run here"),
         ({"tasks": ("needle", "needle")}, "tasks must be all different"),
         ({"seed": 2**63}, "seed must be below 2 ** 63"),
         ({"tasks": ("chess",)}, "tasks must be among needle, recall"),

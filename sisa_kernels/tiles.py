@@ -1,0 +1,155 @@
+"""Tile shapes of the Triton kernels: a table by architecture and widths, and the opt-in search that overrides it."""
+
+import functools
+import json
+import os
+import tempfile
+import warnings
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import torch
+
+
+@dataclass(frozen=True)
+class Tile:
+    """A kernel's tile: ``m`` queries by ``n`` keys on ``warps`` warps, loads running ``stages`` iterations ahead.
+
+    On the diagonal it takes ``diagonal`` rows of the other side at a time: less of them is masked, and the element-by-element decay
+    holds fewer registers.
+    """
+
+    m: int
+    n: int
+    warps: int
+    stages: int
+    diagonal: int = 32
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """The tiles of the forward kernel and of the backward's query kernel (dq, dc) and key kernel (dk, dv, db)."""
+
+    forward: Tile
+    query: Tile
+    key: Tile
+
+
+# By (largest of Dh and Dv, Ds), both padded: the first row that both fit in. Ds 0 is plain attention. Every row compiles without
+# spilling a register where each key head has one query head, and fits its chip's shared memory (tools/resources.py checks).
+Rows = tuple[tuple[int, int, Tiles], ...]
+
+# Tensor cores fed from shared memory by whole warpgroups: 8 warps a tile, 128 rows for the side that stays. The key kernel holds
+# three accumulators, so what it streams is 32 rows at a time where there is an importance product.
+HOPPER: Rows = (
+    (64, 0, Tiles(Tile(128, 128, 8, 2), Tile(128, 64, 8, 3), Tile(64, 128, 8, 2))),
+    (64, 64, Tiles(Tile(128, 128, 8, 2), Tile(128, 64, 8, 3), Tile(32, 128, 8, 3))),
+    (64, 128, Tiles(Tile(128, 128, 8, 2), Tile(128, 32, 8, 3), Tile(32, 64, 8, 3))),
+    (128, 0, Tiles(Tile(128, 128, 8, 2), Tile(128, 64, 8, 3), Tile(32, 128, 8, 3))),
+    (128, 64, Tiles(Tile(128, 64, 8, 3), Tile(128, 32, 8, 3), Tile(32, 64, 8, 3))),
+    (128, 128, Tiles(Tile(128, 64, 8, 3), Tile(64, 32, 8, 3), Tile(16, 64, 8, 2, 16))),
+)
+
+# The operands of a product pass through registers: less fits, and past 64 channels much less.
+AMPERE: Rows = (
+    (64, 0, Tiles(Tile(128, 128, 8, 2), Tile(128, 64, 8, 3), Tile(64, 128, 8, 2))),
+    (64, 32, Tiles(Tile(128, 64, 8, 2), Tile(128, 64, 8, 2), Tile(32, 128, 8, 3))),
+    (64, 64, Tiles(Tile(128, 64, 8, 3), Tile(128, 32, 8, 3), Tile(32, 128, 8, 3))),
+    (64, 128, Tiles(Tile(128, 64, 8, 3), Tile(64, 32, 8, 3), Tile(64, 64, 8, 2))),
+    (128, 0, Tiles(Tile(128, 32, 8, 3), Tile(128, 32, 8, 3), Tile(64, 64, 8, 2))),
+    (128, 16, Tiles(Tile(128, 64, 8, 3), Tile(64, 32, 8, 2), Tile(16, 64, 4, 2, 16))),
+    (128, 32, Tiles(Tile(128, 64, 8, 3), Tile(64, 16, 4, 2, 16), Tile(16, 64, 4, 2, 16))),
+    (128, 64, Tiles(Tile(128, 64, 8, 3), Tile(32, 32, 4, 3), Tile(32, 32, 4, 3))),
+    (128, 128, Tiles(Tile(128, 32, 8, 3), Tile(64, 64, 8, 2), Tile(32, 32, 4, 3))),
+)
+
+# Ampere's registers with 99 KiB of shared memory instead of 163: fewer loads in flight where those do not fit.
+ADA: Rows = (
+    (64, 0, Tiles(Tile(128, 128, 8, 2), Tile(128, 64, 8, 3), Tile(64, 128, 8, 2))),
+    (64, 32, Tiles(Tile(128, 64, 8, 3), Tile(128, 64, 8, 2), Tile(32, 128, 8, 3))),
+    (64, 64, Tiles(Tile(128, 64, 8, 3), Tile(128, 32, 8, 3), Tile(32, 128, 8, 3))),
+    (64, 128, Tiles(Tile(128, 64, 8, 2), Tile(64, 32, 8, 3), Tile(64, 64, 8, 2))),
+    (128, 0, Tiles(Tile(128, 32, 8, 3), Tile(128, 32, 8, 3), Tile(64, 64, 8, 2))),
+    (128, 16, Tiles(Tile(128, 32, 8, 3), Tile(64, 16, 4, 2, 16), Tile(16, 64, 4, 2, 16))),
+    (128, 32, Tiles(Tile(128, 32, 8, 3), Tile(64, 16, 4, 2, 16), Tile(16, 32, 8, 2, 16))),
+    (128, 64, Tiles(Tile(128, 32, 8, 3), Tile(32, 32, 4, 3), Tile(32, 32, 4, 3))),
+    (128, 128, Tiles(Tile(128, 32, 8, 2), Tile(64, 32, 8, 2), Tile(16, 32, 4, 3, 16))),
+)
+
+# One stage: deeper pipelines silently corrupted a kernel like these there (Triton 3.5 to 3.7, mamba pull request 997).
+BLACKWELL: Rows = tuple(
+    (width, state, Tiles(*(replace(tile, stages=1) for tile in (row.forward, row.query, row.key)))) for width, state, row in HOPPER
+)
+
+# Any other part, and fp32 (whose products run on the ordinary cores): small enough for 48 KiB of shared memory and every width.
+SAFE = Tiles(Tile(32, 32, 4, 1), Tile(32, 32, 4, 1), Tile(32, 32, 4, 1))
+
+ROWS = {8: AMPERE, 9: HOPPER, 10: BLACKWELL}
+_tuned: dict[str, Tiles] | None = None
+
+
+def table_tiles(capability: tuple[int, int], dtype: torch.dtype, width: int, state_width: int) -> Tiles | None:
+    """The table's row for a compute capability, or None where it has none; widths padded as the kernels pad them."""
+    rows = () if dtype == torch.float32 else ADA if capability in ((8, 6), (8, 9)) else ROWS.get(capability[0], ())
+    return next((tiles for w, s, tiles in rows if width <= w and state_width <= s), None)
+
+
+def choose_tiles(device: torch.device, dtype: torch.dtype, width: int, state_width: int) -> Tiles:
+    """The tiles for this device, dtype and padded widths (the larger of Dh and Dv; Ds, 0 for plain attention).
+
+    What :func:`sisa_kernels.tune.autotune` has found for them, else the table's row, else, said once, ``SAFE``.
+    """
+    tuned = tuned_tiles().get(tile_key(device, dtype, width, state_width))
+    return tuned or _table_row(device, dtype, width, state_width)
+
+
+@functools.cache
+def _table_row(device: torch.device, dtype: torch.dtype, width: int, state_width: int) -> Tiles:
+    if device.type != "cuda":
+        return SAFE
+    capability = torch.cuda.get_device_capability(device)
+    found = table_tiles(capability, dtype, width, state_width)
+    if found is None and dtype != torch.float32:
+        name = f"{torch.cuda.get_device_name(device)} (sm_{capability[0]}{capability[1]})"
+        warnings.warn(f"sisa_kernels has no tiles for {name}: safe, slow ones run", stacklevel=2)
+    return found or SAFE
+
+
+# ---- What autotuning has found ---------------------------------------------------------------------------------------------------
+
+
+def tile_key(device: torch.device, dtype: torch.dtype, width: int, state_width: int) -> str:
+    """What a tuned choice holds for: the device's name, the versions that compile for it, dtype and padded widths."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    return f"{name}, torch {torch.__version__}, {str(dtype)[6:]}, width {width}, state {state_width}"
+
+
+def cache_path() -> Path:
+    """Where tuned tiles are kept: ``sisa/tiles.json`` in ``XDG_CACHE_HOME``, or in ``~/.cache``."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sisa" / "tiles.json"
+
+
+def tuned_tiles() -> dict[str, Tiles]:
+    """The tuned tiles by key, read from the cache once; an unreadable cache is said and left alone."""
+    global _tuned
+    if _tuned is None:
+        _tuned = {}
+        try:
+            read = json.loads(cache_path().read_text())
+            _tuned = {key: Tiles(**{name: Tile(**tile) for name, tile in tiles.items()}) for key, tiles in read.items()}
+        except FileNotFoundError:
+            pass
+        except (OSError, ValueError, TypeError, AttributeError) as error:
+            warnings.warn(f"sisa_kernels cannot read its tuned tiles, {cache_path()}: {error}", stacklevel=2)
+    return _tuned
+
+
+def save_tuned(key: str, tiles: Tiles) -> None:
+    """Keep ``tiles`` for ``key``, here and in the cache, whose file is replaced whole."""
+    tuned = tuned_tiles()
+    tuned[key] = tiles
+    path = cache_path()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
+        json.dump({key: asdict(tiles) for key, tiles in tuned.items()}, file, indent=1)
+    os.replace(file.name, path)

@@ -1,0 +1,110 @@
+"""Autotuning of the Triton kernels' tiles: opt-in, kept on disk, and never timing a tile whose results have not been checked."""
+
+from collections.abc import Callable
+from dataclasses import fields, replace
+
+import torch
+from torch import Tensor
+from triton.testing import do_bench
+
+from . import reference
+from .tiles import ROWS, Tile, Tiles, choose_tiles, save_tuned, tile_key, tuned_tiles
+from .triton_attention import exact_attention, padded_width
+
+CHECK_LENGTH = 257  # several tiles of any shape, and a last one that is not full
+
+
+def problem(shape: tuple[int, int, int, int], widths: tuple[int, int, int], dtype: torch.dtype, device: torch.device):
+    """Random (q .. lam) as leaves and dL/dy for ``shape`` (B, L, H, G) and ``widths`` (Dh, Ds, Dv)."""
+    (B, L, H, G), (Dh, Ds, Dv) = shape, widths
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*sizes: int) -> Tensor:
+        return torch.randn(*sizes, generator=generator)
+
+    wide = [normal(B, L, heads, width) for heads, width in ((H, Dh), (G, Dh), (G, Dv), (G, Ds), (H, Ds))]
+    decay = -torch.nn.functional.softplus(normal(B, L, G) - 3)
+    inputs = [x.to(device, dtype) for x in wide]
+    inputs += [x.to(device) for x in (decay, 0.3 * normal(B, L, G, Ds // 2), torch.full((H,), 0.3133))]
+    return [x.requires_grad_() for x in inputs], normal(B, L, H, Dv).to(device, dtype)
+
+
+def results(function: Callable[..., Tensor], inputs: list[Tensor], dy: Tensor) -> list[Tensor]:
+    """y and the gradients of every input."""
+    y = function(*inputs)
+    return [y.detach(), *torch.autograd.grad(y, inputs, dy)]
+
+
+def errors(found: list[Tensor], oracle: list[Tensor]) -> list[float]:
+    """|x - oracle| / |oracle| of each; NaN where a result is."""
+    return [((x.double() - r).norm() / r.norm()).item() for x, r in zip(found, oracle)]
+
+
+def candidates(kernel: str) -> list[Tile]:
+    """Every tile that the table gives this kernel on some architecture."""
+    return list(dict.fromkeys(getattr(tiles, kernel) for rows in ROWS.values() for _, _, tiles in rows))
+
+
+def autotune(
+    batch: int, length: int, heads: int, head_width: int, state_width: int, *,
+    key_heads: int | None = None, value_width: int | None = None, dtype: torch.dtype = torch.bfloat16,
+    device: str | torch.device = "cuda", timer: Callable[[Callable[[], object]], float] = do_bench,
+) -> Tiles:  # fmt: skip
+    """Find the fastest tiles for a problem, use them from now on for its device, dtype and widths, and keep them on disk.
+
+    One kernel after the other, each of the table's tiles is first run forward and backward on a small problem against the fp64
+    oracle. One that fails to run, or errs more than twice as much as the tiles in use, is printed and never timed.
+
+    Args:
+        batch, length, heads, key_heads: the problem that is timed, forward + backward (key_heads: as heads).
+        head_width, state_width, value_width: Dh, Ds, Dv (value_width: as head_width).
+        dtype: of the operands.
+        timer: milliseconds of a call.
+
+    Raises:
+        RuntimeError: the tiles in use are themselves wrong (more than 5 % off the oracle).
+        ValueError: operands that the kernels do not take.
+    """
+    device = torch.device(device)
+    key_heads, value_width = key_heads or heads, value_width or head_width
+    widths = (head_width, state_width, value_width)
+    small, small_dy = problem((1, CHECK_LENGTH, 2 * heads // key_heads, 2), widths, dtype, device)
+    exact = [x.detach().double().requires_grad_() for x in small]
+    oracle = results(reference.sisa_attention, exact, small_dy.double())
+    inputs, dy = problem((batch, length, heads, key_heads), widths, dtype, device)
+    padded = max(padded_width(head_width), padded_width(value_width)), padded_width(state_width)
+    key = tile_key(device, dtype, *padded)
+    best = choose_tiles(device, dtype, *padded)
+    allowed = [2 * error for error in errors(results(exact_attention, small, small_dy), oracle)]
+    if not max(allowed) < 0.1:
+        raise RuntimeError(f"the tiles in use give wrong results, relative errors {allowed}: {best}")
+
+    def milliseconds(tiles: Tiles) -> float | None:
+        """Of forward + backward with ``tiles``, or None, with the reason printed, where they cannot be used."""
+        tuned_tiles()[key] = tiles
+        try:
+            found = errors(results(exact_attention, small, small_dy), oracle)
+            if not all(error <= bound for error, bound in zip(found, allowed)):
+                print(f"not timed, relative errors {found}: {tiles}")
+                return None
+            return timer(lambda: results(exact_attention, inputs, dy))
+        except Exception as error:  # of the compiler or the launch: too many resources, an unsupported shape
+            print(f"not timed, {type(error).__name__}: {tiles}")
+            return None
+
+    before = tuned_tiles().get(key)
+    try:
+        least = milliseconds(best)
+        for kernel in (field.name for field in fields(Tiles)):
+            for tile in candidates(kernel):
+                tiles = replace(best, **{kernel: tile})
+                took = milliseconds(tiles) if tiles != best else None
+                if took is not None and (least is None or took < least):
+                    best, least = tiles, took
+    except BaseException:
+        tuned_tiles().pop(key)
+        if before is not None:
+            tuned_tiles()[key] = before
+        raise
+    save_tuned(key, best)
+    return best

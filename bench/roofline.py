@@ -8,7 +8,7 @@ that stay in the L2 cache (small shapes) can undercut it. Paths (bf16 operands, 
 - ``augmented``: q_aug and k_aug written by one prologue, then one plain call of widths Dh + Ds and Dv.
 - ``padded``: the same with v padded to Dh + Ds, as stock flash kernels that know one width need it.
 - ``eager``: the prologue as the op-by-op fp32 chain of bench_augment.py, then the call of ``augmented``.
-- ``exact``: q.k and the re-based importance product as two products a score, the second only within the horizon; no atomics,
+- ``exact``: q.k and the importance product as two products a score (Triton), the second only within the horizon; no atomics,
   so that dK/dV and dQ are two kernels which both recompute the scores and dP. Of MACs a score that is 5 Dh + 4 Dv against the
   4 Dh + 3 Dv of ``plain``: 9/7 of it at Dh = Dv before the first importance product, and what no horizon wins back.
 
@@ -24,7 +24,7 @@ from typing import NamedTuple
 
 BF16, FP32 = 2, 4
 LAM = 0.3133  # at initialisation: softplus(-1)
-TOLERANCE = 2.0**-9  # of a logit, hence relative of P: no more than rounding P to bf16 costs; 2**-24 for fp32
+TOLERANCE = 2.0**-8  # of a logit: the kernels' own in bf16 (triton_attention.default_horizon)
 PATHS = ("plain", "augmented", "padded", "eager", "exact")
 
 
@@ -77,7 +77,7 @@ class Stage(NamedTuple):
 def horizon_tokens(state_width: int, half_life: float, tolerance: float = TOLERANCE, lam: float = LAM) -> float:
     """Distance in tokens from which on the importance term is at most ``tolerance``: half_life log2(lam Ds / tolerance).
 
-    A block pair needs no importance product where lam exp(g_start(I) - g_end(J)) max|ctil_I| max|btil_J| <= tolerance, a bound
+    A block pair needs no importance product where lam exp(g_start(I) - g_end(J)) max|c_I| max|b_J| <= tolerance, a bound
     of its share of the logit. Here each norm is sqrt(Ds), that of channels of unit variance, and g falls by ln 2 each half_life.
     """
     check_positive(state_width=state_width, half_life=half_life, tolerance=tolerance, lam=lam)
@@ -137,7 +137,8 @@ def stages(
         "padded": (fused + pad, fused_back + pad),  # v padded; dy padded
         # Tensors read and written by the ops of bench_augment.eager_chain and of its autograd on bf16 inputs, summed.
         "eager": (112 * Dh + 164 * Ds + 80, 136 * Dh + 350 * Ds + 152),
-        "exact": (fused + FP32, fused_back + 2 * FP32),  # g out; row and column sums of dL/dg in
+        # Out with the operands: two halves of g, norms of b and c. Back: dc, db, dL/ds_ii and the phases' tables in fp32.
+        "exact": (fused + FP32 * 4, BF16 * 4 * (Dh + Ds) + FP32 * (2 + Ds // 2 + 3 * Ds)),
     }[path]
     qk, v = Dh if path == "plain" else Dh + Ds, Dh + Ds if path == "padded" else Dv
 
@@ -148,13 +149,14 @@ def stages(
         macs = (Dh + Dv) * scores + Ds * near
         dkdv = 2 * ((Dh + Dv) * scores + Ds * near)  # S, dP, dV, dK
         dq = (2 * Dh + Dv) * scores + 2 * Ds * near  # S, dP, dQ
-        # g, log-sum-exp and delta in, sums of dL/dg out; q, k, v, dy in both times.
+        # q, k, v, dy, two halves of g, log-sum-exp and delta in, both times; the importance gradients out in fp32.
         common = BF16 * 2 * (qk + v) + 4 * FP32
         kernels = [
-            Stage("dK/dV", 2 * dkdv, rows * (common + BF16 * (qk + v))),
-            Stage("dQ", 2 * dq, rows * (common + BF16 * qk)),
+            Stage("prologue again", 0, rows * (prologue + FP32 * Ds)),  # recomputed, not saved; now with the phases' tables
+            Stage("dK/dV", 2 * dkdv, rows * (common + BF16 * (Dh + v) + FP32 * Ds)),
+            Stage("dQ", 2 * dq, rows * (common + BF16 * Dh + FP32 * (Ds + 1))),
         ]
-        forward += FP32  # g
+        forward += 2 * FP32  # the halves of g
     else:
         macs = (qk + v) * scores
         # q, k, v, dy, log-sum-exp and delta in; dq, dk, dv out.

@@ -5,7 +5,7 @@ import json
 import os
 import tempfile
 import warnings
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -76,9 +76,15 @@ ADA: Rows = (
     (128, 128, Tiles(Tile(128, 32, 8, 2), Tile(64, 32, 8, 2), Tile(16, 32, 4, 3, 16))),
 )
 
-# One stage: deeper pipelines silently corrupted a kernel like these there (Triton 3.5 to 3.7, mamba pull request 997).
-BLACKWELL: Rows = tuple(
-    (width, state, Tiles(*(replace(tile, stages=1) for tile in (row.forward, row.query, row.key)))) for width, state, row in HOPPER
+# Accumulators live in tensor memory. One stage: deeper pipelines silently corrupted a kernel like these (Triton 3.5 to 3.7, mamba
+# pull request 997).
+BLACKWELL: Rows = (
+    (64, 0, Tiles(Tile(128, 128, 8, 1), Tile(128, 64, 8, 1), Tile(64, 128, 8, 1))),
+    (64, 64, Tiles(Tile(128, 128, 8, 1), Tile(128, 64, 8, 1), Tile(32, 128, 8, 1))),
+    (64, 128, Tiles(Tile(128, 128, 8, 1), Tile(128, 32, 8, 1), Tile(32, 64, 8, 1))),
+    (128, 0, Tiles(Tile(128, 128, 8, 1), Tile(128, 64, 8, 1), Tile(64, 128, 8, 1))),
+    (128, 64, Tiles(Tile(128, 64, 8, 1), Tile(128, 64, 8, 1), Tile(32, 128, 8, 1))),
+    (128, 128, Tiles(Tile(128, 64, 8, 1), Tile(64, 64, 8, 1), Tile(32, 64, 8, 1))),
 )
 
 # Any other part, and fp32 (whose products run on the ordinary cores): small enough for 48 KiB of shared memory and every width.

@@ -351,11 +351,11 @@ class _Importance(NamedTuple):
     g_lo: Tensor
     size_b: Tensor  # [B, G, L] fp32: the norm of each row of b
     size_c: Tensor  # [B, H, L]
-    cos: Tensor  # [B, L, G, Ds / 2] fp32, of the phase
-    sin: Tensor
+    cos: Tensor | None  # [B, L, G, Ds / 2] fp32, of the phase; for the backward only
+    sin: Tensor | None
 
 
-def _prologue(q, k, b, c, log_decay, theta, cos, sin) -> tuple[Tensor, Tensor, _Importance | None]:
+def _prologue(q, k, b, c, log_decay, theta, cos, sin, backward: bool) -> tuple[Tensor, Tensor, _Importance | None]:
     """q and k with RoPE, where given, and the importance operands, where given."""
     if cos is not None:
         q, k = (rotate(x.float(), cos[:, None], sin[:, None]).to(x.dtype) for x in (q, k))
@@ -368,7 +368,8 @@ def _prologue(q, k, b, c, log_decay, theta, cos, sin) -> tuple[Tensor, Tensor, _
     b = rotate(b.float(), cos_k, sin_k).to(b.dtype)
     c = rotate(c.float(), cos_q, sin_q).to(c.dtype)
     size_b, size_c = (x.float().square().sum(3).sqrt().transpose(1, 2).contiguous() for x in (b, c))
-    return q, k, _Importance(b, c, g_hi, (g - g_hi).float(), size_b, size_c, cos_k, sin_k)
+    tables = (cos_k, sin_k) if backward else (None, None)
+    return q, k, _Importance(b, c, g_hi, (g - g_hi).float(), size_b, size_c, *tables)
 
 
 def _unrotate(dq, dk, cos, sin):
@@ -497,8 +498,8 @@ def _unit_stride(x: Tensor) -> Tensor:
     return x if x.stride(3) == 1 else x.contiguous()
 
 
-def _operands(q, k, v, b, c, log_decay, theta, cos, sin) -> tuple[Tensor, Tensor, Tensor, _Importance | None]:
-    q, k, importance = _fused(q.device, _prologue)(q, k, b, c, log_decay, theta, cos, sin)
+def _operands(q, k, v, b, c, log_decay, theta, cos, sin, backward) -> tuple[Tensor, Tensor, Tensor, _Importance | None]:
+    q, k, importance = _fused(q.device, _prologue)(q, k, b, c, log_decay, theta, cos, sin, backward)
     return _unit_stride(q), _unit_stride(k), _unit_stride(v), importance
 
 
@@ -514,7 +515,7 @@ def triton_exact(
     cos: Tensor | None, sin: Tensor | None, cu_seqlens: Tensor | None, horizon: float | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """y [B, L, H, Dv] in q's dtype and the base-2 logarithm of each softmax's sum, [B, H, L] fp32; without b: plain attention."""
-    q, k, v, x = _operands(q, k, v, b, c, log_decay, theta, cos, sin)
+    q, k, v, x = _operands(q, k, v, b, c, log_decay, theta, cos, sin, False)
     launch = _Launcher(q, k, v, x, cu_seqlens)
     B, L, H, _ = q.shape
     y, lse = q.new_empty(B, L, H, v.shape[3]), q.new_empty(B, H, L, dtype=torch.float32)
@@ -537,7 +538,7 @@ def triton_exact_backward(
     cos: Tensor | None, sin: Tensor | None, cu_seqlens: Tensor | None, horizon: float | None,
 ) -> list[Tensor]:  # fmt: skip
     """Gradients for q, k, v, and where given for b, c, log_decay, theta, lam, from the forward's inputs and results alone."""
-    q, k, v, x = _operands(q, k, v, b, c, log_decay, theta, cos, sin)
+    q, k, v, x = _operands(q, k, v, b, c, log_decay, theta, cos, sin, True)
     launch, dy = _Launcher(q, k, v, x, cu_seqlens), dy.contiguous()
     dq, dk, dv = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (q, k, v))
     dc, db, own, starts, ends = None, None, None, None, None

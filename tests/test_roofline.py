@@ -47,9 +47,12 @@ def test_bytes_a_token_and_head():
     assert per_row("augmented") == [fused, 4 * 128 + 2 * 32 + 4, 2 * 128 + 4, 7 * 128 + 4 * 32 + 8, fused_back]
     pad = 2 * 128 + 32
     assert per_row("padded") == [fused + pad, 4 * 160 + 4, 2 * 160 + 4, 7 * 160 + 8, fused_back + pad]
-    read = 4 * 128 + 2 * 32 + 3 * 4  # q, k, v, dy, ctil, btil, g, log-sum-exp, delta
-    dkdv, dq = read + 2 * 128 + 32 + 4, read + 128 + 32 + 4
-    assert per_row("exact") == [fused + 4, 4 * 128 + 2 * 32 + 8, 2 * 128 + 4, dkdv, dq, fused_back + 8]
+    prologue = fused + 16
+    read = 4 * 128 + 2 * 32 + 4 * 4  # q, k, v, dy, c, b, g twice, log-sum-exp, delta
+    dkdv, dq = read + 2 * 128 + 64, read + 128 + 64 + 4
+    back = 4 * 128 + 4 * 32 + 4 + 3 * 64 + 36
+    forward = 4 * 128 + 2 * 32 + 12
+    assert per_row("exact") == [prologue, forward, 2 * 128 + 4, prologue + 64, dkdv, dq, back]  # 16 channels of fp32 are 64
 
 
 class Traffic(TorchDispatchMode):
@@ -99,7 +102,7 @@ def test_scores_against_a_count_over_blocks(half_life, tile):
 def test_limits_of_the_horizon():
     assert causal_scores(1024) == 1024 * 1025 // 2
     assert causal_scores(1024, (128, 64)) == 128 * 64 * sum(range(2, 17, 2))
-    assert horizon_tokens(16, 100) == pytest.approx(100 * math.log2(0.3133 * 16 * 512))
+    assert horizon_tokens(16, 100) == pytest.approx(100 * math.log2(0.3133 * 16 * 256))
     assert horizon_tokens(16, math.inf) == math.inf
     assert importance_share(1024, math.inf, (128, 64)) == 1
     assert horizon_tokens(16, 100, tolerance=6.0) == 0  # above lam Ds: never needed off the diagonal

@@ -380,7 +380,8 @@ def _unrotate(dq, dk, cos, sin):
 def _importance_gradients(dc, db, own, b, c, lam, cos_k, sin_k, last):
     """Gradients for b, c, log_decay, theta and lam from those of the rotated operands without the pairs i = j (``own``: dL/ds_ii).
 
-    ``last`` [L] int64: the end of each token's document, where the reverse running sums of dL/dg and dL/dPhi begin anew.
+    ``last`` [L] int64: the end of each token's document, where the reverse running sums of dL/dg and dL/dPhi begin anew; None: one
+    document.
     """
     H, G = c.shape[2], b.shape[2]
     b_float, c_float = b.float(), c.float()
@@ -396,10 +397,11 @@ def _importance_gradients(dc, db, own, b, c, lam, cos_k, sin_k, last):
     return db.to(b.dtype), dc.to(c.dtype), dlog_decay, dtheta, dlam.float()
 
 
-def _reverse_sums(x: Tensor, last: Tensor) -> Tensor:
+def _reverse_sums(x: Tensor, last: Tensor | None) -> Tensor:
     """Sum over t <= u < last[t] of axis 1, in fp32."""
     total = F.pad(x.transpose(1, -1), (0, 1)).flip(-1).cumsum(-1).flip(-1)
-    return (total[..., :-1] - total[..., last]).transpose(1, -1).float().contiguous()
+    total = total[..., :-1] if last is None else total[..., :-1] - total[..., last]
+    return total.transpose(1, -1).float().contiguous()
 
 
 def _fused(device: torch.device, function: Callable) -> Callable:
@@ -467,9 +469,14 @@ def padded_width(width: int) -> int:
     return max(16, triton.next_power_of_2(width))
 
 
-def _documents(L: int, cu_seqlens: Tensor | None, device: torch.device) -> tuple[Tensor, Tensor]:
-    """For each token the first of its document and that document's end, each [L] int64; without waiting for the device."""
-    bounds = torch.tensor([0, L], device=device) if cu_seqlens is None else cu_seqlens.to(device, torch.int64)
+def _documents(L: int, cu_seqlens: Tensor | None, device: torch.device) -> tuple[Tensor | None, Tensor | None]:
+    """For each token the first of its document and that document's end, each [L] int64, where documents are packed.
+
+    Nothing here waits for the device: it may be captured in a CUDA graph.
+    """
+    if cu_seqlens is None:
+        return None, None
+    bounds = cu_seqlens.to(device, torch.int64)
     first, last = (x.repeat_interleave(bounds.diff(), output_size=L) for x in (bounds[:-1], bounds[1:]))
     return first, last
 

@@ -22,7 +22,6 @@ from sisa_kernels.tiles import Tile, table_tiles
 
 KERNELS = {"forward": ta._forward_kernel, "query": ta._backward_query_kernel, "key": ta._backward_key_kernel}
 TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
-POINTERS = {"first": "*i64", "last": "*i64", "near": "*i32"}
 FP32 = ("g_hi", "g_lo", "lam", "lse", "delta", "dc", "db", "own")
 IMPORTANCE = ("c", "b", "g_hi", "g_lo", "lam", "near", "dc", "db", "own")
 # Bytes a block may have (CUDA programming guide, compute capabilities).
@@ -35,8 +34,7 @@ def compile_kernel(name: str, arch: int, dtype: torch.dtype, Dh: int, Ds: int, t
     kernel = KERNELS[name]
     blocks = {"BH": Dh, "BV": Dh, "BS": max(16, Ds), "BM": tile.m, "BN": tile.n, "BD": tile.diagonal}
     constants = {"IMPORTANCE": Ds > 0, "PACKED": False, "DH": Dh, "DV": Dh, "DS": Ds, "REPEAT": 1, **blocks}
-    if not Ds:
-        constants |= dict.fromkeys(IMPORTANCE)
+    constants |= dict.fromkeys(("first", "last") if Ds else ("first", "last", *IMPORTANCE))
     signature, constexprs, attributes = {}, {}, {}
     for i, argument in enumerate(kernel.arg_names):
         if argument in constants:
@@ -48,7 +46,7 @@ def compile_kernel(name: str, arch: int, dtype: torch.dtype, Dh: int, Ds: int, t
             signature[argument] = "i32"
         else:
             stride = re.fullmatch("[qkv]_[blh]", argument)
-            pointer = "*fp32" if argument in FP32 else POINTERS.get(argument, f"*{TYPES[dtype]}")
+            pointer = "*i32" if argument == "near" else "*fp32" if argument in FP32 else f"*{TYPES[dtype]}"
             signature[argument] = "i32" if stride else pointer
             attributes[(i,)] = [["tt.divisibility", 16]]
     source = ASTSource(fn=kernel, signature=signature, constexprs=constexprs, attrs=attributes)

@@ -51,11 +51,14 @@ class Buffer {
 // ---- A token's rows, one a head ------------------------------------------------------------------------------------------------
 
 // A row a head; the channels lie side by side.
-struct Row {
-  void* data;
-  DType dtype;
-  int64_t head;
+template <class T>
+struct Heads {
+  T* data;
+  int64_t stride;
+  int64_t ahead = 0;      // of an input: where the token taken next has the same channels
   bool streamed = false;  // a result to be written past the caches
+
+  T* operator[](int64_t head) const { return data + head * stride; }
 };
 
 template <class F>
@@ -67,128 +70,111 @@ void with_type(DType dtype, F f) {
   }
 }
 
-// The channels from ``first`` on of a token's heads, in place where the last stride is 1, else gathered into scratch.
-Row row(const Rows& x, int64_t batch, int64_t token, int64_t first, int64_t heads, int64_t channels, float* scratch) {
-  Row result{scratch, DType::float32, channels};
-  with_type(x.dtype, [&]<class T>(std::type_identity<T>) {
-    T* in = static_cast<T*>(x.data) + batch * x.batch + token * x.token + first * x.channel;
-    if (x.channel == 1) {
-      result = {in, x.dtype, x.head};
-      return;
-    }
-    for (int64_t h = 0; h < heads; ++h) {
-      for (int64_t n = 0; n < channels; ++n) scratch[h * channels + n] = static_cast<float>(in[h * x.head + n * x.channel]);
-    }
-  });
-  return result;
-}
-
-int64_t size_of(DType dtype) {
-  return dtype == DType::float32 ? 4 : 2;
-}
-
-// A result's row; results are contiguous. Those too large to stay in the caches are written past them, where the rows are whole
-// cache lines: fetching the lines to be overwritten would take as long as writing them.
-Row result(const AugmentParams& p, const Rows& x, int64_t batch, int64_t token, int64_t first, int64_t heads, int64_t channels) {
-  Row r = row(x, batch, token, first, heads, channels, nullptr);
-  const int64_t size = size_of(x.dtype);
-  const bool whole_lines = (reinterpret_cast<uintptr_t>(r.data) | (r.head * size) | (channels * size)) % 64 == 0;
-  r.streamed = whole_lines && p.batch * p.length * heads * channels * size >= kStreamedBytes;
-  return r;
-}
-
-// Fetches a token's row ahead of use. Too many streams run side by side here for the hardware to follow: without this, a pass over
-// inputs larger than the caches takes more than twice as long.
-void prefetch(const Rows& x, int64_t batch, int64_t token, int64_t heads, int64_t channels) {
-  const int64_t size = size_of(x.dtype), run = x.head == channels ? heads * channels : channels;
-  const char* data = static_cast<const char*>(x.data) + (batch * x.batch + token * x.token) * size;
-  for (int64_t h = 0; h < heads * channels / run; ++h) {
-    for (int64_t i = 0; i < run * size; i += 64) __builtin_prefetch(data + h * x.head * size + i);
+// The channels from ``first`` on of a token's heads, in place where the last stride is 1, else gathered into scratch; the token
+// taken next is ``step`` further on.
+template <class T>
+Heads<const T> input(
+    const Rows& x, int64_t batch, int64_t token, int64_t first, int64_t heads, int64_t channels, int64_t step, T* scratch) {
+  const T* in = static_cast<const T*>(x.data) + batch * x.batch + token * x.token + first * x.channel;
+  if (x.channel == 1) return {in, x.head, step * x.token};
+  for (int64_t h = 0; h < heads; ++h) {
+    for (int64_t n = 0; n < channels; ++n) scratch[h * channels + n] = in[h * x.head + n * x.channel];
   }
+  return {scratch, channels};
+}
+
+// A result's rows; results are contiguous. Those too large to stay in the caches are written past them, where the rows are whole
+// cache lines: fetching the lines to be overwritten would take as long as writing them.
+template <class T>
+Heads<T> result(const AugmentParams& p, const Rows& x, int64_t batch, int64_t token, int64_t first, int64_t heads, int64_t channels) {
+  T* out = static_cast<T*>(x.data) + batch * x.batch + token * x.token + first;
+  const int64_t size = sizeof(T);
+  const bool whole_lines = (reinterpret_cast<uintptr_t>(out) | (x.head * size) | (channels * size)) % 64 == 0;
+  return {out, x.head, 0, whole_lines && p.batch * p.length * heads * channels * size >= kStreamedBytes};
 }
 
 // An fp32 tensor's row with its heads packed.
 const float* packed(const Rows& x, int64_t batch, int64_t token, int64_t heads, int64_t channels, float* scratch) {
-  const Row r = row(x, batch, token, 0, heads, channels, scratch);
-  const float* in = static_cast<const float*>(r.data);
-  if (r.head == channels || heads == 1) return in;
-  for (int64_t h = 0; h < heads; ++h) std::copy_n(in + h * r.head, channels, scratch + h * channels);
+  const Heads<const float> in = input(x, batch, token, 0, heads, channels, 0, scratch);
+  if (in.stride == channels || heads == 1) return in.data;
+  for (int64_t h = 0; h < heads; ++h) std::copy_n(in[h], channels, scratch + h * channels);
   return scratch;
 }
 
-template <class F>
-void for_heads(Row in, Row out, int64_t heads, F f) {
-  with_type(in.dtype, [&]<class T>(std::type_identity<T>) {
-    with_type(out.dtype, [&]<class O>(std::type_identity<O>) {
-      for (int64_t h = 0; h < heads; ++h)
-        f(h, static_cast<const T*>(in.data) + h * in.head, static_cast<O*>(out.data) + h * out.head);
-    });
-  });
+// V channels of an input, or the count that are left; asks for the next token's. Too many streams run side by side here for the
+// hardware to follow.
+template <class T, class Count>
+Vec fetch(Heads<const T> in, const T* at, Count count) {
+  __builtin_prefetch(at + in.ahead);
+  return load(at, count);
 }
 
-void copy(Row in, Row out, int64_t heads, int64_t channels) {
-  for_heads(in, out, heads, [&](int64_t, const auto* x, auto* y) {
-    for_channels(channels, [&](int64_t i, auto count) { store(load(x + i, count), y + i, count, out.streamed); });
-  });
+template <class T, class O>
+void copy(Heads<const T> in, Heads<O> out, int64_t heads, int64_t channels) {
+  for (int64_t h = 0; h < heads; ++h) {
+    for_channels(channels, [&](int64_t i, auto count) { store(fetch(in, in[h] + i, count), out[h] + i, count, out.streamed); });
+  }
 }
 
-void fill_zeros(Row out, int64_t heads, int64_t channels) {
-  with_type(out.dtype, [&]<class T>(std::type_identity<T>) {
-    for (int64_t h = 0; h < heads; ++h) std::memset(static_cast<T*>(out.data) + h * out.head, 0, channels * sizeof(T));
-  });
+template <class O>
+void fill_zeros(Heads<O> out, int64_t heads, int64_t channels) {
+  for (int64_t h = 0; h < heads; ++h) std::memset(static_cast<void*>(out[h]), 0, channels * sizeof(O));
 }
 
-// Cosines and signed sines of each channel (augment_math.h), padded; head h has those at (h / repeat) * stride.
+// Cosines and signed sines of each channel (augment_math.h), padded: rows of ``stride``, each for ``repeat`` heads.
 struct Angles {
   const float *cos, *sin;
   int64_t repeat, stride;
-
-  int64_t at(int64_t head) const { return head / repeat * stride; }
 };
 
-template <bool inverse>
-void rotate_rows(Row in, Row out, Angles angles, int64_t heads, int64_t channels) {
-  for_heads(in, out, heads, [&](int64_t h, const auto* x, auto* y) {
-    const float *cos = angles.cos + angles.at(h), *sin = angles.sin + angles.at(h);
+// Calls f(head, its cosines, its signed sines, index of these).
+template <class F>
+void for_heads(Angles angles, int64_t heads, F f) {
+  for (int64_t h = 0, group = 0; h < heads; ++group) {
+    const float *cos = angles.cos + group * angles.stride, *sin = angles.sin + group * angles.stride;
+    for (const int64_t end = h + angles.repeat; h < end; ++h) f(h, cos, sin, group);
+  }
+}
+
+template <bool inverse, class T, class O>
+void rotate_rows(Heads<const T> in, Heads<O> out, Angles angles, int64_t heads, int64_t channels) {
+  for_heads(angles, heads, [&](int64_t h, const float* cos, const float* sin, int64_t) {
     for_channels(channels, [&](int64_t i, auto count) {
-      const Vec value = load(x + i, count), c = load(cos + i, count), s = load(sin + i, count);
-      store(inverse ? unrotate(value, partners(value), c, s) : rotate(value, partners(value), c, s), y + i, count, out.streamed);
+      const Vec x = fetch(in, in[h] + i, count), c = load(cos + i), s = load(sin + i);
+      store(inverse ? unrotate(x, partners(x), c, s) : rotate(x, partners(x), c, s), out[h] + i, count, out.streamed);
     });
   });
 }
 
-void augment_rows(Row in, Row out, Angles angles, const float* factors, int64_t heads, int64_t channels) {
-  for_heads(in, out, heads, [&](int64_t h, const auto* x, auto* y) {
-    const float *cos = angles.cos + angles.at(h), *sin = angles.sin + angles.at(h);
+template <class T, class O>
+void augment_rows(Heads<const T> in, Heads<O> out, Angles angles, const float* factors, int64_t heads, int64_t channels) {
+  for_heads(angles, heads, [&](int64_t h, const float* cos, const float* sin, int64_t) {
     const Vec factor(factors[h]);
     for_channels(channels, [&](int64_t i, auto count) {
-      const Vec value = load(x + i, count);
-      store(factor * rotate(value, partners(value), load(cos + i, count), load(sin + i, count)), y + i, count, out.streamed);
+      const Vec x = fetch(in, in[h] + i, count);
+      store(factor * rotate(x, partners(x), load(cos + i), load(sin + i)), out[h] + i, count, out.streamed);
     });
   });
 }
 
 // The gradient of augment_rows from x and that of its result; adds each pair's dL/dphase to dphase [heads / repeat, pairs] and
 // returns each head's dL/dexponent.
+template <class T, class O>
 void augment_rows_backward(
-    Row x, Row dy, Row dx, Angles angles, const float* factors, int64_t heads, int64_t channels, double* dphase,
-    double* dexponent) {
-  with_type(dy.dtype, [&]<class D>(std::type_identity<D>) {
-    for_heads(x, dx, heads, [&](int64_t h, const auto* in, auto* out) {
-      const D* gradient = static_cast<const D*>(dy.data) + h * dy.head;
-      const float *cos = angles.cos + angles.at(h), *sin = angles.sin + angles.at(h);
-      double* phases = dphase + h / angles.repeat * (channels / 2);
-      const Vec factor(factors[h]);
-      Dot dot;
-      for_channels(channels, [&](int64_t i, auto count) {
-        const Vec value = load(in + i, count), c = load(cos + i, count), s = load(sin + i, count);
-        const Vec u = rotate(value, partners(value), c, s), du = factor * load(gradient + i, count);
-        store(unrotate(du, partners(du), c, s), out + i, count, dx.streamed);
-        dot.add(u, du);
-        add_even(d_phase(u, partners(u), du, partners(du)), phases + i / 2);
-      });
-      dexponent[h] = dot.total();
+    Heads<const T> x, Heads<const O> dy, Heads<T> dx, Angles angles, const float* factors, int64_t heads, int64_t channels,
+    double* dphase, double* dexponent) {
+  for_heads(angles, heads, [&](int64_t h, const float* cos, const float* sin, int64_t group) {
+    double* phases = dphase + group * (channels / 2);
+    const Vec factor(factors[h]);
+    Dot dot;
+    for_channels(channels, [&](int64_t i, auto count) {
+      const Vec value = fetch(x, x[h] + i, count), c = load(cos + i), s = load(sin + i);
+      const Vec u = rotate(value, partners(value), c, s), du = factor * fetch(dy, dy[h] + i, count);
+      store(unrotate(du, partners(du), c, s), dx[h] + i, count, dx.streamed);
+      dot.add(u, du);
+      add_even(d_phase(u, partners(u), du, partners(du)), phases + i / 2);
     });
+    dexponent[h] = dot.total();
   });
 }
 
@@ -282,10 +268,10 @@ struct Token {
   const AugmentParams& p;
   const Scans& scans;
   const int64_t pairs = p.state_width / 2, half = p.cos.data ? p.head_width / 2 : 0;  // half: rotary pairs
+  const int64_t repeat = p.heads / p.key_heads;
   int64_t batch = 0, piece = 0;
   Buffer<float> factor_q{p.heads}, factor_k{p.key_heads}, cos{p.key_heads * p.state_width}, sin{p.key_heads * p.state_width};
-  Buffer<float> cos_rotary{2 * half}, sin_rotary{2 * half};
-  Buffer<float> scratch{p.heads * std::max(p.head_width, p.state_width)}, wrapped{p.key_heads * pairs};
+  Buffer<float> cos_rotary{2 * half}, sin_rotary{2 * half}, scratch{p.heads * std::max(p.head_width, p.state_width)};
   Buffer<double> phase{p.key_heads * pairs}, exponent{p.key_heads}, growth{p.key_heads};  // exponent: g - m, not clamped
   Buffer<double> scale_q{p.heads}, scale_k{p.key_heads};
 
@@ -303,50 +289,38 @@ struct Token {
   }
 
   void forward_to(int64_t token) {
-    const float* theta = packed(p.theta, batch, token, p.key_heads, pairs, scratch);
-    for (int64_t i = 0; i < p.key_heads * pairs; ++i) phase[i] += theta[i];
+    add_theta(token, 1);
     set(token);
   }
 
   void back_to(int64_t token) {
     set(token);
+    add_theta(token, -1);
+  }
+
+  void add_theta(int64_t token, double sign) {
     const float* theta = packed(p.theta, batch, token, p.key_heads, pairs, scratch);
-    for (int64_t i = 0; i < p.key_heads * pairs; ++i) phase[i] -= theta[i];
+    double* sum = phase;
+    for (int64_t i = 0; i < p.key_heads * pairs; ++i) sum[i] += sign * theta[i];
   }
 
   void set(int64_t token) {
-    const int64_t n = p.key_heads * pairs;
-    for (int64_t i = 0; i < n; ++i) wrapped[i] = static_cast<float>(phase[i] = wrap(phase[i]));
-    for (int64_t i = 0; i < n; i += V) {
-      Vec c, s;
-      sincos(load(wrapped + i), s, c);
-      expand(c, s, std::min(V, n - i), cos + 2 * i, sin + 2 * i);
-    }
+    cos_sin(phase, p.key_heads * pairs, cos, sin);
     const double *local = scans.local(batch, token), *base = scans.base(batch, piece);
     for (int64_t g = 0; g < p.key_heads; ++g) growth[g] = clamped(exponent[g] = local[g] + base[g], p.clamp);
     using Double = at::vec::Vectorized<double>;
     for (int64_t g = 0; g < p.key_heads; g += Double::size()) Double::loadu(growth + g).exp().store(growth + g);
-    for (int64_t g = 0; g < p.key_heads; ++g) factor_k[g] = static_cast<float>(scale_k[g] / growth[g]);
-    for (int64_t h = 0, repeat = p.heads / p.key_heads; h < p.heads; ++h) {
-      factor_q[h] = static_cast<float>(scale_q[h] * growth[h / repeat]);
+    for (int64_t g = 0; g < p.key_heads; ++g) {
+      factor_k[g] = static_cast<float>(scale_k[g] / growth[g]);
+      for (int64_t h = g * repeat; h < (g + 1) * repeat; ++h) factor_q[h] = static_cast<float>(scale_q[h] * growth[g]);
     }
     if (half == 0) return;
     const float* c = packed(p.cos, 0, token, 1, half, scratch);
     const float* s = packed(p.sin, 0, token, 1, half, scratch + half);
-    for_channels(half, [&](int64_t i, auto count) {
-      expand(load(c + i, count), load(s + i, count), count, cos_rotary + 2 * i, sin_rotary + 2 * i);
-    });
+    for (int64_t i = 0; i < half; ++i) expand(c[i], s[i], cos_rotary + 2 * i, sin_rotary + 2 * i);
   }
 
-  // From a pair's cosine and sine to its two channels' cosines and signed sines.
-  static void expand(Vec c, Vec s, int64_t pairs, float* cos, float* sin) {
-    const auto [c_lo, c_hi] = at::vec::interleave2(c, c);
-    const auto [s_lo, s_hi] = at::vec::interleave2(s.neg(), s);
-    store(c_lo, cos), store(s_lo, sin);
-    if (2 * pairs > V) store(c_hi, cos + V), store(s_hi, sin + V);
-  }
-
-  Angles rotary() const { return {cos_rotary, sin_rotary, 1, 0}; }
+  Angles rotary(int64_t heads) const { return {cos_rotary, sin_rotary, heads, 0}; }
 };
 
 // A token's queries or keys: what differs between the two.
@@ -358,56 +332,66 @@ struct Side {
 };
 
 Side query_side(const Token& x) {
-  return {x.p.heads, x.p.q, x.p.c, x.p.q_aug, {x.cos, x.sin, x.p.heads / x.p.key_heads, x.p.state_width}, x.factor_q};
+  return {x.p.heads, x.p.q, x.p.c, x.p.q_aug, {x.cos, x.sin, x.repeat, x.p.state_width}, x.factor_q};
 }
 
 Side key_side(const Token& x) {
   return {x.p.key_heads, x.p.k, x.p.b, x.p.k_aug, {x.cos, x.sin, 1, x.p.state_width}, x.factor_k};
 }
 
+template <class T, class O>
 void write(Token& x, int64_t token, const Side& side) {
   const AugmentParams& p = x.p;
-  prefetch(side.head, x.batch, token + 1, side.heads, p.head_width);
-  prefetch(side.state, x.batch, token + 1, side.heads, p.state_width);
-  const Row head = row(side.head, x.batch, token, 0, side.heads, p.head_width, x.scratch);
-  const Row augmented = result(p, side.augmented, x.batch, token, 0, side.heads, p.head_width);
+  const int64_t heads = side.heads, head_width = p.head_width, state_width = p.state_width;
+  T* scratch = reinterpret_cast<T*>(static_cast<float*>(x.scratch));
+  const Heads<const T> head = input(side.head, x.batch, token, 0, heads, head_width, 1, scratch);
+  const Heads<O> augmented = result<O>(p, side.augmented, x.batch, token, 0, heads, head_width);
   if (x.half) {
-    rotate_rows<false>(head, augmented, x.rotary(), side.heads, p.head_width);
+    rotate_rows<false>(head, augmented, x.rotary(heads), heads, head_width);
   } else {
-    copy(head, augmented, side.heads, p.head_width);
+    copy(head, augmented, heads, head_width);
   }
-  const Row state = row(side.state, x.batch, token, 0, side.heads, p.state_width, x.scratch);
-  const Row augmented_state = result(p, side.augmented, x.batch, token, p.head_width, side.heads, p.state_width);
-  augment_rows(state, augmented_state, side.angles, side.factors, side.heads, p.state_width);
-  const int64_t used = p.head_width + p.state_width, rest = p.width - used;
-  if (rest > 0) fill_zeros(result(p, side.augmented, x.batch, token, used, side.heads, rest), side.heads, rest);
+  const Heads<const T> state = input(side.state, x.batch, token, 0, heads, state_width, 1, scratch);
+  const Heads<O> augmented_state = result<O>(p, side.augmented, x.batch, token, head_width, heads, state_width);
+  augment_rows(state, augmented_state, side.angles, side.factors, heads, state_width);
+  const int64_t used = head_width + state_width, rest = p.width - used;
+  if (rest > 0) fill_zeros(result<O>(p, side.augmented, x.batch, token, used, heads, rest), heads, rest);
 }
 
 // A backward token's sums from the piece's end back, and a second scratch row.
 struct BackwardToken : Token {
-  Buffer<float> scratch_gradient{p.heads * p.state_width};
+  Buffer<float> scratch_gradient{p.heads * std::max(p.head_width, p.state_width)};
   Buffer<double> phase_sums{p.key_heads * pairs}, row{p.heads}, col{p.key_heads};
   using Token::Token;
 };
 
 // Writes the gradients of one side's head and state rows, adds to dphase and returns dexponent as augment_rows_backward.
+template <class T, class O>
 void write_backward(
     BackwardToken& x, int64_t token, const Side& side, const Rows& dhead, const Rows& dstate, double* dphase, double* dexponent) {
   const AugmentParams& p = x.p;
-  prefetch(side.augmented, x.batch, token - 1, side.heads, p.width);
-  prefetch(side.state, x.batch, token - 1, side.heads, p.state_width);
-  const Row augmented = row(side.augmented, x.batch, token, 0, side.heads, p.head_width, x.scratch);
-  const Row head = result(p, dhead, x.batch, token, 0, side.heads, p.head_width);
+  const int64_t heads = side.heads, head_width = p.head_width, state_width = p.state_width;
+  T* scratch = reinterpret_cast<T*>(static_cast<float*>(x.scratch));
+  O* scratch_gradient = reinterpret_cast<O*>(static_cast<float*>(x.scratch_gradient));
+  const Heads<const O> augmented = input(side.augmented, x.batch, token, 0, heads, head_width, -1, scratch_gradient);
+  const Heads<T> head = result<T>(p, dhead, x.batch, token, 0, heads, head_width);
   if (x.half) {
-    rotate_rows<true>(augmented, head, x.rotary(), side.heads, p.head_width);
+    rotate_rows<true>(augmented, head, x.rotary(heads), heads, head_width);
   } else {
-    copy(augmented, head, side.heads, p.head_width);
+    copy(augmented, head, heads, head_width);
   }
-  const Row gradient = row(side.augmented, x.batch, token, p.head_width, side.heads, p.state_width, x.scratch_gradient);
-  const Row state = row(side.state, x.batch, token, 0, side.heads, p.state_width, x.scratch);
-  const Row dstate_row = result(p, dstate, x.batch, token, 0, side.heads, p.state_width);
-  augment_rows_backward(
-      state, gradient, dstate_row, side.angles, side.factors, side.heads, p.state_width, dphase, dexponent);
+  const Heads<const O> gradient = input(side.augmented, x.batch, token, head_width, heads, state_width, -1, scratch_gradient);
+  const Heads<const T> state = input(side.state, x.batch, token, 0, heads, state_width, -1, scratch);
+  const Heads<T> dstate_row = result<T>(p, dstate, x.batch, token, 0, heads, state_width);
+  augment_rows_backward(state, gradient, dstate_row, side.angles, side.factors, heads, state_width, dphase, dexponent);
+}
+
+// Calls f with the types of the inputs and of the augmented tensors.
+template <class F>
+void with_types(const AugmentParams& p, F f) {
+  with_type(p.q.dtype, [&]<class T>(std::type_identity<T> inputs) {
+    with_type(p.q_aug.dtype, [&]<class O>(std::type_identity<O> augmented) { f(inputs, augmented); });
+  });
 }
 
 }  // namespace
@@ -417,11 +401,13 @@ void augment(const AugmentParams& p) {
   const Scans scans(p, pieces);
   for_each_piece(p, pieces.size(), [&] { return Token(p, scans); }, [&](Token& x, int64_t batch, int64_t n) {
     x.enter(batch, n, true);
-    for (int64_t t = pieces[n].begin; t < pieces[n].end; ++t) {
-      x.forward_to(t);
-      write(x, t, query_side(x));
-      write(x, t, key_side(x));
-    }
+    with_types(p, [&]<class T, class O>(std::type_identity<T>, std::type_identity<O>) {
+      for (int64_t t = pieces[n].begin; t < pieces[n].end; ++t) {
+        x.forward_to(t);
+        write<T, O>(x, t, query_side(x));
+        write<T, O>(x, t, key_side(x));
+      }
+    });
   });
 }
 
@@ -439,23 +425,25 @@ void augment_backward(const AugmentBackwardParams& p) {
     double* lam = lam_sums + (batch * count + n) * p.heads;
     x.enter(batch, n, false);
     std::fill_n(static_cast<double*>(x.phase_sums), pairs, 0.0);
-    for (int64_t t = pieces[n].end - 1; t >= pieces[n].begin; --t) {
-      x.back_to(t);
-      write_backward(x, t, query_side(x), p.dq, p.dc, x.phase_sums, x.row);
-      write_backward(x, t, key_side(x), p.dk, p.db, x.phase_sums, x.col);
-      double* dg_t = dg + (batch * p.length + t) * G;
-      float* dtheta = p.dtheta + (batch * p.length + t) * pairs;
-      for (int64_t g = 0; g < G; ++g) {
-        double total = 0;
-        for (int64_t h = g * repeat; h < (g + 1) * repeat; ++h) {
-          total += x.row[h];
-          lam[h] += repeat == 1 ? x.row[h] + x.col[h] : x.row[h];
+    with_types(p, [&]<class T, class O>(std::type_identity<T>, std::type_identity<O>) {
+      for (int64_t t = pieces[n].end - 1; t >= pieces[n].begin; --t) {
+        x.back_to(t);
+        write_backward<T, O>(x, t, query_side(x), p.dq, p.dc, x.phase_sums, x.row);
+        write_backward<T, O>(x, t, key_side(x), p.dk, p.db, x.phase_sums, x.col);
+        double* dg_t = dg + (batch * p.length + t) * G;
+        float* dtheta = p.dtheta + (batch * p.length + t) * pairs;
+        for (int64_t g = 0; g < G; ++g) {
+          double total = 0;
+          for (int64_t h = g * repeat; h < (g + 1) * repeat; ++h) {
+            total += x.row[h];
+            lam[h] += repeat == 1 ? x.row[h] + x.col[h] : x.row[h];
+          }
+          // Where the clamp binds, the exponent does not move with g.
+          dg_t[g] = decay[g] += std::abs(x.exponent[g]) <= p.clamp ? total - x.col[g] : 0.0;
         }
-        // Where the clamp binds, the exponent does not move with g.
-        dg_t[g] = decay[g] += std::abs(x.exponent[g]) <= p.clamp ? total - x.col[g] : 0.0;
+        for (int64_t i = 0; i < pairs; ++i) dtheta[i] = static_cast<float>(x.phase_sums[i]);
       }
-      for (int64_t i = 0; i < pairs; ++i) dtheta[i] = static_cast<float>(x.phase_sums[i]);
-    }
+    });
     std::copy_n(static_cast<const double*>(x.phase_sums), pairs, phase);
   });
 

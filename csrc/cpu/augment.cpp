@@ -27,7 +27,7 @@ namespace sisa::cpu {
 namespace {
 
 constexpr int64_t kPiece = 32;               // tokens
-constexpr int64_t kStreamedBytes = 4 << 20;  // of a result, about a core's second-level cache and more
+constexpr int64_t kStreamedBytes = 1 << 20;  // about a core's second-level cache
 
 // Zeroed scratch, aligned to cache lines and padded so that vector loops may run over its end.
 template <class T>
@@ -58,7 +58,21 @@ struct Heads {
   int64_t ahead = 0;      // of an input: where the token taken next has the same channels
   bool streamed = false;  // a result to be written past the caches
 
-  T* operator[](int64_t head) const { return data + head * stride; }
+  Heads row(int64_t head) const { return from(head * stride); }
+  Heads from(int64_t channel) const { return {data + channel, stride, ahead, streamed}; }
+
+  // V channels or the count that are left. The next token's are asked for: too many streams run side by side here for the
+  // hardware to follow.
+  template <class Count>
+  Vec get(int64_t i, Count count) const {
+    __builtin_prefetch(data + i + ahead);
+    return load(data + i, count);
+  }
+
+  template <class Count>
+  void put(Vec x, int64_t i, Count count) const {
+    store(x, data + i, count, streamed);
+  }
 };
 
 template <class F>
@@ -70,112 +84,77 @@ void with_type(DType dtype, F f) {
   }
 }
 
-// The channels from ``first`` on of a token's heads, in place where the last stride is 1, else gathered into scratch; the token
-// taken next is ``step`` further on.
+// A token's rows of an input, in place where the last stride is 1, else gathered into scratch; the token taken next is ``step``
+// further on.
 template <class T>
-Heads<const T> input(
-    const Rows& x, int64_t batch, int64_t token, int64_t first, int64_t heads, int64_t channels, int64_t step, T* scratch) {
-  const T* in = static_cast<const T*>(x.data) + batch * x.batch + token * x.token + first * x.channel;
+Heads<const T> input(const Rows& x, int64_t batch, int64_t token, int64_t step, int64_t heads, int64_t channels, float* scratch) {
+  const T* in = static_cast<const T*>(x.data) + batch * x.batch + token * x.token;
   if (x.channel == 1) return {in, x.head, step * x.token};
+  T* out = reinterpret_cast<T*>(scratch);
   for (int64_t h = 0; h < heads; ++h) {
-    for (int64_t n = 0; n < channels; ++n) scratch[h * channels + n] = in[h * x.head + n * x.channel];
+    for (int64_t n = 0; n < channels; ++n) out[h * channels + n] = in[h * x.head + n * x.channel];
   }
-  return {scratch, channels};
+  return {out, channels};
 }
 
-// A result's rows; results are contiguous. Those too large to stay in the caches are written past them, where the rows are whole
-// cache lines: fetching the lines to be overwritten would take as long as writing them.
+// A token's rows of a result; results are contiguous. Where they are too large together to stay in the caches they are written
+// past them, if whole vectors make whole cache lines: fetching the lines to be overwritten would take as long as writing them.
 template <class T>
-Heads<T> result(const AugmentParams& p, const Rows& x, int64_t batch, int64_t token, int64_t first, int64_t heads, int64_t channels) {
-  T* out = static_cast<T*>(x.data) + batch * x.batch + token * x.token + first;
+Heads<T> result(const AugmentParams& p, const Rows& x, int64_t batch, int64_t token, int64_t channels) {
+  T* out = static_cast<T*>(x.data) + batch * x.batch + token * x.token;
   const int64_t size = sizeof(T);
-  const bool whole_lines = (reinterpret_cast<uintptr_t>(out) | (x.head * size) | (channels * size)) % 64 == 0;
-  return {out, x.head, 0, whole_lines && p.batch * p.length * heads * channels * size >= kStreamedBytes};
+  const bool large = p.batch * p.length * p.heads * p.width * size >= kStreamedBytes;
+  const bool lines = (reinterpret_cast<uintptr_t>(out) | (x.token * size)) % 64 == 0 && (x.head | channels) % V == 0;
+  return {out, x.head, 0, large && lines};
 }
 
 // An fp32 tensor's row with its heads packed.
 const float* packed(const Rows& x, int64_t batch, int64_t token, int64_t heads, int64_t channels, float* scratch) {
-  const Heads<const float> in = input(x, batch, token, 0, heads, channels, 0, scratch);
+  const Heads<const float> in = input<float>(x, batch, token, 0, heads, channels, scratch);
   if (in.stride == channels || heads == 1) return in.data;
-  for (int64_t h = 0; h < heads; ++h) std::copy_n(in[h], channels, scratch + h * channels);
+  for (int64_t h = 0; h < heads; ++h) std::copy_n(in.row(h).data, channels, scratch + h * channels);
   return scratch;
 }
 
-// V channels of an input, or the count that are left; asks for the next token's. Too many streams run side by side here for the
-// hardware to follow.
-template <class T, class Count>
-Vec fetch(Heads<const T> in, const T* at, Count count) {
-  __builtin_prefetch(at + in.ahead);
-  return load(at, count);
-}
-
-template <class T, class O>
-void copy(Heads<const T> in, Heads<O> out, int64_t heads, int64_t channels) {
-  for (int64_t h = 0; h < heads; ++h) {
-    for_channels(channels, [&](int64_t i, auto count) { store(fetch(in, in[h] + i, count), out[h] + i, count, out.streamed); });
-  }
-}
-
-template <class O>
-void fill_zeros(Heads<O> out, int64_t heads, int64_t channels) {
-  for (int64_t h = 0; h < heads; ++h) std::memset(static_cast<void*>(out[h]), 0, channels * sizeof(O));
-}
-
-// Cosines and signed sines of each channel (augment_math.h), padded: rows of ``stride``, each for ``repeat`` heads.
+// Cosines and signed sines of each channel (augment_math.h), padded.
 struct Angles {
   const float *cos, *sin;
-  int64_t repeat, stride;
 };
 
-// Calls f(head, its cosines, its signed sines, index of these).
-template <class F>
-void for_heads(Angles angles, int64_t heads, F f) {
-  for (int64_t h = 0, group = 0; h < heads; ++group) {
-    const float *cos = angles.cos + group * angles.stride, *sin = angles.sin + group * angles.stride;
-    for (const int64_t end = h + angles.repeat; h < end; ++h) f(h, cos, sin, group);
-  }
+template <class T, class O>
+void copy_row(Heads<const T> in, Heads<O> out, int64_t channels) {
+  for_channels(channels, [&](int64_t i, auto count) { out.put(in.get(i, count), i, count); });
 }
 
 template <bool inverse, class T, class O>
-void rotate_rows(Heads<const T> in, Heads<O> out, Angles angles, int64_t heads, int64_t channels) {
-  for_heads(angles, heads, [&](int64_t h, const float* cos, const float* sin, int64_t) {
-    for_channels(channels, [&](int64_t i, auto count) {
-      const Vec x = fetch(in, in[h] + i, count), c = load(cos + i), s = load(sin + i);
-      store(inverse ? unrotate(x, partners(x), c, s) : rotate(x, partners(x), c, s), out[h] + i, count, out.streamed);
-    });
+void rotate_row(Heads<const T> in, Heads<O> out, Angles angles, int64_t channels) {
+  for_channels(channels, [&](int64_t i, auto count) {
+    const Vec x = in.get(i, count), c = load(angles.cos + i), s = load(angles.sin + i);
+    out.put(inverse ? unrotate(x, partners(x), c, s) : rotate(x, partners(x), c, s), i, count);
   });
 }
 
 template <class T, class O>
-void augment_rows(Heads<const T> in, Heads<O> out, Angles angles, const float* factors, int64_t heads, int64_t channels) {
-  for_heads(angles, heads, [&](int64_t h, const float* cos, const float* sin, int64_t) {
-    const Vec factor(factors[h]);
-    for_channels(channels, [&](int64_t i, auto count) {
-      const Vec x = fetch(in, in[h] + i, count);
-      store(factor * rotate(x, partners(x), load(cos + i), load(sin + i)), out[h] + i, count, out.streamed);
-    });
+void augment_row(Heads<const T> in, Heads<O> out, Angles angles, float factor, int64_t channels) {
+  for_channels(channels, [&](int64_t i, auto count) {
+    const Vec x = in.get(i, count), c = load(angles.cos + i), s = load(angles.sin + i);
+    out.put(Vec(factor) * rotate(x, partners(x), c, s), i, count);
   });
 }
 
-// The gradient of augment_rows from x and that of its result; adds each pair's dL/dphase to dphase [heads / repeat, pairs] and
-// returns each head's dL/dexponent.
+// The gradient of augment_row from x and that of its result; adds each pair's dL/dphase to dphase and returns dL/dexponent.
 template <class T, class O>
-void augment_rows_backward(
-    Heads<const T> x, Heads<const O> dy, Heads<T> dx, Angles angles, const float* factors, int64_t heads, int64_t channels,
-    double* dphase, double* dexponent) {
-  for_heads(angles, heads, [&](int64_t h, const float* cos, const float* sin, int64_t group) {
-    double* phases = dphase + group * (channels / 2);
-    const Vec factor(factors[h]);
-    Dot dot;
-    for_channels(channels, [&](int64_t i, auto count) {
-      const Vec value = fetch(x, x[h] + i, count), c = load(cos + i), s = load(sin + i);
-      const Vec u = rotate(value, partners(value), c, s), du = factor * fetch(dy, dy[h] + i, count);
-      store(unrotate(du, partners(du), c, s), dx[h] + i, count, dx.streamed);
-      dot.add(u, du);
-      add_even(d_phase(u, partners(u), du, partners(du)), phases + i / 2);
-    });
-    dexponent[h] = dot.total();
+double augment_row_backward(
+    Heads<const T> x, Heads<const O> dy, Heads<T> dx, Angles angles, float factor, int64_t channels, double* dphase) {
+  Dot dot;
+  for_channels(channels, [&](int64_t i, auto count) {
+    const Vec value = x.get(i, count), c = load(angles.cos + i), s = load(angles.sin + i);
+    const Vec u = rotate(value, partners(value), c, s), du = Vec(factor) * dy.get(i, count);
+    dx.put(unrotate(du, partners(du), c, s), i, count);
+    dot.add(u, du);
+    add_even(d_phase(u, partners(u), du, partners(du)), dphase + i / 2);
   });
+  return dot.total();
 }
 
 // ---- The running sums of decay and phase -------------------------------------------------------------------------------------
@@ -271,7 +250,8 @@ struct Token {
   const int64_t repeat = p.heads / p.key_heads;
   int64_t batch = 0, piece = 0;
   Buffer<float> factor_q{p.heads}, factor_k{p.key_heads}, cos{p.key_heads * p.state_width}, sin{p.key_heads * p.state_width};
-  Buffer<float> cos_rotary{2 * half}, sin_rotary{2 * half}, scratch{p.heads * std::max(p.head_width, p.state_width)};
+  Buffer<float> cos_rotary{2 * half}, sin_rotary{2 * half}, scratch{p.heads * (p.head_width + p.state_width)};
+  Buffer<float> scratch_state{p.heads * p.state_width};
   Buffer<double> phase{p.key_heads * pairs}, exponent{p.key_heads}, growth{p.key_heads};  // exponent: g - m, not clamped
   Buffer<double> scale_q{p.heads}, scale_k{p.key_heads};
 
@@ -320,70 +300,76 @@ struct Token {
     for (int64_t i = 0; i < half; ++i) expand(c[i], s[i], cos_rotary + 2 * i, sin_rotary + 2 * i);
   }
 
-  Angles rotary(int64_t heads) const { return {cos_rotary, sin_rotary, heads, 0}; }
+  Angles rotary() const { return {cos_rotary, sin_rotary}; }
+  Angles phases(int64_t group) const { return {cos + group * p.state_width, sin + group * p.state_width}; }
 };
 
 // A token's queries or keys: what differs between the two.
 struct Side {
-  int64_t heads;
+  int64_t repeat;                        // heads that share a phase
   const Rows &head, &state, &augmented;  // q, c, q_aug or k, b, k_aug
-  Angles angles;
   const float* factors;
 };
 
 Side query_side(const Token& x) {
-  return {x.p.heads, x.p.q, x.p.c, x.p.q_aug, {x.cos, x.sin, x.repeat, x.p.state_width}, x.factor_q};
+  return {x.repeat, x.p.q, x.p.c, x.p.q_aug, x.factor_q};
 }
 
 Side key_side(const Token& x) {
-  return {x.p.key_heads, x.p.k, x.p.b, x.p.k_aug, {x.cos, x.sin, 1, x.p.state_width}, x.factor_k};
+  return {1, x.p.k, x.p.b, x.p.k_aug, x.factor_k};
 }
 
+// A head's row is written from end to end before the next, so that rows which share a cache line meet in the write buffer.
 template <class T, class O>
 void write(Token& x, int64_t token, const Side& side) {
   const AugmentParams& p = x.p;
-  const int64_t heads = side.heads, head_width = p.head_width, state_width = p.state_width;
-  T* scratch = reinterpret_cast<T*>(static_cast<float*>(x.scratch));
-  const Heads<const T> head = input(side.head, x.batch, token, 0, heads, head_width, 1, scratch);
-  const Heads<O> augmented = result<O>(p, side.augmented, x.batch, token, 0, heads, head_width);
-  if (x.half) {
-    rotate_rows<false>(head, augmented, x.rotary(heads), heads, head_width);
-  } else {
-    copy(head, augmented, heads, head_width);
+  const int64_t heads = p.key_heads * side.repeat, used = p.head_width + p.state_width;
+  const auto head = input<T>(side.head, x.batch, token, 1, heads, p.head_width, x.scratch);
+  const auto state = input<T>(side.state, x.batch, token, 1, heads, p.state_width, x.scratch_state);
+  const auto augmented = result<O>(p, side.augmented, x.batch, token, p.head_width);
+  for (int64_t h = 0, group = 0; group < p.key_heads; ++group) {
+    for (const int64_t end = h + side.repeat; h < end; ++h) {
+      const Heads<O> out = augmented.row(h);
+      if (x.half) {
+        rotate_row<false>(head.row(h), out, x.rotary(), p.head_width);
+      } else {
+        copy_row(head.row(h), out, p.head_width);
+      }
+      augment_row(state.row(h), out.from(p.head_width), x.phases(group), side.factors[h], p.state_width);
+      if (p.width > used) std::fill_n(out.from(used).data, p.width - used, O(0));
+    }
   }
-  const Heads<const T> state = input(side.state, x.batch, token, 0, heads, state_width, 1, scratch);
-  const Heads<O> augmented_state = result<O>(p, side.augmented, x.batch, token, head_width, heads, state_width);
-  augment_rows(state, augmented_state, side.angles, side.factors, heads, state_width);
-  const int64_t used = head_width + state_width, rest = p.width - used;
-  if (rest > 0) fill_zeros(result<O>(p, side.augmented, x.batch, token, used, heads, rest), heads, rest);
 }
 
-// A backward token's sums from the piece's end back, and a second scratch row.
+// A backward token's sums from the piece's end back.
 struct BackwardToken : Token {
-  Buffer<float> scratch_gradient{p.heads * std::max(p.head_width, p.state_width)};
   Buffer<double> phase_sums{p.key_heads * pairs}, row{p.heads}, col{p.key_heads};
   using Token::Token;
 };
 
-// Writes the gradients of one side's head and state rows, adds to dphase and returns dexponent as augment_rows_backward.
+// Writes the gradients of one side's head and state rows, adds to the phases' sums and returns each head's dL/dexponent.
 template <class T, class O>
 void write_backward(
-    BackwardToken& x, int64_t token, const Side& side, const Rows& dhead, const Rows& dstate, double* dphase, double* dexponent) {
+    BackwardToken& x, int64_t token, const Side& side, const Rows& dhead, const Rows& dstate, double* dexponent) {
   const AugmentParams& p = x.p;
-  const int64_t heads = side.heads, head_width = p.head_width, state_width = p.state_width;
-  T* scratch = reinterpret_cast<T*>(static_cast<float*>(x.scratch));
-  O* scratch_gradient = reinterpret_cast<O*>(static_cast<float*>(x.scratch_gradient));
-  const Heads<const O> augmented = input(side.augmented, x.batch, token, 0, heads, head_width, -1, scratch_gradient);
-  const Heads<T> head = result<T>(p, dhead, x.batch, token, 0, heads, head_width);
-  if (x.half) {
-    rotate_rows<true>(augmented, head, x.rotary(heads), heads, head_width);
-  } else {
-    copy(augmented, head, heads, head_width);
+  const int64_t heads = p.key_heads * side.repeat;
+  const auto augmented = input<O>(side.augmented, x.batch, token, -1, heads, p.head_width + p.state_width, x.scratch);
+  const auto state = input<T>(side.state, x.batch, token, -1, heads, p.state_width, x.scratch_state);
+  const auto head_out = result<T>(p, dhead, x.batch, token, p.head_width);
+  const auto state_out = result<T>(p, dstate, x.batch, token, p.state_width);
+  for (int64_t h = 0, group = 0; group < p.key_heads; ++group) {
+    for (const int64_t end = h + side.repeat; h < end; ++h) {
+      const Heads<const O> in = augmented.row(h);
+      if (x.half) {
+        rotate_row<true>(in, head_out.row(h), x.rotary(), p.head_width);
+      } else {
+        copy_row(in, head_out.row(h), p.head_width);
+      }
+      dexponent[h] = augment_row_backward(
+          state.row(h), in.from(p.head_width), state_out.row(h), x.phases(group), side.factors[h], p.state_width,
+          x.phase_sums + group * x.pairs);
+    }
   }
-  const Heads<const O> gradient = input(side.augmented, x.batch, token, head_width, heads, state_width, -1, scratch_gradient);
-  const Heads<const T> state = input(side.state, x.batch, token, 0, heads, state_width, -1, scratch);
-  const Heads<T> dstate_row = result<T>(p, dstate, x.batch, token, 0, heads, state_width);
-  augment_rows_backward(state, gradient, dstate_row, side.angles, side.factors, heads, state_width, dphase, dexponent);
 }
 
 // Calls f with the types of the inputs and of the augmented tensors.
@@ -428,8 +414,8 @@ void augment_backward(const AugmentBackwardParams& p) {
     with_types(p, [&]<class T, class O>(std::type_identity<T>, std::type_identity<O>) {
       for (int64_t t = pieces[n].end - 1; t >= pieces[n].begin; --t) {
         x.back_to(t);
-        write_backward<T, O>(x, t, query_side(x), p.dq, p.dc, x.phase_sums, x.row);
-        write_backward<T, O>(x, t, key_side(x), p.dk, p.db, x.phase_sums, x.col);
+        write_backward<T, O>(x, t, query_side(x), p.dq, p.dc, x.row);
+        write_backward<T, O>(x, t, key_side(x), p.dk, p.db, x.col);
         double* dg_t = dg + (batch * p.length + t) * G;
         float* dtheta = p.dtheta + (batch * p.length + t) * pairs;
         for (int64_t g = 0; g < G; ++g) {

@@ -55,7 +55,7 @@ template <class T>
 struct Heads {
   T* data;
   int64_t stride;
-  int64_t ahead = 0;      // of an input: where the token taken next has the same channels
+  int64_t ahead = 0;      // of an input: to the same channels of the next token
   bool streamed = false;  // a result to be written past the caches
 
   Heads row(int64_t head) const { return from(head * stride); }
@@ -84,12 +84,11 @@ void with_type(DType dtype, F f) {
   }
 }
 
-// A token's rows of an input, in place where the last stride is 1, else gathered into scratch; the token taken next is ``step``
-// further on.
+// A token's rows of an input, in place where the last stride is 1, else gathered into scratch.
 template <class T>
-Heads<const T> input(const Rows& x, int64_t batch, int64_t token, int64_t step, int64_t heads, int64_t channels, float* scratch) {
+Heads<const T> input(const Rows& x, int64_t batch, int64_t token, int64_t heads, int64_t channels, float* scratch) {
   const T* in = static_cast<const T*>(x.data) + batch * x.batch + token * x.token;
-  if (x.channel == 1) return {in, x.head, step * x.token};
+  if (x.channel == 1) return {in, x.head, x.token};
   T* out = reinterpret_cast<T*>(scratch);
   for (int64_t h = 0; h < heads; ++h) {
     for (int64_t n = 0; n < channels; ++n) out[h * channels + n] = in[h * x.head + n * x.channel];
@@ -110,7 +109,7 @@ Heads<T> result(const AugmentParams& p, const Rows& x, int64_t batch, int64_t to
 
 // An fp32 tensor's row with its heads packed.
 const float* packed(const Rows& x, int64_t batch, int64_t token, int64_t heads, int64_t channels, float* scratch) {
-  const Heads<const float> in = input<float>(x, batch, token, 0, heads, channels, scratch);
+  const Heads<const float> in = input<float>(x, batch, token, heads, channels, scratch);
   if (in.stride == channels || heads == 1) return in.data;
   for (int64_t h = 0; h < heads; ++h) std::copy_n(in.row(h).data, channels, scratch + h * channels);
   return scratch;
@@ -261,30 +260,17 @@ struct Token {
     for (int64_t g = 0; g < p.key_heads; ++g) scale_k[g] = key_scale(p.head_width, p.lam[g], shared);
   }
 
-  // Before a walk over the piece: forward from its first token, or back from its last.
-  void enter(int64_t batch_index, int64_t piece_index, bool forward) {
+  // Before a walk over the piece's tokens.
+  void enter(int64_t batch_index, int64_t piece_index) {
     batch = batch_index;
     piece = piece_index;
-    std::copy_n(scans.phase(batch, forward ? piece : piece + 1), p.key_heads * pairs, static_cast<double*>(phase));
+    std::copy_n(scans.phase(batch, piece), p.key_heads * pairs, static_cast<double*>(phase));
   }
 
-  void forward_to(int64_t token) {
-    add_theta(token, 1);
-    set(token);
-  }
-
-  void back_to(int64_t token) {
-    set(token);
-    add_theta(token, -1);
-  }
-
-  void add_theta(int64_t token, double sign) {
+  void go_to(int64_t token) {
     const float* theta = packed(p.theta, batch, token, p.key_heads, pairs, scratch);
     double* sum = phase;
-    for (int64_t i = 0; i < p.key_heads * pairs; ++i) sum[i] += sign * theta[i];
-  }
-
-  void set(int64_t token) {
+    for (int64_t i = 0; i < p.key_heads * pairs; ++i) sum[i] += theta[i];
     cos_sin(phase, p.key_heads * pairs, cos, sin);
     const double *local = scans.local(batch, token), *base = scans.base(batch, piece);
     for (int64_t g = 0; g < p.key_heads; ++g) growth[g] = clamped(exponent[g] = local[g] + base[g], p.clamp);
@@ -324,8 +310,8 @@ template <class T, class O>
 void write(Token& x, int64_t token, const Side& side) {
   const AugmentParams& p = x.p;
   const int64_t heads = p.key_heads * side.repeat, used = p.head_width + p.state_width;
-  const auto head = input<T>(side.head, x.batch, token, 1, heads, p.head_width, x.scratch);
-  const auto state = input<T>(side.state, x.batch, token, 1, heads, p.state_width, x.scratch_state);
+  const auto head = input<T>(side.head, x.batch, token, heads, p.head_width, x.scratch);
+  const auto state = input<T>(side.state, x.batch, token, heads, p.state_width, x.scratch_state);
   const auto augmented = result<O>(p, side.augmented, x.batch, token, p.head_width);
   for (int64_t h = 0, group = 0; group < p.key_heads; ++group) {
     for (const int64_t end = h + side.repeat; h < end; ++h) {
@@ -341,20 +327,20 @@ void write(Token& x, int64_t token, const Side& side) {
   }
 }
 
-// A backward token's sums from the piece's end back.
+// A backward token's own dL/dphase and dL/dexponent, of the queries and of the keys.
 struct BackwardToken : Token {
-  Buffer<double> phase_sums{p.key_heads * pairs}, row{p.heads}, col{p.key_heads};
+  Buffer<double> dphase{p.key_heads * pairs}, row{p.heads}, col{p.key_heads};
   using Token::Token;
 };
 
-// Writes the gradients of one side's head and state rows, adds to the phases' sums and returns each head's dL/dexponent.
+// Writes the gradients of one side's head and state rows, adds to dphase and returns each head's dL/dexponent.
 template <class T, class O>
 void write_backward(
     BackwardToken& x, int64_t token, const Side& side, const Rows& dhead, const Rows& dstate, double* dexponent) {
   const AugmentParams& p = x.p;
   const int64_t heads = p.key_heads * side.repeat;
-  const auto augmented = input<O>(side.augmented, x.batch, token, -1, heads, p.head_width + p.state_width, x.scratch);
-  const auto state = input<T>(side.state, x.batch, token, -1, heads, p.state_width, x.scratch_state);
+  const auto augmented = input<O>(side.augmented, x.batch, token, heads, p.head_width + p.state_width, x.scratch);
+  const auto state = input<T>(side.state, x.batch, token, heads, p.state_width, x.scratch_state);
   const auto head_out = result<T>(p, dhead, x.batch, token, p.head_width);
   const auto state_out = result<T>(p, dstate, x.batch, token, p.state_width);
   for (int64_t h = 0, group = 0; group < p.key_heads; ++group) {
@@ -367,7 +353,7 @@ void write_backward(
       }
       dexponent[h] = augment_row_backward(
           state.row(h), in.from(p.head_width), state_out.row(h), x.phases(group), side.factors[h], p.state_width,
-          x.phase_sums + group * x.pairs);
+          x.dphase + group * x.pairs);
     }
   }
 }
@@ -386,10 +372,10 @@ void augment(const AugmentParams& p) {
   const std::vector<Piece> pieces = cut(p);
   const Scans scans(p, pieces);
   for_each_piece(p, pieces.size(), [&] { return Token(p, scans); }, [&](Token& x, int64_t batch, int64_t n) {
-    x.enter(batch, n, true);
+    x.enter(batch, n);
     with_types(p, [&]<class T, class O>(std::type_identity<T>, std::type_identity<O>) {
       for (int64_t t = pieces[n].begin; t < pieces[n].end; ++t) {
-        x.forward_to(t);
+        x.go_to(t);
         write<T, O>(x, t, query_side(x));
         write<T, O>(x, t, key_side(x));
       }
@@ -397,8 +383,9 @@ void augment(const AugmentParams& p) {
   });
 }
 
-// The reverse running sums go the same way as the forward ones: within each piece, then over the pieces of a segment, whose
-// sums are added in a last pass over dlog_decay and dtheta.
+// Each piece is walked forward, which memory serves twice as fast as backward, and leaves each token's own dL/dg and dL/dphase and
+// their sums over the piece. Once these sums are chained from the last piece to the first, a last pass makes the reverse running
+// sums of them.
 void augment_backward(const AugmentBackwardParams& p) {
   const std::vector<Piece> pieces = cut(p);
   const Scans scans(p, pieces);
@@ -409,11 +396,10 @@ void augment_backward(const AugmentBackwardParams& p) {
   for_each_piece(p, count, [&] { return BackwardToken(p, scans); }, [&](BackwardToken& x, int64_t batch, int64_t n) {
     double *decay = decay_sums + (batch * count + n) * G, *phase = phase_sums + (batch * count + n) * pairs;
     double* lam = lam_sums + (batch * count + n) * p.heads;
-    x.enter(batch, n, false);
-    std::fill_n(static_cast<double*>(x.phase_sums), pairs, 0.0);
+    x.enter(batch, n);
     with_types(p, [&]<class T, class O>(std::type_identity<T>, std::type_identity<O>) {
-      for (int64_t t = pieces[n].end - 1; t >= pieces[n].begin; --t) {
-        x.back_to(t);
+      for (int64_t t = pieces[n].begin; t < pieces[n].end; ++t) {
+        x.go_to(t);
         write_backward<T, O>(x, t, query_side(x), p.dq, p.dc, x.row);
         write_backward<T, O>(x, t, key_side(x), p.dk, p.db, x.col);
         double* dg_t = dg + (batch * p.length + t) * G;
@@ -425,15 +411,19 @@ void augment_backward(const AugmentBackwardParams& p) {
             lam[h] += repeat == 1 ? x.row[h] + x.col[h] : x.row[h];
           }
           // Where the clamp binds, the exponent does not move with g.
-          dg_t[g] = decay[g] += std::abs(x.exponent[g]) <= p.clamp ? total - x.col[g] : 0.0;
+          dg_t[g] = std::abs(x.exponent[g]) <= p.clamp ? total - x.col[g] : 0.0;
+          decay[g] += dg_t[g];
         }
-        for (int64_t i = 0; i < pairs; ++i) dtheta[i] = static_cast<float>(x.phase_sums[i]);
+        double* dphase = x.dphase;
+        for (int64_t i = 0; i < pairs; ++i) {
+          phase[i] += dphase[i];
+          dtheta[i] = static_cast<float>(std::exchange(dphase[i], 0));
+        }
       }
     });
-    std::copy_n(static_cast<const double*>(x.phase_sums), pairs, phase);
   });
 
-  // The sums of the pieces become what each piece's own sums lack: those of the segment's later pieces, and its flux.
+  // The sums of the pieces become what comes after each piece: the segment's later pieces and its flux.
   for (int64_t batch = 0; batch < p.batch; ++batch) {
     const auto chain = [&](double* sums, const double* flux, int64_t size) {
       std::vector<double> carry(size);
@@ -450,12 +440,12 @@ void augment_backward(const AugmentBackwardParams& p) {
     chain(phase_sums, p.phase_flux, pairs);
   }
   for_each_piece(p, count, [] { return 0; }, [&](int, int64_t batch, int64_t n) {
-    const double *decay = decay_sums + (batch * count + n) * G, *phase = phase_sums + (batch * count + n) * pairs;
-    for (int64_t t = pieces[n].begin; t < pieces[n].end; ++t) {
+    double *decay = decay_sums + (batch * count + n) * G, *phase = phase_sums + (batch * count + n) * pairs;
+    for (int64_t t = pieces[n].end - 1; t >= pieces[n].begin; --t) {
       const int64_t row = batch * p.length + t;
-      for (int64_t g = 0; g < G; ++g) p.dlog_decay[row * G + g] = static_cast<float>(dg[row * G + g] + decay[g]);
+      for (int64_t g = 0; g < G; ++g) p.dlog_decay[row * G + g] = static_cast<float>(decay[g] += dg[row * G + g]);
       float* dtheta = p.dtheta + row * pairs;
-      for (int64_t i = 0; i < pairs; ++i) dtheta[i] = static_cast<float>(dtheta[i] + phase[i]);
+      for (int64_t i = 0; i < pairs; ++i) dtheta[i] = static_cast<float>(phase[i] += dtheta[i]);
     }
   });
   for (int64_t h = 0; h < p.heads; ++h) {

@@ -61,11 +61,11 @@ struct Heads {
   Heads row(int64_t head) const { return from(head * stride); }
   Heads from(int64_t channel) const { return {data + channel, stride, ahead, streamed}; }
 
-  // V channels or the count that are left. The next token's are asked for: too many streams run side by side here for the
-  // hardware to follow.
+  // V channels or the count that are left. The next token's are asked for, since more streams run side by side than the hardware
+  // follows; into the second-level cache, since wide states fill the first.
   template <class Count>
   Vec get(int64_t i, Count count) const {
-    __builtin_prefetch(data + i + ahead);
+    __builtin_prefetch(data + i + ahead, 0, 2);
     return load(data + i, count);
   }
 

@@ -27,7 +27,7 @@ namespace sisa::cpu {
 namespace {
 
 constexpr int64_t kPiece = 32;               // tokens
-constexpr int64_t kStreamedBytes = 4 << 20;  // of a result, about a core's second-level cache and more
+constexpr int64_t kStreamedBytes = 1 << 20;  // about a core's second-level cache
 
 // Zeroed scratch, aligned to cache lines and padded so that vector loops may run over its end.
 template <class T>
@@ -51,11 +51,28 @@ class Buffer {
 // ---- A token's rows, one a head ------------------------------------------------------------------------------------------------
 
 // A row a head; the channels lie side by side.
-struct Row {
-  void* data;
-  DType dtype;
-  int64_t head;
+template <class T>
+struct Heads {
+  T* data;
+  int64_t stride;
+  int64_t ahead = 0;      // of an input: to the same channels of the next token
   bool streamed = false;  // a result to be written past the caches
+
+  Heads row(int64_t head) const { return from(head * stride); }
+  Heads from(int64_t channel) const { return {data + channel, stride, ahead, streamed}; }
+
+  // V channels or the count that are left. The next token's are asked for, since more streams run side by side than the hardware
+  // follows; into the second-level cache, since wide states fill the first.
+  template <class Count>
+  Vec get(int64_t i, Count count) const {
+    __builtin_prefetch(data + i + ahead, 0, 2);
+    return load(data + i, count);
+  }
+
+  template <class Count>
+  void put(Vec x, int64_t i, Count count) const {
+    store(x, data + i, count, streamed);
+  }
 };
 
 template <class F>
@@ -67,129 +84,76 @@ void with_type(DType dtype, F f) {
   }
 }
 
-// The channels from ``first`` on of a token's heads, in place where the last stride is 1, else gathered into scratch.
-Row row(const Rows& x, int64_t batch, int64_t token, int64_t first, int64_t heads, int64_t channels, float* scratch) {
-  Row result{scratch, DType::float32, channels};
-  with_type(x.dtype, [&]<class T>(std::type_identity<T>) {
-    T* in = static_cast<T*>(x.data) + batch * x.batch + token * x.token + first * x.channel;
-    if (x.channel == 1) {
-      result = {in, x.dtype, x.head};
-      return;
-    }
-    for (int64_t h = 0; h < heads; ++h) {
-      for (int64_t n = 0; n < channels; ++n) scratch[h * channels + n] = static_cast<float>(in[h * x.head + n * x.channel]);
-    }
-  });
-  return result;
-}
-
-int64_t size_of(DType dtype) {
-  return dtype == DType::float32 ? 4 : 2;
-}
-
-// A result's row; results are contiguous. Those too large to stay in the caches are written past them, where the rows are whole
-// cache lines: fetching the lines to be overwritten would take as long as writing them.
-Row result(const AugmentParams& p, const Rows& x, int64_t batch, int64_t token, int64_t first, int64_t heads, int64_t channels) {
-  Row r = row(x, batch, token, first, heads, channels, nullptr);
-  const int64_t size = size_of(x.dtype);
-  const bool whole_lines = (reinterpret_cast<uintptr_t>(r.data) | (r.head * size) | (channels * size)) % 64 == 0;
-  r.streamed = whole_lines && p.batch * p.length * heads * channels * size >= kStreamedBytes;
-  return r;
-}
-
-// Fetches a token's row ahead of use. Too many streams run side by side here for the hardware to follow: without this, a pass over
-// inputs larger than the caches takes more than twice as long.
-void prefetch(const Rows& x, int64_t batch, int64_t token, int64_t heads, int64_t channels) {
-  const int64_t size = size_of(x.dtype), run = x.head == channels ? heads * channels : channels;
-  const char* data = static_cast<const char*>(x.data) + (batch * x.batch + token * x.token) * size;
-  for (int64_t h = 0; h < heads * channels / run; ++h) {
-    for (int64_t i = 0; i < run * size; i += 64) __builtin_prefetch(data + h * x.head * size + i);
+// A token's rows of an input, in place where the last stride is 1, else gathered into scratch.
+template <class T>
+Heads<const T> input(const Rows& x, int64_t batch, int64_t token, int64_t heads, int64_t channels, float* scratch) {
+  const T* in = static_cast<const T*>(x.data) + batch * x.batch + token * x.token;
+  if (x.channel == 1) return {in, x.head, x.token};
+  T* out = reinterpret_cast<T*>(scratch);
+  for (int64_t h = 0; h < heads; ++h) {
+    for (int64_t n = 0; n < channels; ++n) out[h * channels + n] = in[h * x.head + n * x.channel];
   }
+  return {out, channels};
+}
+
+// A token's rows of a result; results are contiguous. Where they are too large together to stay in the caches they are written
+// past them, if whole vectors make whole cache lines: fetching the lines to be overwritten would take as long as writing them.
+template <class T>
+Heads<T> result(const AugmentParams& p, const Rows& x, int64_t batch, int64_t token, int64_t channels) {
+  T* out = static_cast<T*>(x.data) + batch * x.batch + token * x.token;
+  const int64_t size = sizeof(T);
+  const bool large = p.batch * p.length * p.heads * p.width * size >= kStreamedBytes;
+  const bool lines = (reinterpret_cast<uintptr_t>(out) | (x.token * size)) % 64 == 0 && (x.head | channels) % V == 0;
+  return {out, x.head, 0, large && lines};
 }
 
 // An fp32 tensor's row with its heads packed.
 const float* packed(const Rows& x, int64_t batch, int64_t token, int64_t heads, int64_t channels, float* scratch) {
-  const Row r = row(x, batch, token, 0, heads, channels, scratch);
-  const float* in = static_cast<const float*>(r.data);
-  if (r.head == channels || heads == 1) return in;
-  for (int64_t h = 0; h < heads; ++h) std::copy_n(in + h * r.head, channels, scratch + h * channels);
+  const Heads<const float> in = input<float>(x, batch, token, heads, channels, scratch);
+  if (in.stride == channels || heads == 1) return in.data;
+  for (int64_t h = 0; h < heads; ++h) std::copy_n(in.row(h).data, channels, scratch + h * channels);
   return scratch;
 }
 
-template <class F>
-void for_heads(Row in, Row out, int64_t heads, F f) {
-  with_type(in.dtype, [&]<class T>(std::type_identity<T>) {
-    with_type(out.dtype, [&]<class O>(std::type_identity<O>) {
-      for (int64_t h = 0; h < heads; ++h)
-        f(h, static_cast<const T*>(in.data) + h * in.head, static_cast<O*>(out.data) + h * out.head);
-    });
-  });
-}
-
-void copy(Row in, Row out, int64_t heads, int64_t channels) {
-  for_heads(in, out, heads, [&](int64_t, const auto* x, auto* y) {
-    for_channels(channels, [&](int64_t i, auto count) { store(load(x + i, count), y + i, count, out.streamed); });
-  });
-}
-
-void fill_zeros(Row out, int64_t heads, int64_t channels) {
-  with_type(out.dtype, [&]<class T>(std::type_identity<T>) {
-    for (int64_t h = 0; h < heads; ++h) std::memset(static_cast<T*>(out.data) + h * out.head, 0, channels * sizeof(T));
-  });
-}
-
-// Cosines and signed sines of each channel (augment_math.h), padded; head h has those at (h / repeat) * stride.
+// Cosines and signed sines of each channel (augment_math.h), padded.
 struct Angles {
   const float *cos, *sin;
-  int64_t repeat, stride;
-
-  int64_t at(int64_t head) const { return head / repeat * stride; }
 };
 
-template <bool inverse>
-void rotate_rows(Row in, Row out, Angles angles, int64_t heads, int64_t channels) {
-  for_heads(in, out, heads, [&](int64_t h, const auto* x, auto* y) {
-    const float *cos = angles.cos + angles.at(h), *sin = angles.sin + angles.at(h);
-    for_channels(channels, [&](int64_t i, auto count) {
-      const Vec value = load(x + i, count), c = load(cos + i, count), s = load(sin + i, count);
-      store(inverse ? unrotate(value, partners(value), c, s) : rotate(value, partners(value), c, s), y + i, count, out.streamed);
-    });
+template <class T, class O>
+void copy_row(Heads<const T> in, Heads<O> out, int64_t channels) {
+  for_channels(channels, [&](int64_t i, auto count) { out.put(in.get(i, count), i, count); });
+}
+
+template <bool inverse, class T, class O>
+void rotate_row(Heads<const T> in, Heads<O> out, Angles angles, int64_t channels) {
+  for_channels(channels, [&](int64_t i, auto count) {
+    const Vec x = in.get(i, count), c = load(angles.cos + i), s = load(angles.sin + i);
+    out.put(inverse ? unrotate(x, partners(x), c, s) : rotate(x, partners(x), c, s), i, count);
   });
 }
 
-void augment_rows(Row in, Row out, Angles angles, const float* factors, int64_t heads, int64_t channels) {
-  for_heads(in, out, heads, [&](int64_t h, const auto* x, auto* y) {
-    const float *cos = angles.cos + angles.at(h), *sin = angles.sin + angles.at(h);
-    const Vec factor(factors[h]);
-    for_channels(channels, [&](int64_t i, auto count) {
-      const Vec value = load(x + i, count);
-      store(factor * rotate(value, partners(value), load(cos + i, count), load(sin + i, count)), y + i, count, out.streamed);
-    });
+template <class T, class O>
+void augment_row(Heads<const T> in, Heads<O> out, Angles angles, float factor, int64_t channels) {
+  for_channels(channels, [&](int64_t i, auto count) {
+    const Vec x = in.get(i, count), c = load(angles.cos + i), s = load(angles.sin + i);
+    out.put(Vec(factor) * rotate(x, partners(x), c, s), i, count);
   });
 }
 
-// The gradient of augment_rows from x and that of its result; adds each pair's dL/dphase to dphase [heads / repeat, pairs] and
-// returns each head's dL/dexponent.
-void augment_rows_backward(
-    Row x, Row dy, Row dx, Angles angles, const float* factors, int64_t heads, int64_t channels, double* dphase,
-    double* dexponent) {
-  with_type(dy.dtype, [&]<class D>(std::type_identity<D>) {
-    for_heads(x, dx, heads, [&](int64_t h, const auto* in, auto* out) {
-      const D* gradient = static_cast<const D*>(dy.data) + h * dy.head;
-      const float *cos = angles.cos + angles.at(h), *sin = angles.sin + angles.at(h);
-      double* phases = dphase + h / angles.repeat * (channels / 2);
-      const Vec factor(factors[h]);
-      Dot dot;
-      for_channels(channels, [&](int64_t i, auto count) {
-        const Vec value = load(in + i, count), c = load(cos + i, count), s = load(sin + i, count);
-        const Vec u = rotate(value, partners(value), c, s), du = factor * load(gradient + i, count);
-        store(unrotate(du, partners(du), c, s), out + i, count, dx.streamed);
-        dot.add(u, du);
-        add_even(d_phase(u, partners(u), du, partners(du)), phases + i / 2);
-      });
-      dexponent[h] = dot.total();
-    });
+// The gradient of augment_row from x and that of its result; adds each pair's dL/dphase to dphase and returns dL/dexponent.
+template <class T, class O>
+double augment_row_backward(
+    Heads<const T> x, Heads<const O> dy, Heads<T> dx, Angles angles, float factor, int64_t channels, double* dphase) {
+  Dot dot;
+  for_channels(channels, [&](int64_t i, auto count) {
+    const Vec value = x.get(i, count), c = load(angles.cos + i), s = load(angles.sin + i);
+    const Vec u = rotate(value, partners(value), c, s), du = Vec(factor) * dy.get(i, count);
+    dx.put(unrotate(du, partners(du), c, s), i, count);
+    dot.add(u, du);
+    add_even(d_phase(u, partners(u), du, partners(du)), dphase + i / 2);
   });
+  return dot.total();
 }
 
 // ---- The running sums of decay and phase -------------------------------------------------------------------------------------
@@ -282,10 +246,11 @@ struct Token {
   const AugmentParams& p;
   const Scans& scans;
   const int64_t pairs = p.state_width / 2, half = p.cos.data ? p.head_width / 2 : 0;  // half: rotary pairs
+  const int64_t repeat = p.heads / p.key_heads;
   int64_t batch = 0, piece = 0;
   Buffer<float> factor_q{p.heads}, factor_k{p.key_heads}, cos{p.key_heads * p.state_width}, sin{p.key_heads * p.state_width};
-  Buffer<float> cos_rotary{2 * half}, sin_rotary{2 * half};
-  Buffer<float> scratch{p.heads * std::max(p.head_width, p.state_width)}, wrapped{p.key_heads * pairs};
+  Buffer<float> cos_rotary{2 * half}, sin_rotary{2 * half}, scratch{p.heads * (p.head_width + p.state_width)};
+  Buffer<float> scratch_state{p.heads * p.state_width};
   Buffer<double> phase{p.key_heads * pairs}, exponent{p.key_heads}, growth{p.key_heads};  // exponent: g - m, not clamped
   Buffer<double> scale_q{p.heads}, scale_k{p.key_heads};
 
@@ -295,119 +260,110 @@ struct Token {
     for (int64_t g = 0; g < p.key_heads; ++g) scale_k[g] = key_scale(p.head_width, p.lam[g], shared);
   }
 
-  // Before a walk over the piece: forward from its first token, or back from its last.
-  void enter(int64_t batch_index, int64_t piece_index, bool forward) {
+  // Before a walk over the piece's tokens.
+  void enter(int64_t batch_index, int64_t piece_index) {
     batch = batch_index;
     piece = piece_index;
-    std::copy_n(scans.phase(batch, forward ? piece : piece + 1), p.key_heads * pairs, static_cast<double*>(phase));
+    std::copy_n(scans.phase(batch, piece), p.key_heads * pairs, static_cast<double*>(phase));
   }
 
-  void forward_to(int64_t token) {
+  void go_to(int64_t token) {
     const float* theta = packed(p.theta, batch, token, p.key_heads, pairs, scratch);
-    for (int64_t i = 0; i < p.key_heads * pairs; ++i) phase[i] += theta[i];
-    set(token);
-  }
-
-  void back_to(int64_t token) {
-    set(token);
-    const float* theta = packed(p.theta, batch, token, p.key_heads, pairs, scratch);
-    for (int64_t i = 0; i < p.key_heads * pairs; ++i) phase[i] -= theta[i];
-  }
-
-  void set(int64_t token) {
-    const int64_t n = p.key_heads * pairs;
-    for (int64_t i = 0; i < n; ++i) wrapped[i] = static_cast<float>(phase[i] = wrap(phase[i]));
-    for (int64_t i = 0; i < n; i += V) {
-      Vec c, s;
-      sincos(load(wrapped + i), s, c);
-      expand(c, s, std::min(V, n - i), cos + 2 * i, sin + 2 * i);
-    }
+    double* sum = phase;
+    for (int64_t i = 0; i < p.key_heads * pairs; ++i) sum[i] += theta[i];
+    cos_sin(phase, p.key_heads * pairs, cos, sin);
     const double *local = scans.local(batch, token), *base = scans.base(batch, piece);
     for (int64_t g = 0; g < p.key_heads; ++g) growth[g] = clamped(exponent[g] = local[g] + base[g], p.clamp);
     using Double = at::vec::Vectorized<double>;
     for (int64_t g = 0; g < p.key_heads; g += Double::size()) Double::loadu(growth + g).exp().store(growth + g);
-    for (int64_t g = 0; g < p.key_heads; ++g) factor_k[g] = static_cast<float>(scale_k[g] / growth[g]);
-    for (int64_t h = 0, repeat = p.heads / p.key_heads; h < p.heads; ++h) {
-      factor_q[h] = static_cast<float>(scale_q[h] * growth[h / repeat]);
+    for (int64_t g = 0; g < p.key_heads; ++g) {
+      factor_k[g] = static_cast<float>(scale_k[g] / growth[g]);
+      for (int64_t h = g * repeat; h < (g + 1) * repeat; ++h) factor_q[h] = static_cast<float>(scale_q[h] * growth[g]);
     }
     if (half == 0) return;
     const float* c = packed(p.cos, 0, token, 1, half, scratch);
     const float* s = packed(p.sin, 0, token, 1, half, scratch + half);
-    for_channels(half, [&](int64_t i, auto count) {
-      expand(load(c + i, count), load(s + i, count), count, cos_rotary + 2 * i, sin_rotary + 2 * i);
-    });
+    for (int64_t i = 0; i < half; ++i) expand(c[i], s[i], cos_rotary + 2 * i, sin_rotary + 2 * i);
   }
 
-  // From a pair's cosine and sine to its two channels' cosines and signed sines.
-  static void expand(Vec c, Vec s, int64_t pairs, float* cos, float* sin) {
-    const auto [c_lo, c_hi] = at::vec::interleave2(c, c);
-    const auto [s_lo, s_hi] = at::vec::interleave2(s.neg(), s);
-    store(c_lo, cos), store(s_lo, sin);
-    if (2 * pairs > V) store(c_hi, cos + V), store(s_hi, sin + V);
-  }
-
-  Angles rotary() const { return {cos_rotary, sin_rotary, 1, 0}; }
+  Angles rotary() const { return {cos_rotary, sin_rotary}; }
+  Angles phases(int64_t group) const { return {cos + group * p.state_width, sin + group * p.state_width}; }
 };
 
 // A token's queries or keys: what differs between the two.
 struct Side {
-  int64_t heads;
+  int64_t repeat;                        // heads that share a phase
   const Rows &head, &state, &augmented;  // q, c, q_aug or k, b, k_aug
-  Angles angles;
   const float* factors;
 };
 
 Side query_side(const Token& x) {
-  return {x.p.heads, x.p.q, x.p.c, x.p.q_aug, {x.cos, x.sin, x.p.heads / x.p.key_heads, x.p.state_width}, x.factor_q};
+  return {x.repeat, x.p.q, x.p.c, x.p.q_aug, x.factor_q};
 }
 
 Side key_side(const Token& x) {
-  return {x.p.key_heads, x.p.k, x.p.b, x.p.k_aug, {x.cos, x.sin, 1, x.p.state_width}, x.factor_k};
+  return {1, x.p.k, x.p.b, x.p.k_aug, x.factor_k};
 }
 
+// A head's row is written from end to end before the next, so that rows which share a cache line meet in the write buffer.
+template <class T, class O>
 void write(Token& x, int64_t token, const Side& side) {
   const AugmentParams& p = x.p;
-  prefetch(side.head, x.batch, token + 1, side.heads, p.head_width);
-  prefetch(side.state, x.batch, token + 1, side.heads, p.state_width);
-  const Row head = row(side.head, x.batch, token, 0, side.heads, p.head_width, x.scratch);
-  const Row augmented = result(p, side.augmented, x.batch, token, 0, side.heads, p.head_width);
-  if (x.half) {
-    rotate_rows<false>(head, augmented, x.rotary(), side.heads, p.head_width);
-  } else {
-    copy(head, augmented, side.heads, p.head_width);
+  const int64_t heads = p.key_heads * side.repeat, used = p.head_width + p.state_width;
+  const auto head = input<T>(side.head, x.batch, token, heads, p.head_width, x.scratch);
+  const auto state = input<T>(side.state, x.batch, token, heads, p.state_width, x.scratch_state);
+  const auto augmented = result<O>(p, side.augmented, x.batch, token, p.head_width);
+  for (int64_t h = 0, group = 0; group < p.key_heads; ++group) {
+    for (const int64_t end = h + side.repeat; h < end; ++h) {
+      const Heads<O> out = augmented.row(h);
+      if (x.half) {
+        rotate_row<false>(head.row(h), out, x.rotary(), p.head_width);
+      } else {
+        copy_row(head.row(h), out, p.head_width);
+      }
+      augment_row(state.row(h), out.from(p.head_width), x.phases(group), side.factors[h], p.state_width);
+      if (p.width > used) std::fill_n(out.from(used).data, p.width - used, O(0));
+    }
   }
-  const Row state = row(side.state, x.batch, token, 0, side.heads, p.state_width, x.scratch);
-  const Row augmented_state = result(p, side.augmented, x.batch, token, p.head_width, side.heads, p.state_width);
-  augment_rows(state, augmented_state, side.angles, side.factors, side.heads, p.state_width);
-  const int64_t used = p.head_width + p.state_width, rest = p.width - used;
-  if (rest > 0) fill_zeros(result(p, side.augmented, x.batch, token, used, side.heads, rest), side.heads, rest);
 }
 
-// A backward token's sums from the piece's end back, and a second scratch row.
+// A backward token's own dL/dphase and dL/dexponent, of the queries and of the keys.
 struct BackwardToken : Token {
-  Buffer<float> scratch_gradient{p.heads * p.state_width};
-  Buffer<double> phase_sums{p.key_heads * pairs}, row{p.heads}, col{p.key_heads};
+  Buffer<double> dphase{p.key_heads * pairs}, row{p.heads}, col{p.key_heads};
   using Token::Token;
 };
 
-// Writes the gradients of one side's head and state rows, adds to dphase and returns dexponent as augment_rows_backward.
+// Writes the gradients of one side's head and state rows, adds to dphase and returns each head's dL/dexponent.
+template <class T, class O>
 void write_backward(
-    BackwardToken& x, int64_t token, const Side& side, const Rows& dhead, const Rows& dstate, double* dphase, double* dexponent) {
+    BackwardToken& x, int64_t token, const Side& side, const Rows& dhead, const Rows& dstate, double* dexponent) {
   const AugmentParams& p = x.p;
-  prefetch(side.augmented, x.batch, token - 1, side.heads, p.width);
-  prefetch(side.state, x.batch, token - 1, side.heads, p.state_width);
-  const Row augmented = row(side.augmented, x.batch, token, 0, side.heads, p.head_width, x.scratch);
-  const Row head = result(p, dhead, x.batch, token, 0, side.heads, p.head_width);
-  if (x.half) {
-    rotate_rows<true>(augmented, head, x.rotary(), side.heads, p.head_width);
-  } else {
-    copy(augmented, head, side.heads, p.head_width);
+  const int64_t heads = p.key_heads * side.repeat;
+  const auto augmented = input<O>(side.augmented, x.batch, token, heads, p.head_width + p.state_width, x.scratch);
+  const auto state = input<T>(side.state, x.batch, token, heads, p.state_width, x.scratch_state);
+  const auto head_out = result<T>(p, dhead, x.batch, token, p.head_width);
+  const auto state_out = result<T>(p, dstate, x.batch, token, p.state_width);
+  for (int64_t h = 0, group = 0; group < p.key_heads; ++group) {
+    for (const int64_t end = h + side.repeat; h < end; ++h) {
+      const Heads<const O> in = augmented.row(h);
+      if (x.half) {
+        rotate_row<true>(in, head_out.row(h), x.rotary(), p.head_width);
+      } else {
+        copy_row(in, head_out.row(h), p.head_width);
+      }
+      dexponent[h] = augment_row_backward(
+          state.row(h), in.from(p.head_width), state_out.row(h), x.phases(group), side.factors[h], p.state_width,
+          x.dphase + group * x.pairs);
+    }
   }
-  const Row gradient = row(side.augmented, x.batch, token, p.head_width, side.heads, p.state_width, x.scratch_gradient);
-  const Row state = row(side.state, x.batch, token, 0, side.heads, p.state_width, x.scratch);
-  const Row dstate_row = result(p, dstate, x.batch, token, 0, side.heads, p.state_width);
-  augment_rows_backward(
-      state, gradient, dstate_row, side.angles, side.factors, side.heads, p.state_width, dphase, dexponent);
+}
+
+// Calls f with the types of the inputs and of the augmented tensors.
+template <class F>
+void with_types(const AugmentParams& p, F f) {
+  with_type(p.q.dtype, [&]<class T>(std::type_identity<T> inputs) {
+    with_type(p.q_aug.dtype, [&]<class O>(std::type_identity<O> augmented) { f(inputs, augmented); });
+  });
 }
 
 }  // namespace
@@ -416,17 +372,20 @@ void augment(const AugmentParams& p) {
   const std::vector<Piece> pieces = cut(p);
   const Scans scans(p, pieces);
   for_each_piece(p, pieces.size(), [&] { return Token(p, scans); }, [&](Token& x, int64_t batch, int64_t n) {
-    x.enter(batch, n, true);
-    for (int64_t t = pieces[n].begin; t < pieces[n].end; ++t) {
-      x.forward_to(t);
-      write(x, t, query_side(x));
-      write(x, t, key_side(x));
-    }
+    x.enter(batch, n);
+    with_types(p, [&]<class T, class O>(std::type_identity<T>, std::type_identity<O>) {
+      for (int64_t t = pieces[n].begin; t < pieces[n].end; ++t) {
+        x.go_to(t);
+        write<T, O>(x, t, query_side(x));
+        write<T, O>(x, t, key_side(x));
+      }
+    });
   });
 }
 
-// The reverse running sums go the same way as the forward ones: within each piece, then over the pieces of a segment, whose
-// sums are added in a last pass over dlog_decay and dtheta.
+// Each piece is walked forward, which memory serves twice as fast as backward, and leaves each token's own dL/dg and dL/dphase and
+// their sums over the piece. Once these sums are chained from the last piece to the first, a last pass makes the reverse running
+// sums of them.
 void augment_backward(const AugmentBackwardParams& p) {
   const std::vector<Piece> pieces = cut(p);
   const Scans scans(p, pieces);
@@ -437,29 +396,34 @@ void augment_backward(const AugmentBackwardParams& p) {
   for_each_piece(p, count, [&] { return BackwardToken(p, scans); }, [&](BackwardToken& x, int64_t batch, int64_t n) {
     double *decay = decay_sums + (batch * count + n) * G, *phase = phase_sums + (batch * count + n) * pairs;
     double* lam = lam_sums + (batch * count + n) * p.heads;
-    x.enter(batch, n, false);
-    std::fill_n(static_cast<double*>(x.phase_sums), pairs, 0.0);
-    for (int64_t t = pieces[n].end - 1; t >= pieces[n].begin; --t) {
-      x.back_to(t);
-      write_backward(x, t, query_side(x), p.dq, p.dc, x.phase_sums, x.row);
-      write_backward(x, t, key_side(x), p.dk, p.db, x.phase_sums, x.col);
-      double* dg_t = dg + (batch * p.length + t) * G;
-      float* dtheta = p.dtheta + (batch * p.length + t) * pairs;
-      for (int64_t g = 0; g < G; ++g) {
-        double total = 0;
-        for (int64_t h = g * repeat; h < (g + 1) * repeat; ++h) {
-          total += x.row[h];
-          lam[h] += repeat == 1 ? x.row[h] + x.col[h] : x.row[h];
+    x.enter(batch, n);
+    with_types(p, [&]<class T, class O>(std::type_identity<T>, std::type_identity<O>) {
+      for (int64_t t = pieces[n].begin; t < pieces[n].end; ++t) {
+        x.go_to(t);
+        write_backward<T, O>(x, t, query_side(x), p.dq, p.dc, x.row);
+        write_backward<T, O>(x, t, key_side(x), p.dk, p.db, x.col);
+        double* dg_t = dg + (batch * p.length + t) * G;
+        float* dtheta = p.dtheta + (batch * p.length + t) * pairs;
+        for (int64_t g = 0; g < G; ++g) {
+          double total = 0;
+          for (int64_t h = g * repeat; h < (g + 1) * repeat; ++h) {
+            total += x.row[h];
+            lam[h] += repeat == 1 ? x.row[h] + x.col[h] : x.row[h];
+          }
+          // Where the clamp binds, the exponent does not move with g.
+          dg_t[g] = std::abs(x.exponent[g]) <= p.clamp ? total - x.col[g] : 0.0;
+          decay[g] += dg_t[g];
         }
-        // Where the clamp binds, the exponent does not move with g.
-        dg_t[g] = decay[g] += std::abs(x.exponent[g]) <= p.clamp ? total - x.col[g] : 0.0;
+        double* dphase = x.dphase;
+        for (int64_t i = 0; i < pairs; ++i) {
+          phase[i] += dphase[i];
+          dtheta[i] = static_cast<float>(std::exchange(dphase[i], 0));
+        }
       }
-      for (int64_t i = 0; i < pairs; ++i) dtheta[i] = static_cast<float>(x.phase_sums[i]);
-    }
-    std::copy_n(static_cast<const double*>(x.phase_sums), pairs, phase);
+    });
   });
 
-  // The sums of the pieces become what each piece's own sums lack: those of the segment's later pieces, and its flux.
+  // The sums of the pieces become what comes after each piece: the segment's later pieces and its flux.
   for (int64_t batch = 0; batch < p.batch; ++batch) {
     const auto chain = [&](double* sums, const double* flux, int64_t size) {
       std::vector<double> carry(size);
@@ -476,12 +440,12 @@ void augment_backward(const AugmentBackwardParams& p) {
     chain(phase_sums, p.phase_flux, pairs);
   }
   for_each_piece(p, count, [] { return 0; }, [&](int, int64_t batch, int64_t n) {
-    const double *decay = decay_sums + (batch * count + n) * G, *phase = phase_sums + (batch * count + n) * pairs;
-    for (int64_t t = pieces[n].begin; t < pieces[n].end; ++t) {
+    double *decay = decay_sums + (batch * count + n) * G, *phase = phase_sums + (batch * count + n) * pairs;
+    for (int64_t t = pieces[n].end - 1; t >= pieces[n].begin; --t) {
       const int64_t row = batch * p.length + t;
-      for (int64_t g = 0; g < G; ++g) p.dlog_decay[row * G + g] = static_cast<float>(dg[row * G + g] + decay[g]);
+      for (int64_t g = 0; g < G; ++g) p.dlog_decay[row * G + g] = static_cast<float>(decay[g] += dg[row * G + g]);
       float* dtheta = p.dtheta + row * pairs;
-      for (int64_t i = 0; i < pairs; ++i) dtheta[i] = static_cast<float>(dtheta[i] + phase[i]);
+      for (int64_t i = 0; i < pairs; ++i) dtheta[i] = static_cast<float>(phase[i] += dtheta[i]);
     }
   });
   for (int64_t h = 0; h < p.heads; ++h) {

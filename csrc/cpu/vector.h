@@ -4,6 +4,7 @@
 #include <ATen/cpu/vec/functional.h>
 #include <ATen/cpu/vec/vec.h>
 
+#include <bit>
 #include <cstring>
 #include <type_traits>
 
@@ -33,47 +34,52 @@ inline void store(Vec x, float* out) {
   x.store(out);
 }
 
-inline void store(Vec x, at::BFloat16* out) {
 #if defined(CPU_CAPABILITY_AVX512) || defined(CPU_CAPABILITY_AVX2)
-  const auto half = at::vec::cvtfp32_bf16(x);
-  std::memcpy(out, &half, sizeof(half));
-#else
-  for (int64_t i = 0; i < V; ++i) out[i] = static_cast<at::BFloat16>(x[i]);
-#endif
+inline auto narrowed(Vec x, const at::BFloat16*) {
+  return at::vec::cvtfp32_bf16(x);
 }
 
-inline void store(Vec x, at::Half* out) {
-#if defined(CPU_CAPABILITY_AVX512) || defined(CPU_CAPABILITY_AVX2)
-  const auto half = at::vec::cvtfp32_fp16(x);
-  std::memcpy(out, &half, sizeof(half));
-#else
-  for (int64_t i = 0; i < V; ++i) out[i] = static_cast<at::Half>(x[i]);
-#endif
+inline auto narrowed(Vec x, const at::Half*) {
+  return at::vec::cvtfp32_fp16(x);
 }
+
+template <class T>
+void store(Vec x, T* out) {
+  const auto half = narrowed(x, out);
+  std::memcpy(static_cast<void*>(out), &half, sizeof(half));
+}
+#else
+template <class T>
+void store(Vec x, T* out) {
+  for (int64_t i = 0; i < V; ++i) out[i] = static_cast<T>(x[i]);
+}
+#endif
 
 // A store past the caches, to an address aligned to V elements; fence() before another thread may read it.
+#if defined(CPU_CAPABILITY_AVX512)
+inline void stream(Vec x, float* out) {
+  _mm512_stream_ps(out, x);
+}
+
 template <class T>
 void stream(Vec x, T* out) {
-#if defined(CPU_CAPABILITY_AVX512)
-  alignas(64) T whole[V];
-  store(x, whole);
-  if constexpr (sizeof(T) == 4) {
-    _mm512_stream_si512(reinterpret_cast<__m512i*>(out), _mm512_load_si512(whole));
-  } else {
-    _mm256_stream_si256(reinterpret_cast<__m256i*>(out), _mm256_load_si256(reinterpret_cast<const __m256i*>(whole)));
-  }
-#elif defined(CPU_CAPABILITY_AVX2)
-  alignas(32) T whole[V];
-  store(x, whole);
-  if constexpr (sizeof(T) == 4) {
-    _mm256_stream_si256(reinterpret_cast<__m256i*>(out), _mm256_load_si256(reinterpret_cast<const __m256i*>(whole)));
-  } else {
-    _mm_stream_si128(reinterpret_cast<__m128i*>(out), _mm_load_si128(reinterpret_cast<const __m128i*>(whole)));
-  }
-#else
-  store(x, out);
-#endif
+  _mm256_stream_si256(reinterpret_cast<__m256i*>(out), narrowed(x, out));
 }
+#elif defined(CPU_CAPABILITY_AVX2)
+inline void stream(Vec x, float* out) {
+  _mm256_stream_ps(out, x);
+}
+
+template <class T>
+void stream(Vec x, T* out) {
+  _mm_stream_si128(reinterpret_cast<__m128i*>(out), narrowed(x, out));
+}
+#else
+template <class T>
+void stream(Vec x, T* out) {
+  store(x, out);
+}
+#endif
 
 inline void fence() {
 #if defined(CPU_CAPABILITY_AVX512) || defined(CPU_CAPABILITY_AVX2)
@@ -134,16 +140,29 @@ inline Vec partners(Vec x) {
 #endif
 }
 
-inline void sincos(Vec x, Vec& sin, Vec& cos) {
-#if defined(CPU_CAPABILITY_AVX512)
-  const auto both = Sleef_sincosf16_u10(x);
-  sin = both.x, cos = both.y;
-#elif defined(CPU_CAPABILITY_AVX2)
-  const auto both = Sleef_sincosf8_u10(x);
-  sin = both.x, cos = both.y;
-#else
-  sin = x.sin(), cos = x.cos();
-#endif
+// From a pair's cosine and sine to its two channels' cosines and signed sines.
+inline void expand(float c, float s, float* cos, float* sin) {
+  cos[0] = cos[1] = c;
+  sin[0] = -s, sin[1] = s;
+}
+
+// Cosines and signed sines of n pairs' phases, to 7e-8. The phases are taken to the nearest quarter turn in fp64, so that
+// none of their digits is lost; the loop is plain for the compiler to make vectors of, and has no branch.
+inline void cos_sin(const double* phase, int64_t n, float* __restrict cos, float* __restrict sin) {
+  constexpr double kInteger = 0x1.8p52;  // added to a double, it leaves the nearest integer in the last bits
+  for (int64_t i = 0; i < n; ++i) {
+    const double shifted = phase[i] * 0.63661977236758134308 + kInteger;
+    const auto quarters = static_cast<uint32_t>(std::bit_cast<uint64_t>(shifted));
+    const double rest = phase[i] - (shifted - kInteger) * 1.57079632679489661923;
+    const float x = static_cast<float>(rest), low = static_cast<float>(rest - x), xx = x * x;
+    // Minimax over [-pi / 4, pi / 4] (Cephes), and the first order of what rounding the angle took from it.
+    const float s_tail = x * xx * (-1.6666654611e-1f + xx * (8.3321608736e-3f + xx * -1.9515295891e-4f));
+    const float c_tail = xx * (-0.5f + xx * (4.166664568298827e-2f + xx * (-1.388731625493765e-3f + xx * 2.443315711809948e-5f)));
+    const float s = x + (s_tail + low * (1 + c_tail)), c = 1 + (c_tail - low * x);
+    const uint32_t sin_bits = std::bit_cast<uint32_t>(quarters & 1 ? c : s) ^ (quarters & 2) << 30;
+    const uint32_t cos_bits = std::bit_cast<uint32_t>(quarters & 1 ? s : c) ^ ((quarters + 1) & 2) << 30;
+    expand(std::bit_cast<float>(cos_bits), std::bit_cast<float>(sin_bits), cos + 2 * i, sin + 2 * i);
+  }
 }
 
 // sums[n] += x[2 n]

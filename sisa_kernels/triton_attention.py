@@ -257,7 +257,7 @@ def _backward_key_kernel(
     """dk [B, L, G, DH], dv [B, L, G, DV], and db [B, L, G, DS] without the pairs i = j; one program a key tile and key head.
 
     near [B, H, tiles] is here the first query past the horizon, last [L] the end of each token's document. Scores are formed
-    transposed, keys down: transposing a product in registers gave wrong gradients on Hopper (BACKENDS: Triton 3.4 and newer).
+    transposed, keys down: transposing a product in registers gave wrong gradients on Hopper (flash-linear-attention issue 640).
     """
     STEP: tl.constexpr = (BM, BM, BD)
     tiles = tl.cdiv(L, BN)

@@ -12,6 +12,42 @@ def rotary_tables(length: int, head_dim: int, device: torch.device, base: float 
     return angle.cos().float(), angle.sin().float()
 
 
+ALIGNED = 16  # fp32 numbers in a cache line
+
+
+def _matmul_aligned(a: Tensor, b: Tensor) -> Tensor:
+    """``a b`` of two matrices, its rows beginning on cache lines whatever the width: a view of a buffer with wider rows."""
+    width = b.shape[1]
+    out = a.new_empty(a.shape[0], -(-width // ALIGNED) * ALIGNED)[:, :width]
+    return torch.mm(a, b, out=out)
+
+
+class _AlignedLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight):
+        ctx.save_for_backward(x, weight)
+        return _matmul_aligned(x.flatten(0, -2), weight.t()).unflatten(0, x.shape[:-1])
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dy):
+        x, weight = ctx.saved_tensors
+        rows, drows = x.flatten(0, -2), dy.flatten(0, -2)
+        return _matmul_aligned(drows, weight).view(x.shape), _matmul_aligned(drows.t(), rows)
+
+
+def linear(x: Tensor, weight: Tensor) -> Tensor:
+    """``x weight^T`` without bias, [..., d_in] and [d_out, d_in] -> [..., d_out].
+
+    In fp32 on the CPU, where a width is no multiple of 16, with the rows of the result and of the gradients on cache lines: where
+    they are not, the product takes 1.4 times as long (SISA's widths: 2,796 x 768 on one core 131 ms against 91).
+    """
+    plain = x.device.type != "cpu" or x.dtype != torch.float32 or torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling()
+    if plain or not any(width % ALIGNED for width in weight.shape):
+        return F.linear(x, weight)
+    return _AlignedLinear.apply(x, weight)
+
+
 class PackedLinear(nn.Module):
     """Several bias-free projections of one input as one matrix product; the state dict holds each matrix under its own name.
 
@@ -28,7 +64,7 @@ class PackedLinear(nn.Module):
         self.weight = nn.Parameter(torch.empty(sum(sizes.values()), d_in))
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        return F.linear(x, self.weight).split(list(self.sizes.values()), -1)
+        return linear(x, self.weight).split(list(self.sizes.values()), -1)
 
     def matrices(self) -> dict[str, Tensor]:
         """Views [width, d_in] of the packed weight by name."""
@@ -65,7 +101,7 @@ class SwiGLU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         gate, up = self.w_in(x)
-        return self.w_down(F.silu(gate) * up)
+        return linear(F.silu(gate) * up, self.w_down.weight)
 
 
 class Layer(nn.Module):

@@ -87,3 +87,15 @@ def relative(x, oracle):
 def worst_row(x, oracle):
     """The largest relative error of a row (last axis) of x."""
     return ((x.double() - oracle).norm(dim=-1) / oracle.norm(dim=-1)).max().item()
+
+
+def gradient_errors(grads, grads_ref, inputs):
+    """The relative error of each gradient by name.
+
+    lam's is one number a head, a sum over all tokens that may nearly cancel: it is measured against the sum of their sizes.
+    """
+    errors = {name: relative(grads[name], grads_ref[name]) for name in grads}
+    sizes = (grads_ref["c"] * inputs["c"].detach().double()).sum(3).abs().sum((0, 1)) / inputs["lam"].detach()
+    if sizes.any():
+        errors["lam"] = ((grads["lam"].double() - grads_ref["lam"]).norm() / sizes.norm()).item()
+    return errors

@@ -4,14 +4,16 @@ import json
 
 import pytest
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
 import sisa_kernels as sk
 import sisa_model as sm
 from sisa_model.config import ModelConfig
+from sisa_model.layers import linear
 from sisa_model.model import LanguageModel
 
-# SISA.md section 3 and the paper's tables: preset -> (parameters, d_ff).
+# The paper's tables: preset -> (parameters, d_ff).
 COUNTS = {
     "transformer-50m": (50_914_304, 2048),
     "transformer-152m": (151_878_144, 3072),
@@ -200,6 +202,20 @@ def test_packed_projections_are_the_separate_ones(preset):
     other = tiny(preset, seed=1)
     other.load_state_dict(state)
     assert torch.equal(other(tokens()), model(tokens()))
+
+
+@pytest.mark.parametrize(("rows", "d_in", "d_out"), [((3, 50), 24, 37), ((64,), 40, 48), ((1, 2), 16, 17)])
+def test_linear_is_the_product_with_rows_on_cache_lines(rows, d_in, d_out):
+    x, weight = torch.randn(*rows, d_in, requires_grad=True), torch.randn(d_out, d_in, requires_grad=True)
+    dy = torch.randn(*rows, d_out)
+    y = linear(x, weight)
+    assert y.stride(-2) % 16 == 0
+    expected = F.linear(x, weight)
+    torch.testing.assert_close(y, expected)
+    torch.testing.assert_close(torch.autograd.grad(y, (x, weight), dy), torch.autograd.grad(expected, (x, weight), dy))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert linear(x, weight).dtype == torch.bfloat16
+    assert torch.equal(linear(x.double(), weight.double()), F.linear(x.double(), weight.double()))
 
 
 def test_meta_model_can_be_materialised():

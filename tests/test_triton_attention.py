@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import NAMES, ROOT, in_fp64, problem, relative, value_and_grads, worst_row
+from conftest import NAMES, ROOT, gradient_errors, in_fp64, problem, relative, value_and_grads, worst_row
 
 import sisa_kernels as sk
 from sisa_kernels import tiles
@@ -69,17 +69,12 @@ def check(inputs, dy, function=sk.sisa_attention, **kwargs):
     assert relative(y, y_ref) <= factor * max(relative(x, y_ref) for x, _ in baselines) + floor
     assert worst_row(y, y_ref) <= factor * max(worst_row(x, y_ref) for x, _ in baselines) + 10 * floor
 
-    def error(name, x):
-        if name != "lam":
-            return relative(x, grads_ref[name])
-        # One number a head, a sum over all tokens that may nearly cancel: measured against the sum of their sizes.
-        sizes = (grads_ref["c"] * inputs["c"].double()).sum(3).abs().sum((0, 1)) / inputs["lam"]
-        return relative(x - grads_ref[name] + sizes, sizes) if sizes.any() else relative(x, grads_ref[name])
-
-    errors = {name: (error(name, grads[name]), max(error(name, x[name]) for _, x in baselines)) for name in NAMES}
+    errors = gradient_errors(grads, grads_ref, inputs)
+    allowed = [gradient_errors(x, grads_ref, inputs) for _, x in baselines]
+    limits = {name: factor * max(x[name] for x in allowed) for name in NAMES}
     # One token alone has no gradient but v's: what is left is the rounding of dp - delta, and relative() takes it as it is.
     slack = (2 if dy.shape[1] > 1 else 20) * floor
-    assert not {name: pair for name, pair in errors.items() if not pair[0] <= factor * pair[1] + slack}
+    assert not {name: (errors[name], limits[name]) for name in NAMES if not errors[name] <= limits[name] + slack}
 
 
 @pytest.mark.parametrize("decay", [-6.0, -3.0, 1.0])

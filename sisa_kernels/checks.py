@@ -90,10 +90,11 @@ def check_operands(
     check_tensor("lam", lam, (H,), wide, q.device)
     check_rotary(rotary, q, wide)
     if q.device.type == "cpu" and not torch.compiler.is_compiling():
-        if not bool((log_decay <= 0).all()):
-            worst = log_decay.detach().max().item()
+        worst = log_decay.detach().max().item()
+        if not worst <= 0:
             raise ValueError(f"log_decay must be <= 0 everywhere (log of a decay in (0, 1]), got a maximum of {worst:g}")
-        if not bool(((lam > 0) & (lam < math.inf)).all()):
+        least, most = (x.item() for x in lam.detach().aminmax())
+        if not 0 < least <= most < math.inf:
             raise ValueError(f"lam must be finite and > 0 for every head, got {lam.detach().tolist()}")
 
 

@@ -1,58 +1,45 @@
 """``python -m sisa_kernels``: the build, the devices, every backend, and each path's error against the fp64 oracle."""
 
+import functools
 import platform
 import time
 
 import torch
 
-from . import __version__, _extension, backends, reference, sisa_attention
+from . import __version__, _extension, backends, sisa_attention
+from .selfcheck import NAMES, oracle, problem, relative_errors, results
 
-NAMES = ("q", "k", "v", "b", "c", "log_decay", "theta", "lam")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 CASES = {"weak decay": -5.0, "strong decay": 1.0}
-
-
-def problem(decay: float, dtype: torch.dtype, device: torch.device, length: int = 1000) -> tuple[list[torch.Tensor], torch.Tensor]:
-    """A random problem (2 heads, Dh 64, Ds 16) whose decay is softplus(decay + noise) a token: (q .. lam, dL/dy)."""
-    generator = torch.Generator().manual_seed(0)
-
-    def normal(*shape: int) -> torch.Tensor:
-        return torch.randn(*shape, generator=generator)
-
-    wide = [normal(1, length, 2, size) for size in (64, 64, 64, 16, 16)]
-    log_decay = -torch.nn.functional.softplus(decay + 0.5 * normal(1, length, 2))
-    narrow = [log_decay, 0.3 * normal(1, length, 2, 8), torch.full((2,), 0.3133)]
-    inputs = [x.to(device, dtype) for x in wide] + [x.to(device) for x in narrow]
-    return [x.requires_grad_() for x in inputs], normal(1, length, 2, 64).to(device, dtype)
-
-
-def relative_error(x: torch.Tensor, oracle: torch.Tensor) -> float:
-    """|x - oracle| / |oracle| over the whole tensor, in fp64."""
-    return ((x.double() - oracle).norm() / oracle.norm()).item()
+LENGTH = 1000
 
 
 def self_check(device: torch.device) -> list[str]:
     """One line a (decay, dtype, mode, backend): error of y, the worst gradient's error and name, time of forward + backward."""
     lines = [f"{'decay':13} {'dtype':9} {'mode':8} {'backend':8} {'error of y':>11} {'worst gradient':>22} {'fwd+bwd ms':>11}"]
+    paths = [("exact", "sdpa"), ("exact", "flash"), ("clamped", "flash")]
+    if device.type == "cuda":
+        paths.insert(0, ("exact", "triton"))
     for name, decay in CASES.items():
         for dtype in DTYPES:
-            inputs, dy = problem(decay, dtype, device)
-            exact = [x.detach().double().requires_grad_() for x in inputs]
-            sisa_attention(*inputs)  # the first call of an op pays for its registration
-            y_ref = reference.sisa_attention(*exact)
-            grads_ref = torch.autograd.grad(y_ref, exact, dy.double())
-            for mode, backend in (("exact", "sdpa"), ("exact", "flash"), ("clamped", "flash")):
+            inputs, dy = problem(device, dtype, L=LENGTH, decay=decay)
+            right = oracle(inputs, dy)
+            for mode, backend in paths:
                 head = f"{name:13} {str(dtype)[6:]:9} {mode:8} {backend:8}"
-                start = time.perf_counter()
+                attend = functools.partial(sisa_attention, mode=mode, backend=backend)
                 try:
-                    y = sisa_attention(*inputs, mode=mode, backend=backend)
+                    found = results(attend, inputs, dy)  # also pays for what a first call registers and compiles
                 except ValueError as error:
                     lines.append(f"{head} {str(error).split(';')[0]}")
                     continue
-                grads = torch.autograd.grad(y, inputs, dy)
+                start = time.perf_counter()
+                results(attend, inputs, dy)
+                if device.type == "cuda":
+                    torch.cuda.synchronize()
                 elapsed = 1e3 * (time.perf_counter() - start)
-                worst, grad = max((relative_error(x, r), n) for x, r, n in zip(grads, grads_ref, NAMES))
-                lines.append(f"{head} {relative_error(y, y_ref):11.1e} {worst:12.1e} {grad:>9} {elapsed:11.1f}")
+                error_y, *errors = relative_errors(found, right)
+                worst, grad = max(zip(errors, NAMES))
+                lines.append(f"{head} {error_y:11.1e} {worst:12.1e} {grad:>9} {elapsed:11.1f}")
     return lines
 
 
@@ -70,7 +57,7 @@ def main() -> None:
     for name, state in backends().items():
         print(f"backend {name:10} {state}")
     for device in devices:
-        print(f"\nself-check on {device}, length 1000: relative error against the fp64 oracle of Eq. 2")
+        print(f"\nself-check on {device}, length {LENGTH}: relative error against the fp64 oracle of Eq. 2")
         print("\n".join(self_check(device)))
     print("\nThe clamped rows show what the published formulation loses once the range of g passes 22.")
 

@@ -8,7 +8,7 @@ from itertools import repeat
 import torch
 from torch import Tensor
 
-from . import _extension, reference
+from . import _extension, reference, selfcheck
 from .augment import refuse_forward_mode
 from .checks import Rotary, check_attention
 from .sdpa import sdpa_exact, sdpa_one_call
@@ -51,6 +51,22 @@ def _triton_refusal(q: Tensor, v: Tensor, b: Tensor) -> str | None:
     return f"it {state}" if state != "available" else triton_attention.refusal(q, v, b)
 
 
+def _triton_fault(q: Tensor, v: Tensor, b: Tensor) -> str | None:
+    """What the first use of the Triton path on such operands finds wrong with it, or None."""
+    # A check inside a traced or captured call would become a part of it.
+    if torch.compiler.is_compiling() or (q.device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
+        return None
+    with torch.enable_grad(), torch.autocast(q.device.type, enabled=False):
+        return selfcheck.fault(triton_attention.exact_attention, q.device, q.dtype, q.shape[3], b.shape[3], v.shape[3])
+
+
+def _preferred(mode: str, device: torch.device) -> str:
+    """What "auto" runs where nothing speaks against it."""
+    if mode == "clamped":
+        return "flash"
+    return "sdpa" if device.type in ("cpu", "meta") else "triton"
+
+
 def _choose(backend: str, mode: str, q: Tensor, v: Tensor, b: Tensor) -> str:
     """The path that runs: SISA_BACKEND if set, else ``backend``, with "auto" resolved by mode, device and operands."""
     name = "SISA_BACKEND" if "SISA_BACKEND" in os.environ else "backend"
@@ -58,13 +74,10 @@ def _choose(backend: str, mode: str, q: Tensor, v: Tensor, b: Tensor) -> str:
     if backend not in BACKENDS:
         raise ValueError(f"{name} must be one of {', '.join(BACKENDS)}, got {backend!r}")
     if backend == "auto":
-        if mode == "clamped":
-            return "flash"
-        if q.device.type in ("cpu", "meta"):
-            return "sdpa"
-        why = _triton_refusal(q, v, b)
+        path = _preferred(mode, q.device)
+        why = (_triton_refusal(q, v, b) or _triton_fault(q, v, b)) if path == "triton" else None
         if why is None:
-            return "triton"
+            return path
         _say_once(f"exact SISA attention on {q.device.type} runs the 'sdpa' path with densely tiled scores, not 'triton': {why}")
         return "sdpa"
     if backend == "triton":

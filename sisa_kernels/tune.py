@@ -4,40 +4,13 @@ from collections.abc import Callable
 from dataclasses import fields, replace
 
 import torch
-from torch import Tensor
 from triton.testing import do_bench
 
-from . import reference
+from .selfcheck import oracle, problem, relative_errors, results
 from .tiles import ROWS, Tile, Tiles, choose_tiles, save_tuned, tile_key, tuned_tiles
 from .triton_attention import exact_attention, padded_width
 
 CHECK_LENGTH = 257  # several tiles of any shape, and a last one that is not full
-
-
-def problem(shape: tuple[int, int, int, int], widths: tuple[int, int, int], dtype: torch.dtype, device: torch.device):
-    """Random (q .. lam) as leaves and dL/dy for ``shape`` (B, L, H, G) and ``widths`` (Dh, Ds, Dv)."""
-    (B, L, H, G), (Dh, Ds, Dv) = shape, widths
-    generator = torch.Generator().manual_seed(0)
-
-    def normal(*sizes: int) -> Tensor:
-        return torch.randn(*sizes, generator=generator)
-
-    wide = [normal(B, L, heads, width) for heads, width in ((H, Dh), (G, Dh), (G, Dv), (G, Ds), (H, Ds))]
-    decay = -torch.nn.functional.softplus(normal(B, L, G) - 3)
-    inputs = [x.to(device, dtype) for x in wide]
-    inputs += [x.to(device) for x in (decay, 0.3 * normal(B, L, G, Ds // 2), torch.full((H,), 0.3133))]
-    return [x.requires_grad_() for x in inputs], normal(B, L, H, Dv).to(device, dtype)
-
-
-def results(function: Callable[..., Tensor], inputs: list[Tensor], dy: Tensor) -> list[Tensor]:
-    """y and the gradients of every input."""
-    y = function(*inputs)
-    return [y.detach(), *torch.autograd.grad(y, inputs, dy)]
-
-
-def errors(found: list[Tensor], oracle: list[Tensor]) -> list[float]:
-    """|x - oracle| / |oracle| of each; NaN where a result is."""
-    return [((x.double() - r).norm() / r.norm()).item() for x, r in zip(found, oracle)]
 
 
 def candidates(kernel: str) -> list[Tile]:
@@ -67,15 +40,14 @@ def autotune(
     """
     device = torch.device(device)
     key_heads, value_width = key_heads or heads, value_width or head_width
-    widths = (head_width, state_width, value_width)
-    small, small_dy = problem((1, CHECK_LENGTH, 2 * heads // key_heads, 2), widths, dtype, device)
-    exact = [x.detach().double().requires_grad_() for x in small]
-    oracle = results(reference.sisa_attention, exact, small_dy.double())
-    inputs, dy = problem((batch, length, heads, key_heads), widths, dtype, device)
+    widths = {"Dh": head_width, "Ds": state_width, "Dv": value_width}
+    small, small_dy = problem(device, dtype, L=CHECK_LENGTH, H=2 * heads // key_heads, **widths)
+    right = oracle(small, small_dy)
+    inputs, dy = problem(device, dtype, B=batch, L=length, H=heads, G=key_heads, **widths)
     padded = max(padded_width(head_width), padded_width(value_width)), padded_width(state_width)
     key = tile_key(device, dtype, *padded)
     best = choose_tiles(device, dtype, *padded)
-    allowed = [2 * error for error in errors(results(exact_attention, small, small_dy), oracle)]
+    allowed = [2 * error for error in relative_errors(results(exact_attention, small, small_dy), right)]
     if not max(allowed) < 0.1:
         raise RuntimeError(f"the tiles in use give wrong results, relative errors {allowed}: {best}")
 
@@ -83,7 +55,7 @@ def autotune(
         """Of forward + backward with ``tiles``, or None, with the reason printed, where they cannot be used."""
         tuned_tiles()[key] = tiles
         try:
-            found = errors(results(exact_attention, small, small_dy), oracle)
+            found = relative_errors(results(exact_attention, small, small_dy), right)
             if not all(error <= bound for error, bound in zip(found, allowed)):
                 print(f"not timed, relative errors {found}: {tiles}")
                 return None

@@ -5,6 +5,7 @@ import math
 import os
 import subprocess
 import sys
+import warnings
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ import torch.nn.functional as F
 from conftest import NAMES, ROOT, gradient_errors, in_fp64, problem, relative, value_and_grads, worst_row
 
 import sisa_kernels as sk
-from sisa_kernels import tiles
+from sisa_kernels import attention, selfcheck, tiles
 from sisa_kernels.reference import rotate
 from sisa_kernels.tiles import Tile, Tiles
 
@@ -372,6 +373,50 @@ def test_without_the_interpreter_a_cpu_says_what_it_lacks():
     env = {**os.environ, "TRITON_INTERPRET": "0"}
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True, check=True)
     assert json.loads(done.stdout) == ("available" if torch.cuda.is_available() else "needs a CUDA device")
+
+
+# ---- The check of a first use ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def preferred(monkeypatch):
+    """ "auto" prefers the Triton path here too, and nothing has been checked or said yet."""
+    monkeypatch.setattr(attention, "_preferred", lambda mode, device: "triton")
+    monkeypatch.delenv("SISA_BACKEND", raising=False)
+    selfcheck.fault.cache_clear()
+    attention._say_once.cache_clear()
+    yield
+    selfcheck.fault.cache_clear()
+
+
+def test_a_right_kernel_passes_its_first_use(preferred):
+    inputs, _ = on_device(*problem(L=33, Dh=16))
+    with torch.no_grad():
+        assert torch.equal(sk.sisa_attention(**inputs), sk.sisa_attention(**inputs, backend="triton"))
+
+
+def test_a_broken_kernel_is_out_for_the_process_and_said_once(preferred, monkeypatch):
+    """The backward of one gradient is broken on purpose: "auto" sees it, says by how much, and runs the stock path from then on."""
+    inputs, _ = on_device(*problem(L=33, Dh=16))
+    gradients = ta._importance_gradients
+    monkeypatch.setattr(ta, "_importance_gradients", lambda *args: tuple(1.01 * x for x in gradients(*args)))
+    expected = sk.sisa_attention(**inputs, backend="sdpa")
+    with pytest.warns(UserWarning, match=r"runs the 'sdpa' path .* wrong against the oracle, relative error of b by 1.0e-02, c by"):
+        assert torch.equal(sk.sisa_attention(**inputs), expected)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert torch.equal(sk.sisa_attention(**inputs), expected)
+
+
+def test_a_kernel_that_fails_is_out_and_said(preferred, monkeypatch):
+    inputs, _ = on_device(*problem(L=33, Dh=16))
+
+    def out_of_resources(*_):
+        raise RuntimeError("out of resources")
+
+    monkeypatch.setattr(ta, "choose_tiles", out_of_resources)
+    with pytest.warns(UserWarning, match=r"not 'triton': it fails on \w+: RuntimeError: out of resources"):
+        assert torch.equal(sk.sisa_attention(**inputs), sk.sisa_attention(**inputs, backend="sdpa"))
 
 
 # ---- Tiles -----------------------------------------------------------------------------------------------------------------------

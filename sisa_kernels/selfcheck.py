@@ -1,0 +1,65 @@
+"""A small random problem solved by a path and by the oracle: guards a path's first use, serves tuning and the command line."""
+
+import functools
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import reference
+
+NAMES = ("q", "k", "v", "b", "c", "log_decay", "theta", "lam")
+# Of y and of every gradient, relative: several times what a right path shows at this size, far below what a wrong one does.
+ALLOWED = {torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 8e-2}
+
+
+def problem(
+    device: torch.device, dtype: torch.dtype, *, B: int = 1, L: int = 257, H: int = 2, G: int = 2, Dh: int = 64, Ds: int = 16,
+    Dv: int | None = None, decay: float = -3.0,
+) -> tuple[list[Tensor], Tensor]:  # fmt: skip
+    """A random problem whose decay is softplus(decay + noise) a token: (q .. lam as leaves, dL/dy)."""
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    Dv = Dv or Dh
+    wide = [normal(B, L, heads, width) for heads, width in ((H, Dh), (G, Dh), (G, Dv), (G, Ds), (H, Ds))]
+    log_decay = -F.softplus(decay + 0.5 * normal(B, L, G))
+    narrow = [log_decay, 0.3 * normal(B, L, G, Ds // 2), torch.full((H,), 0.3133)]
+    inputs = [x.to(device, dtype) for x in wide] + [x.to(device) for x in narrow]
+    return [x.requires_grad_() for x in inputs], normal(B, L, H, Dv).to(device, dtype)
+
+
+def results(function: Callable[..., Tensor], inputs: list[Tensor], dy: Tensor) -> list[Tensor]:
+    """y and the gradient of every input."""
+    y = function(*inputs)
+    return [y.detach(), *torch.autograd.grad(y, inputs, dy)]
+
+
+def oracle(inputs: list[Tensor], dy: Tensor, mode: str = "exact") -> list[Tensor]:
+    """:func:`results` of the fp64 oracle."""
+    exact = [x.detach().double().requires_grad_() for x in inputs]
+    return results(functools.partial(reference.sisa_attention, mode=mode), exact, dy.double())
+
+
+def relative_errors(found: list[Tensor], right: list[Tensor]) -> list[float]:
+    """|x - right| / |right| of each over the whole tensor, in fp64."""
+    return [((x.double() - r).norm() / r.norm()).item() for x, r in zip(found, right)]
+
+
+@functools.cache
+def fault(attend: Callable[..., Tensor], device: torch.device, dtype: torch.dtype, Dh: int, Ds: int, Dv: int) -> str | None:
+    """What is wrong with exact attention by ``attend(q .. lam)`` on a device, dtype and widths; None: nothing. Checked once."""
+    inputs, dy = problem(device, dtype, Dh=Dh, Ds=Ds, Dv=Dv)
+    try:
+        found = results(attend, inputs, dy)
+    except Exception as error:  # whatever keeps a kernel from compiling or launching there
+        return f"it fails on {device}: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+    errors = dict(zip(("y", *NAMES), relative_errors(found, oracle(inputs, dy))))
+    wrong = {name: error for name, error in errors.items() if not error <= ALLOWED[dtype]}
+    if not wrong:
+        return None
+    worst = ", ".join(f"{name} by {error:.1e}" for name, error in wrong.items())
+    return f"on a small problem (Dh {Dh}, Ds {Ds}, Dv {Dv}, {dtype}) it is wrong against the oracle, relative error of {worst}"

@@ -75,13 +75,13 @@ class Stage(NamedTuple):
 
 
 def horizon_tokens(state_width: int, half_life: float, tolerance: float = TOLERANCE, lam: float = LAM) -> float:
-    """Distance in tokens from which on the importance term is at most ``tolerance``: half_life log2(lam Ds / tolerance).
+    """Distance in tokens from which on no importance product is made: half_life log2(max(lam, 1) Ds / tolerance).
 
-    A block pair needs no importance product where lam exp(g_start(I) - g_end(J)) max|c_I| max|b_J| <= tolerance, a bound
-    of its share of the logit. Here each norm is sqrt(Ds), that of channels of unit variance, and g falls by ln 2 each half_life.
+    A block pair needs none where lam exp(g_start(I) - g_end(J)) max|c_I| max|b_J| <= tolerance, lam taken as at least 1 (see
+    triton_attention._bounds). Here each norm is sqrt(Ds), that of channels of unit variance, and g falls by ln 2 each half_life.
     """
     check_positive(state_width=state_width, half_life=half_life, tolerance=tolerance, lam=lam)
-    largest = lam * state_width / tolerance
+    largest = max(lam, 1) * state_width / tolerance
     return half_life * math.log2(largest) if largest > 1 else 0.0
 
 

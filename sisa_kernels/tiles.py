@@ -5,7 +5,7 @@ import json
 import os
 import tempfile
 import warnings
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -25,6 +25,12 @@ class Tile:
     stages: int
     diagonal: int = 32
 
+    def __post_init__(self) -> None:
+        sizes = (self.m, self.n, self.diagonal)
+        # A diagonal step past the tile would take rows that the next phase takes too.
+        if any(size < 16 or size & (size - 1) for size in sizes) or self.diagonal > min(self.m, self.n):
+            raise ValueError(f"a tile's m, n and diagonal must be powers of two from 16, diagonal at most m and n, got {sizes}")
+
 
 @dataclass(frozen=True)
 class Tiles:
@@ -35,8 +41,8 @@ class Tiles:
     key: Tile
 
 
-# By (largest of Dh and Dv, Ds), both padded: the first row that both fit in. Ds 0 is plain attention. Every row compiles without
-# spilling a register where each key head has one query head, and fits its chip's shared memory (tools/resources.py checks).
+# By (largest of Dh and Dv, Ds), both padded: the first row that both fit in. Ds 0 is plain attention. For one document and one
+# query head a key head every row compiles without spilling a register, in its chip's shared memory (tools/resources.py checks).
 Rows = tuple[tuple[int, int, Tiles], ...]
 
 # Tensor cores fed from shared memory by whole warpgroups: 8 warps a tile, 128 rows for the side that stays. The key kernel holds
@@ -87,23 +93,39 @@ BLACKWELL: Rows = (
     (128, 128, Tiles(Tile(128, 64, 8, 1), Tile(64, 64, 8, 1), Tile(32, 64, 8, 1))),
 )
 
-# Any other part, and fp32 (whose products run on the ordinary cores): small enough for 48 KiB of shared memory and every width.
-SAFE = Tiles(Tile(32, 32, 4, 1), Tile(32, 32, 4, 1), Tile(32, 32, 4, 1))
+# Ada's resources, and the same caution.
+BLACKWELL_GEFORCE: Rows = tuple(
+    (width, state, Tiles(*(replace(tile, stages=1) for tile in (row.forward, row.query, row.key)))) for width, state, row in ADA
+)
 
-ROWS = {8: AMPERE, 9: HOPPER, 10: BLACKWELL}
+# Any other part, and fp32, whose products run on the ordinary cores: within 99 KiB of shared memory, whatever spills.
+SAFE: Rows = (
+    (64, 64, Tiles(Tile(32, 32, 4, 1), Tile(32, 32, 4, 1), Tile(32, 32, 4, 1))),
+    (128, 128, Tiles(Tile(16, 16, 4, 1, 16), Tile(16, 16, 4, 1, 16), Tile(16, 16, 4, 1, 16))),
+)
+
+TABLE = {
+    (8, 0): AMPERE,
+    (8, 6): ADA,
+    (8, 9): ADA,
+    (9, 0): HOPPER,
+    (10, 0): BLACKWELL,
+    (10, 3): BLACKWELL,
+    (12, 0): BLACKWELL_GEFORCE,
+}
 _tuned: dict[str, Tiles] | None = None
 
 
-def table_tiles(capability: tuple[int, int], dtype: torch.dtype, width: int, state_width: int) -> Tiles | None:
-    """The table's row for a compute capability, or None where it has none; widths padded as the kernels pad them."""
-    rows = () if dtype == torch.float32 else ADA if capability in ((8, 6), (8, 9)) else ROWS.get(capability[0], ())
-    return next((tiles for w, s, tiles in rows if width <= w and state_width <= s), None)
+def table_tiles(capability: tuple[int, int], dtype: torch.dtype, width: int, state_width: int) -> Tiles:
+    """The table's row for a compute capability and widths padded as the kernels pad them; one of ``SAFE`` where it has none."""
+    rows = SAFE if dtype == torch.float32 else TABLE.get(capability, SAFE)
+    return next(tiles for w, s, tiles in rows if width <= w and state_width <= s)
 
 
 def choose_tiles(device: torch.device, dtype: torch.dtype, width: int, state_width: int) -> Tiles:
     """The tiles for this device, dtype and padded widths (the larger of Dh and Dv; Ds, 0 for plain attention).
 
-    What :func:`sisa_kernels.tune.autotune` has found for them, else the table's row, else, said once, ``SAFE``.
+    What :func:`sisa_kernels.tune.autotune` has found for them, else the table's row; a part that is not in the table is said once.
     """
     tuned = tuned_tiles().get(tile_key(device, dtype, width, state_width))
     return tuned or _table_row(device, dtype, width, state_width)
@@ -112,13 +134,12 @@ def choose_tiles(device: torch.device, dtype: torch.dtype, width: int, state_wid
 @functools.cache
 def _table_row(device: torch.device, dtype: torch.dtype, width: int, state_width: int) -> Tiles:
     if device.type != "cuda":
-        return SAFE
+        return table_tiles((0, 0), dtype, width, state_width)
     capability = torch.cuda.get_device_capability(device)
-    found = table_tiles(capability, dtype, width, state_width)
-    if found is None and dtype != torch.float32:
+    if capability not in TABLE:
         name = f"{torch.cuda.get_device_name(device)} (sm_{capability[0]}{capability[1]})"
         warnings.warn(f"sisa_kernels has no tiles for {name}: safe, slow ones run", stacklevel=2)
-    return found or SAFE
+    return table_tiles(capability, dtype, width, state_width)
 
 
 # ---- What autotuning has found ---------------------------------------------------------------------------------------------------

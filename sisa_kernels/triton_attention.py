@@ -23,7 +23,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .augment import cumulative_decay, cumulative_phase, no_second_derivative, pair_products, to_key_heads, to_query_heads
+from .augment import (
+    cumulative_decay,
+    cumulative_phase,
+    no_second_derivative,
+    pair_products,
+    refuse_forward_mode,
+    to_key_heads,
+    to_query_heads,
+)
 from .checks import Rotary, check_attention, check_documents, check_rotary, check_tensor
 from .reference import rotate
 from .tiles import Tile, choose_tiles
@@ -41,6 +49,7 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 FAR: tl.constexpr = tl.constexpr(0)
 NEAR: tl.constexpr = tl.constexpr(1)
 DIAGONAL: tl.constexpr = tl.constexpr(2)
+LN2: tl.constexpr = tl.constexpr(math.log(2))
 
 
 @triton.jit
@@ -76,6 +85,28 @@ def _fall(hi_m, lo_m, hi_n, lo_n):
 
 
 @triton.jit
+def _visible(s, o_m, o_n, first_m, ON_DIAGONAL: tl.constexpr, PACKED: tl.constexpr):
+    """The scores s of queries o_m and keys o_n, both broadcast to its shape; -inf where the key is later or of another document."""
+    if ON_DIAGONAL:
+        s = tl.where(o_m >= o_n, s, float("-inf"))
+    if PACKED:
+        s = tl.where(o_n >= first_m, s, float("-inf"))
+    return s
+
+
+@triton.jit
+def _weights(g_hi, g_lo, o_n, last, hi_m, lo_m, hi_first, lo_first, weight_m, lam_h, L, ON_DIAGONAL: tl.constexpr):
+    """lam_h exp(g_i - g_j) of a query tile and a key tile whose last token is ``last``; weight_m: the tile's own share of it."""
+    hi_n, lo_n = _decay(g_hi, g_lo, o_n, L)
+    if ON_DIAGONAL:
+        return lam_h * _fall(hi_m[:, None], lo_m[:, None], hi_n[None, :], lo_n[None, :])
+    else:
+        hi_last, lo_last = tl.load(g_hi + last), tl.load(g_lo + last)
+        between = _fall(hi_first, lo_first, hi_last, lo_last)
+        return (weight_m * between)[:, None] * _fall(hi_last, lo_last, hi_n, lo_n)[None, :]
+
+
+@triton.jit
 def _forward_kernel(
     q, k, v, c, b, g_hi, g_lo, lam, near, first, y, lse,
     q_b, q_l, q_h, k_b, k_l, k_h, v_b, v_l, v_h, L, H, REPEAT, scale,
@@ -85,13 +116,13 @@ def _forward_kernel(
 ):  # fmt: skip
     """y [B, L, H, DV] and the base-2 logarithm of each softmax's sum, lse [B, H, L]; one program a query tile and head.
 
-    q, k, v are strided; c [B, L, H, DS], b [B, L, G, DS], g [B, G, L] (fp64, base 2), near [B, H, tiles] and first [L] contiguous.
+    q, k, v are strided; c [B, L, H, DS], b [B, L, G, DS], g [B, G, L] (base 2, in halves), near [B, H, tiles], first [L] are not.
     """
     STEP: tl.constexpr = (BN, BN, BD)
     tiles = tl.cdiv(L, BM)
     tile = tiles - 1 - tl.program_id(0) % tiles  # the longest rows first
     i_bh = tl.program_id(0) // tiles
-    i_b, i_h = tl.cast(i_bh // H, tl.int64), i_bh % H
+    i_b, i_h = tl.cast(i_bh // H, tl.int64), tl.cast(i_bh % H, tl.int64)
     i_g, G = i_h // REPEAT, H // REPEAT
     start_m = tile * BM
     o_m = start_m + tl.arange(0, BM)
@@ -101,18 +132,18 @@ def _forward_kernel(
     acc = tl.zeros([BM, BV], tl.float32)
     norm = tl.zeros([BM], tl.float32)
     top = tl.full([BM], float("-inf"), tl.float32)
-    begin = 0
+    begin, first_m = 0, None
     whole = start_m // BN * BN  # the keys before it are seen by every row
     near_from = whole
     if PACKED:
-        first_m = tl.load(first + tl.minimum(o_m, L - 1))
+        first_m = tl.load(first + tl.minimum(o_m, L - 1))[:, None]
         begin = tl.load(first + start_m) // BN * BN
     if IMPORTANCE:
         b += (i_b * L * G + i_g) * DS
         g_hi += (i_b * G + i_g) * L
         g_lo += (i_b * G + i_g) * L
         c_m = _rows(c + (i_b * L * H + i_h) * DS, start_m, H * DS, L, DS, BS, BM, False)
-        lam_h = tl.load(lam + i_h) / (scale * 0.6931471805599453)
+        lam_h = tl.load(lam + i_h) / (scale * LN2)
         hi_first, lo_first = tl.load(g_hi + start_m), tl.load(g_lo + start_m)
         hi_m, lo_m = _decay(g_hi, g_lo, o_m, L)
         weight_m = lam_h * _fall(hi_m, lo_m, hi_first, lo_first)
@@ -130,20 +161,13 @@ def _forward_kernel(
             s = tl.zeros([BM, STEP[phase]], tl.float32)
             if IMPORTANCE and phase != FAR:
                 b_n = _rows(b, start_n, G * DS, L, DS, BS, STEP[phase], phase != DIAGONAL)
-                if phase == DIAGONAL:
-                    hi_n, lo_n = _decay(g_hi, g_lo, o_n, L)
-                    weight = lam_h * _fall(hi_m[:, None], lo_m[:, None], hi_n[None, :], lo_n[None, :])
-                else:
-                    hi_last, lo_last = tl.load(g_hi + start_n + BN - 1), tl.load(g_lo + start_n + BN - 1)
-                    hi_n, lo_n = _decay(g_hi, g_lo, o_n, L)
-                    weight_n = _fall(hi_last, lo_last, hi_n, lo_n)
-                    weight = (weight_m * _fall(hi_first, lo_first, hi_last, lo_last))[:, None] * weight_n[None, :]
+                end_n = start_n + BN - 1
+                weight = _weights(
+                    g_hi, g_lo, o_n, end_n, hi_m, lo_m, hi_first, lo_first, weight_m, lam_h, L, phase == DIAGONAL
+                )  # fmt: skip
                 s = tl.dot(c_m, tl.trans(b_n), input_precision="ieee") * weight
             s = tl.dot(q_m, tl.trans(k_n), s, input_precision="ieee")
-            if phase == DIAGONAL:
-                s = tl.where(o_m[:, None] >= o_n[None, :], s, float("-inf"))
-            if PACKED:
-                s = tl.where(o_n[None, :] >= first_m[:, None], s, float("-inf"))
+            s = _visible(s, o_m[:, None], o_n[None, :], first_m, phase == DIAGONAL, PACKED)
             new_top = tl.maximum(top, tl.max(s, 1) * scale)
             # A row whose document begins in a later tile has no key yet: its maximum is -inf, and -inf - -inf would be NaN.
             pivot = tl.where(new_top == float("-inf"), 0.0, new_top)
@@ -174,7 +198,7 @@ def _backward_query_kernel(
     tiles = tl.cdiv(L, BM)
     tile = tiles - 1 - tl.program_id(0) % tiles
     i_bh = tl.program_id(0) // tiles
-    i_b, i_h = tl.cast(i_bh // H, tl.int64), i_bh % H
+    i_b, i_h = tl.cast(i_bh // H, tl.int64), tl.cast(i_bh % H, tl.int64)
     i_g, G = i_h // REPEAT, H // REPEAT
     start_m = tile * BM
     o_m = start_m + tl.arange(0, BM)
@@ -186,18 +210,18 @@ def _backward_query_kernel(
     lse_m = tl.load(lse + row, mask=o_m < L, other=0.0)
     delta_m = tl.load(delta + row, mask=o_m < L, other=0.0)
     dq_m = tl.zeros([BM, BH], tl.float32)
-    begin = 0
+    begin, first_m = 0, None
     whole = start_m // BN * BN
     near_from = whole
     if PACKED:
-        first_m = tl.load(first + tl.minimum(o_m, L - 1))
+        first_m = tl.load(first + tl.minimum(o_m, L - 1))[:, None]
         begin = tl.load(first + start_m) // BN * BN
     if IMPORTANCE:
         b += (i_b * L * G + i_g) * DS
         g_hi += (i_b * G + i_g) * L
         g_lo += (i_b * G + i_g) * L
         c_m = _rows(c + (i_b * L * H + i_h) * DS, start_m, H * DS, L, DS, BS, BM, False)
-        lam_h = tl.load(lam + i_h) / (scale * 0.6931471805599453)
+        lam_h = tl.load(lam + i_h) / (scale * LN2)
         hi_first, lo_first = tl.load(g_hi + start_m), tl.load(g_lo + start_m)
         hi_m, lo_m = _decay(g_hi, g_lo, o_m, L)
         weight_m = lam_h * _fall(hi_m, lo_m, hi_first, lo_first)
@@ -217,20 +241,13 @@ def _backward_query_kernel(
             s = tl.zeros([BM, STEP[phase]], tl.float32)
             if IMPORTANCE and phase != FAR:
                 b_n = _rows(b, start_n, G * DS, L, DS, BS, STEP[phase], phase != DIAGONAL)
-                if phase == DIAGONAL:
-                    hi_n, lo_n = _decay(g_hi, g_lo, o_n, L)
-                    weight = lam_h * _fall(hi_m[:, None], lo_m[:, None], hi_n[None, :], lo_n[None, :])
-                else:
-                    hi_last, lo_last = tl.load(g_hi + start_n + BN - 1), tl.load(g_lo + start_n + BN - 1)
-                    hi_n, lo_n = _decay(g_hi, g_lo, o_n, L)
-                    weight_n = _fall(hi_last, lo_last, hi_n, lo_n)
-                    weight = (weight_m * _fall(hi_first, lo_first, hi_last, lo_last))[:, None] * weight_n[None, :]
+                end_n = start_n + BN - 1
+                weight = _weights(
+                    g_hi, g_lo, o_n, end_n, hi_m, lo_m, hi_first, lo_first, weight_m, lam_h, L, phase == DIAGONAL
+                )  # fmt: skip
                 s = tl.dot(c_m, tl.trans(b_n), input_precision="ieee") * weight
             s = tl.dot(q_m, tl.trans(k_n), s, input_precision="ieee")
-            if phase == DIAGONAL:
-                s = tl.where(o_m[:, None] >= o_n[None, :], s, float("-inf"))
-            if PACKED:
-                s = tl.where(o_n[None, :] >= first_m[:, None], s, float("-inf"))
+            s = _visible(s, o_m[:, None], o_n[None, :], first_m, phase == DIAGONAL, PACKED)
             v_n = _rows(v, start_n, v_l, L, DV, BV, STEP[phase], phase != DIAGONAL)
             ds = tl.exp2(s * scale - lse_m[:, None]) * (tl.dot(dy_m, tl.trans(v_n), input_precision="ieee") - delta_m[:, None])
             dq_m = tl.dot(ds.to(k_n.dtype), k_n, dq_m, input_precision="ieee")
@@ -240,9 +257,9 @@ def _backward_query_kernel(
                     own_m += tl.sum(tl.where(same, ds, 0.0), 1)
                     ds = tl.where(same, 0.0, ds)
                 dc_m = tl.dot((ds * weight).to(b_n.dtype), b_n, dc_m, input_precision="ieee")
-    _store_rows(dq + (i_b * L * H + i_h) * DH, dq_m * (scale * 0.6931471805599453), start_m, H * DH, L, DH, BH, BM)
+    _store_rows(dq + (i_b * L * H + i_h) * DH, dq_m * (scale * LN2), start_m, H * DH, L, DH, BH, BM)
     if IMPORTANCE:
-        _store_rows(dc + (i_b * L * H + i_h) * DS, dc_m * (scale * 0.6931471805599453), start_m, H * DS, L, DS, BS, BM)
+        _store_rows(dc + (i_b * L * H + i_h) * DS, dc_m * (scale * LN2), start_m, H * DS, L, DS, BS, BM)
         tl.store(own + row, own_m, mask=o_m < L)
 
 
@@ -264,7 +281,7 @@ def _backward_key_kernel(
     tile = tl.program_id(0) % tiles
     i_bg = tl.program_id(0) // tiles
     G = H // REPEAT
-    i_b, i_g = tl.cast(i_bg // G, tl.int64), i_bg % G
+    i_b, i_g = tl.cast(i_bg // G, tl.int64), tl.cast(i_bg % G, tl.int64)
     start_n = tile * BN
     o_n = start_n + tl.arange(0, BN)
     k_n = _rows(k + i_b * k_b + i_g * k_h, start_n, k_l, L, DH, BH, BN, False)
@@ -292,7 +309,7 @@ def _backward_key_kernel(
         near_to = below
         if IMPORTANCE:
             c_h0 = c + (i_b * L * H + i_h) * DS
-            lam_h = tl.load(lam + i_h) / (scale * 0.6931471805599453)
+            lam_h = tl.load(lam + i_h) / (scale * LN2)
             near_to = tl.minimum(tl.maximum(tl.load(near + i_bh * tiles + tile), below), end)
         for phase in tl.static_range(3):
             if phase == FAR:
@@ -317,11 +334,10 @@ def _backward_key_kernel(
                         weight = (lam_h * _fall(hi_m, lo_m, hi_last, lo_last))[None, :] * weight_n[:, None]
                     s = tl.dot(b_n, tl.trans(c_m), input_precision="ieee") * weight
                 s = tl.dot(k_n, tl.trans(q_m), s, input_precision="ieee")
-                if phase == DIAGONAL:
-                    s = tl.where(o_m[None, :] >= o_n[:, None], s, float("-inf"))
+                first_m = None
                 if PACKED:
-                    first_m = tl.load(first + tl.minimum(o_m, L - 1))
-                    s = tl.where(o_n[:, None] >= first_m[None, :], s, float("-inf"))
+                    first_m = tl.load(first + tl.minimum(o_m, L - 1))[None, :]
+                s = _visible(s, o_m[None, :], o_n[:, None], first_m, phase == DIAGONAL, PACKED)
                 p = tl.exp2(s * scale - lse_m[None, :])
                 dv_n = tl.dot(p.to(dy_m.dtype), dy_m, dv_n, input_precision="ieee")
                 ds = p * (tl.dot(v_n, tl.trans(dy_m), input_precision="ieee") - delta_m[None, :])
@@ -330,10 +346,10 @@ def _backward_key_kernel(
                     if phase == DIAGONAL:
                         ds = tl.where(o_m[None, :] == o_n[:, None], 0.0, ds)
                     db_n = tl.dot((ds * weight).to(c_m.dtype), c_m, db_n, input_precision="ieee")
-    _store_rows(dk + (i_b * L * G + i_g) * DH, dk_n * (scale * 0.6931471805599453), start_n, G * DH, L, DH, BH, BN)
+    _store_rows(dk + (i_b * L * G + i_g) * DH, dk_n * (scale * LN2), start_n, G * DH, L, DH, BH, BN)
     _store_rows(dv + (i_b * L * G + i_g) * DV, dv_n, start_n, G * DV, L, DV, BV, BN)
     if IMPORTANCE:
-        _store_rows(db + (i_b * L * G + i_g) * DS, db_n * (scale * 0.6931471805599453), start_n, G * DS, L, DS, BS, BN)
+        _store_rows(db + (i_b * L * G + i_g) * DS, db_n * (scale * LN2), start_n, G * DS, L, DS, BS, BN)
 
 
 INTERPRETED = not isinstance(_forward_kernel, triton.JITFunction)
@@ -349,13 +365,14 @@ class _Importance(NamedTuple):
     c: Tensor  # [B, L, H, Ds]
     g_hi: Tensor  # [B, G, L] fp32: the cumulative log2-decay is g_hi + g_lo, whose differences keep fp32's precision
     g_lo: Tensor
+    lam: Tensor  # [H] fp32
     size_b: Tensor  # [B, G, L] fp32: the norm of each row of b
     size_c: Tensor  # [B, H, L]
     cos: Tensor | None  # [B, L, G, Ds / 2] fp32, of the phase; for the backward only
     sin: Tensor | None
 
 
-def _prologue(q, k, b, c, log_decay, theta, cos, sin, backward: bool) -> tuple[Tensor, Tensor, _Importance | None]:
+def _prologue(q, k, b, c, log_decay, theta, lam, cos, sin, backward: bool) -> tuple[Tensor, Tensor, _Importance | None]:
     """q and k with RoPE, where given, and the importance operands, where given."""
     if cos is not None:
         q, k = (rotate(x.float(), cos[:, None], sin[:, None]).to(x.dtype) for x in (q, k))
@@ -369,7 +386,7 @@ def _prologue(q, k, b, c, log_decay, theta, cos, sin, backward: bool) -> tuple[T
     c = rotate(c.float(), cos_q, sin_q).to(c.dtype)
     size_b, size_c = (x.float().square().sum(3).sqrt().transpose(1, 2).contiguous() for x in (b, c))
     tables = (cos_k, sin_k) if backward else (None, None)
-    return q, k, _Importance(b, c, g_hi, (g - g_hi).float(), size_b, size_c, *tables)
+    return q, k, _Importance(b, c, g_hi, (g - g_hi).float(), lam.contiguous(), size_b, size_c, *tables)
 
 
 def _unrotate(dq, dk, cos, sin):
@@ -380,7 +397,7 @@ def _unrotate(dq, dk, cos, sin):
 def _importance_gradients(dc, db, own, b, c, lam, cos_k, sin_k, last):
     """Gradients for b, c, log_decay, theta and lam from those of the rotated operands without the pairs i = j (``own``: dL/ds_ii).
 
-    ``last`` [L] int64: the end of each token's document, where the reverse running sums of dL/dg and dL/dPhi begin anew; None: one
+    ``last`` [L] int32: the end of each token's document, where the reverse running sums of dL/dg and dL/dPhi begin anew; None: one
     document.
     """
     H, G = c.shape[2], b.shape[2]
@@ -400,7 +417,7 @@ def _importance_gradients(dc, db, own, b, c, lam, cos_k, sin_k, last):
 def _reverse_sums(x: Tensor, last: Tensor | None) -> Tensor:
     """Sum over t <= u < last[t] of axis 1, in fp32."""
     total = F.pad(x.transpose(1, -1), (0, 1)).flip(-1).cumsum(-1).flip(-1)
-    total = total[..., :-1] if last is None else total[..., :-1] - total[..., last]
+    total = total[..., :-1] if last is None else total[..., :-1] - total[..., last.long()]
     return total.transpose(1, -1).float().contiguous()
 
 
@@ -422,23 +439,24 @@ def _tile_maxima(x: Tensor, size: int) -> Tensor:
     return F.pad(x, (0, -x.shape[2] % size)).unflatten(2, (-1, size)).amax(-1)
 
 
-def _bounds(x: _Importance, lam: Tensor, tile: Tile, tolerance: float) -> tuple[Tensor, Tensor]:
+def _bounds(x: _Importance, tile: Tile, tolerance: float) -> tuple[Tensor, Tensor]:
     """(need [B, H, query tiles], reach [B, H, key tiles]): the tiles I and J < I are past the horizon where reach_J <= need_I.
 
     By Cauchy-Schwarz ``|lam exp(g_i - g_j) c_i.b_j| <= lam exp(g_I - g_J) max|c_I| max|b_J|`` for every i in I and j in J, with g_I
-    at I's first token and g_J at J's last. In base-2 logarithms that is <= tolerance where
-    ``log2 max|b_J| - g_J <= log2 tolerance - log2 lam - log2 max|c_I| - g_I``.
+    at I's first token and g_J at J's last. With lam and both norms taken as at least 1, where that is <= tolerance no logit moves
+    by more, and neither does its derivative in lam, or in c_i or b_j over lam: operands that are small, or 0 as at the start of
+    training, keep their gradients. In base-2 logarithms: ``log2 |b_J| - g_J <= log2 tolerance - log2 lam - log2 |c_I| - g_I``.
     """
-    H, (_, G, L) = lam.shape[0], x.g_hi.shape
+    H, (_, G, L) = x.lam.shape[0], x.g_hi.shape
     g = x.g_hi.double() + x.g_lo
     last = (torch.arange(tile.n, L + tile.n, tile.n, device=g.device) - 1).clamp(max=L - 1)
-    reach = _tile_maxima(x.size_b, tile.n).double().log2() - g[:, :, last]
-    largest = _tile_maxima(x.size_c, tile.m).double() * lam.double()[:, None]
+    reach = _tile_maxima(x.size_b, tile.n).clamp(min=1).double().log2() - g[:, :, last]
+    largest = _tile_maxima(x.size_c, tile.m).clamp(min=1).double() * x.lam.double().clamp(min=1)[:, None]
     need = math.log2(tolerance) - largest.log2() - g[:, :, :: tile.m].repeat_interleave(H // G, 1)
     return need, reach.repeat_interleave(H // G, 1)
 
 
-def horizon_starts(x: _Importance, lam: Tensor, tile: Tile, tolerance: float | None) -> Tensor:
+def horizon_starts(x: _Importance, tile: Tile, tolerance: float | None) -> Tensor:
     """For each query tile the first key that needs the importance product, [B, H, tiles] int32, a multiple of ``tile.n``.
 
     All key tiles before it are past the horizon: leaving their product out changes no logit by more than ``tolerance``
@@ -446,18 +464,18 @@ def horizon_starts(x: _Importance, lam: Tensor, tile: Tile, tolerance: float | N
     """
     (B, H, L) = x.size_c.shape
     if tolerance is None:
-        return torch.zeros(B, H, -(-L // tile.m), dtype=torch.int32, device=lam.device)
-    need, reach = _bounds(x, lam, tile, tolerance)
+        return torch.zeros(B, H, -(-L // tile.m), dtype=torch.int32, device=x.lam.device)
+    need, reach = _bounds(x, tile, tolerance)
     return (torch.searchsorted(reach.cummax(2).values, need, right=True) * tile.n).int()
 
 
-def horizon_ends(x: _Importance, lam: Tensor, tile: Tile, tolerance: float | None) -> Tensor:
+def horizon_ends(x: _Importance, tile: Tile, tolerance: float | None) -> Tensor:
     """For each key tile the query from which on none needs the importance product, [B, H, tiles] int32, a multiple of ``tile.m``;
-    otherwise as :func:`horizon_starts`."""
+    otherwise as :func:`horizon_starts`. Kernels of other tiles may leave out other pairs: each stays within the tolerance."""
     (B, H, L) = x.size_c.shape
     if tolerance is None:
-        return torch.full((B, H, -(-L // tile.n)), -(-L // tile.m) * tile.m, dtype=torch.int32, device=lam.device)
-    need, reach = _bounds(x, lam, tile, tolerance)
+        return torch.full((B, H, -(-L // tile.n)), -(-L // tile.m) * tile.m, dtype=torch.int32, device=x.lam.device)
+    need, reach = _bounds(x, tile, tolerance)
     return (torch.searchsorted(need.flip(2).cummin(2).values.flip(2), reach) * tile.m).int()
 
 
@@ -470,13 +488,13 @@ def padded_width(width: int) -> int:
 
 
 def _documents(L: int, cu_seqlens: Tensor | None, device: torch.device) -> tuple[Tensor | None, Tensor | None]:
-    """For each token the first of its document and that document's end, each [L] int64, where documents are packed.
+    """For each token the first of its document and that document's end, each [L] int32, where documents are packed.
 
-    Nothing here waits for the device: it may be captured in a CUDA graph.
+    With ``cu_seqlens`` on the device nothing waits for it: the call may be captured in a CUDA graph.
     """
     if cu_seqlens is None:
         return None, None
-    bounds = cu_seqlens.to(device, torch.int64)
+    bounds = cu_seqlens.to(device)
     first, last = (x.repeat_interleave(bounds.diff(), output_size=L) for x in (bounds[:-1], bounds[1:]))
     return first, last
 
@@ -498,21 +516,23 @@ class _Launcher:
     def __call__(self, kernel: Any, tile: Tile, rows: int, heads: int, *tensors: Tensor | None) -> None:
         programs = -(-self.L // rows) * heads
         blocks = {"BM": tile.m, "BN": tile.n, "BD": tile.diagonal}
-        kernel[(programs,)](*tensors, *self.sizes, **self.flags, **blocks, num_warps=tile.warps, num_stages=tile.stages)
+        with torch.cuda.device_of(tensors[0]):  # Triton launches on the current device, whatever the tensors are on
+            kernel[(programs,)](*tensors, *self.sizes, **self.flags, **blocks, num_warps=tile.warps, num_stages=tile.stages)
 
 
-def _unit_stride(x: Tensor) -> Tensor:
-    return x if x.stride(3) == 1 else x.contiguous()
+def _readable(x: Tensor) -> Tensor:
+    """x itself where the kernels can address it: channels side by side, and a tile of 128 rows within 2^31 elements."""
+    return x if x.stride(3) == 1 and x.stride(1) < 2**24 else x.contiguous()
 
 
-def _operands(q, k, v, b, c, log_decay, theta, cos, sin, backward) -> tuple[Tensor, Tensor, Tensor, _Importance | None]:
-    q, k, importance = _fused(q.device, _prologue)(q, k, b, c, log_decay, theta, cos, sin, backward)
-    return _unit_stride(q), _unit_stride(k), _unit_stride(v), importance
+def _operands(q, k, v, b, c, log_decay, theta, lam, cos, sin, backward) -> tuple[Tensor, Tensor, Tensor, _Importance | None]:
+    q, k, importance = _fused(q.device, _prologue)(q, k, b, c, log_decay, theta, lam, cos, sin, backward)
+    return _readable(q), _readable(k), _readable(v), importance
 
 
 def _arguments(x: _Importance | None) -> tuple[Tensor | None, ...]:
-    """The kernels' (c, b, g_hi, g_lo)."""
-    return (None,) * 4 if x is None else (x.c, x.b, x.g_hi, x.g_lo)
+    """The kernels' (c, b, g_hi, g_lo, lam)."""
+    return (None,) * 5 if x is None else (x.c, x.b, x.g_hi, x.g_lo, x.lam)
 
 
 @torch.library.custom_op("sisa::triton_exact", mutates_args=())
@@ -522,13 +542,13 @@ def triton_exact(
     cos: Tensor | None, sin: Tensor | None, cu_seqlens: Tensor | None, horizon: float | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """y [B, L, H, Dv] in q's dtype and the base-2 logarithm of each softmax's sum, [B, H, L] fp32; without b: plain attention."""
-    q, k, v, x = _operands(q, k, v, b, c, log_decay, theta, cos, sin, False)
+    q, k, v, x = _operands(q, k, v, b, c, log_decay, theta, lam, cos, sin, False)
     launch = _Launcher(q, k, v, x, cu_seqlens)
     B, L, H, _ = q.shape
     y, lse = q.new_empty(B, L, H, v.shape[3]), q.new_empty(B, H, L, dtype=torch.float32)
     tile = launch.tiles.forward
-    starts = None if x is None or lam is None else horizon_starts(x, lam, tile, horizon)
-    launch(_forward_kernel, tile, tile.m, launch.heads, q, k, v, *_arguments(x), lam, starts, launch.first, y, lse)
+    starts = None if x is None else horizon_starts(x, tile, horizon)
+    launch(_forward_kernel, tile, tile.m, launch.heads, q, k, v, *_arguments(x), starts, launch.first, y, lse)
     return y, lse
 
 
@@ -545,24 +565,24 @@ def triton_exact_backward(
     cos: Tensor | None, sin: Tensor | None, cu_seqlens: Tensor | None, horizon: float | None,
 ) -> list[Tensor]:  # fmt: skip
     """Gradients for q, k, v, and where given for b, c, log_decay, theta, lam, from the forward's inputs and results alone."""
-    q, k, v, x = _operands(q, k, v, b, c, log_decay, theta, cos, sin, True)
+    q, k, v, x = _operands(q, k, v, b, c, log_decay, theta, lam, cos, sin, True)
     launch, dy = _Launcher(q, k, v, x, cu_seqlens), dy.contiguous()
     dq, dk, dv = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (q, k, v))
     dc, db, own, starts, ends = None, None, None, None, None
     query, key = launch.tiles.query, launch.tiles.key
-    if x is not None and lam is not None:
+    if x is not None:
         dc, db = (torch.empty(t.shape, dtype=torch.float32, device=t.device) for t in (x.c, x.b))
         own = torch.empty_like(lse)
-        starts, ends = horizon_starts(x, lam, query, horizon), horizon_ends(x, lam, key, horizon)
+        starts, ends = horizon_starts(x, query, horizon), horizon_ends(x, key, horizon)
     delta = (dy.float() * y.float()).sum(3).transpose(1, 2).contiguous()
-    operands, saved = (q, k, v, *_arguments(x), lam), (dy, lse, delta)
+    operands, saved = (q, k, v, *_arguments(x)), (dy, lse, delta)
     launch(_backward_query_kernel, query, query.m, launch.heads, *operands, starts, launch.first, *saved, dq, dc, own)
     launch(_backward_key_kernel, key, key.n, launch.key_heads, *operands, ends, launch.first, launch.last, *saved, dk, dv, db)
     if cos is not None:
         dq, dk = _fused(q.device, _unrotate)(dq, dk, cos, sin)
     if x is None:
         return [dq, dk, dv]
-    return [dq, dk, dv, *_fused(q.device, _importance_gradients)(dc, db, own, x.b, x.c, lam, x.cos, x.sin, launch.last)]
+    return [dq, dk, dv, *_fused(q.device, _importance_gradients)(dc, db, own, x.b, x.c, x.lam, x.cos, x.sin, launch.last)]
 
 
 @triton_exact_backward.register_fake
@@ -626,6 +646,7 @@ def exact_attention(
         horizon = default_horizon(q.dtype)
     if horizon is not None and not (isinstance(horizon, float) and horizon > 0):
         raise ValueError(f'horizon must be "auto", None or a float > 0, got {horizon!r}')
+    refuse_forward_mode(q, k, v, b, c, log_decay, theta, lam)
     return triton_exact(q, k, v, b, c, log_decay, theta, lam, *(rotary or (None, None)), cu_seqlens, horizon)[0]
 
 
@@ -657,8 +678,8 @@ def causal_attention(
     check_rotary(rotary, q, (torch.float32,))
     check_documents(cu_seqlens, q)
     _refuse(q, v, None)
-    importance = (None,) * 5
-    return triton_exact(q, k, v, *importance, *(rotary or (None, None)), cu_seqlens, None)[0]
+    refuse_forward_mode(q, k, v)
+    return triton_exact(q, k, v, *(None,) * 5, *(rotary or (None, None)), cu_seqlens, None)[0]
 
 
 def _refuse(q: Tensor, v: Tensor, b: Tensor | None) -> None:

@@ -5,7 +5,7 @@ import json
 import os
 import tempfile
 import warnings
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -93,11 +93,6 @@ BLACKWELL: Rows = (
     (128, 128, Tiles(Tile(128, 64, 8, 1), Tile(64, 64, 8, 1), Tile(32, 64, 8, 1))),
 )
 
-# Ada's resources, and the same caution.
-BLACKWELL_GEFORCE: Rows = tuple(
-    (width, state, Tiles(*(replace(tile, stages=1) for tile in (row.forward, row.query, row.key)))) for width, state, row in ADA
-)
-
 # Any other part, and fp32, whose products run on the ordinary cores: within 99 KiB of shared memory, whatever spills.
 SAFE: Rows = (
     (64, 64, Tiles(Tile(32, 32, 4, 1), Tile(32, 32, 4, 1), Tile(32, 32, 4, 1))),
@@ -111,7 +106,6 @@ TABLE = {
     (9, 0): HOPPER,
     (10, 0): BLACKWELL,
     (10, 3): BLACKWELL,
-    (12, 0): BLACKWELL_GEFORCE,
 }
 _tuned: dict[str, Tiles] | None = None
 

@@ -475,15 +475,13 @@ def test_compiled_ahead_of_time_at_the_other_widths(arch):
         ((8, 9), tiles.ADA),
         ((9, 0), tiles.HOPPER),
         ((10, 3), tiles.BLACKWELL),
-        ((12, 0), tiles.BLACKWELL_GEFORCE),
     ],
 )
 def test_a_problem_takes_the_first_row_it_fits_in(capability, rows):
     for width, state in ((16, 0), (16, 16), (64, 64), (64, 128), (128, 0), (128, 128)):
         fitting = [row for w, s, row in rows if w >= width and s >= state]
         assert tiles.table_tiles(capability, torch.bfloat16, width, state) == fitting[0]
-    blackwell = (row for _, _, row in (*tiles.BLACKWELL, *tiles.BLACKWELL_GEFORCE))
-    assert all(tile.stages == 1 for row in blackwell for tile in (row.forward, row.query, row.key))
+    assert all(tile.stages == 1 for _, _, row in tiles.BLACKWELL for tile in (row.forward, row.query, row.key))
 
 
 @pytest.mark.parametrize("shape", [(48, 64, 32), (64, 0, 16), (32, 16, 32), (16, 64, 32)])

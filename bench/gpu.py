@@ -100,7 +100,8 @@ def timed(name: str) -> Callable[[Run], None]:
         for n, group in enumerate(groups):
             begin = time.monotonic()
             if begin + took > run.deadline:
-                run.add(name, "rest", f"cut off: {run.minutes:g} minutes are not enough, {len(groups) - n} groups not measured")
+                left = f"{len(groups) - n} of {len(groups)} problems not measured, from {group[0].shape} on"
+                run.add(name, "rest", f"cut off after {run.minutes:g} minutes: {left} (--lengths, --state-widths choose)")
                 return
             measure(run, group)
             problem.cache_clear()

@@ -231,6 +231,8 @@ def failure(path: Path, widths: tuple[int, int, int], dtype: torch.dtype, device
             found = results(path.call, x, rotary, dy, path.uses)
         except Exception as error:
             return reason(error, told)
+    for warning in told:  # recorded for a refusal only
+        warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
     oracle = results(lambda x, r: sk.reference.sisa_attention(*x, rotary=r, mode=mode), fine, rotary, dy.double(), path.uses)
     allowed = errors(results(path.formula, x, rotary, dy, path.uses), oracle, x)
     limits = [2 * off + FLOOR[dtype] for off in allowed]

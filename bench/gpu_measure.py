@@ -10,7 +10,7 @@ import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -147,13 +147,21 @@ def peak_mib(call: Callable[[], object], device: torch.device) -> str:
 
 
 def attempt(function: Callable[[], T]) -> tuple[T | None, str]:
-    """(Its result, "") or, where it raises, (None, why)."""
+    """(Its result, "") or, where it raises, (None, why); what it warns of is printed, such as tiles that no table has."""
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
         try:
-            return function(), ""
+            result = function()
         except Exception as error:
             return None, reason(error, told)
+    for warning in told:
+        say_once(str(warning.message).partition("\n")[0])
+    return result, ""
+
+
+@cache
+def say_once(line: str) -> None:
+    print(f"warning: {line}", flush=True)
 
 
 def warm(case: Case, device: torch.device) -> tuple[Callable[[], object], str]:

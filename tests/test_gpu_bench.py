@@ -5,6 +5,7 @@ import itertools
 import math
 import sys
 import time
+import warnings
 from dataclasses import replace
 
 import pytest
@@ -316,8 +317,18 @@ def test_tuned_tiles_are_timed_beside_those_in_use(run, monkeypatch, capsys):
 def test_a_section_keeps_its_minutes(run, capsys):
     gpu.timed("attention")(replace(run, deadline=time.monotonic()))
     (row,) = run.rows("attention")
-    assert row["status"] == "cut off: 8 minutes are not enough, 1 groups not measured"
+    assert row["status"].startswith("cut off after 8 minutes: 1 of 1 problems not measured, from 2x64x1 16+16/16 on")
     assert f"attention rest: {row['status']}" in gpu.table([row])
+
+
+def test_what_a_path_warns_of_is_printed(run, capsys):
+    def loud(x, rotary):
+        warnings.warn("no tiles for this GPU: safe, slow ones run", stacklevel=2)
+        return FLASH.call(x, rotary)
+
+    measure(run, [case(replace(FLASH, call=loud))])
+    assert run.rows("attention")[0]["status"] == "ok"
+    assert capsys.readouterr().out.count("warning: no tiles for this GPU: safe, slow ones run\n") == 1
 
 
 def test_rows_are_appended_under_one_header(run):
@@ -362,6 +373,33 @@ def test_a_section_that_dies_leaves_a_row(run):
     gpu.run_apart("unknown", run)
     (row,) = run.rows("unknown")
     assert row["status"] == "died: KeyError: 'unknown'"
+
+
+def test_a_whole_run_ends_with_its_table_and_its_verdict(monkeypatch, capsys, tmp_path):
+    outcome, seen = ["ok"], []
+
+    def run_apart(name, run):
+        seen.append((name, run.setting.datasheet))
+        run.add(name, "path", outcome[0], shape="1x2x3", ms_p50="1.5", **{"pass": "fwd"})
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H100 80GB HBM3")
+    monkeypatch.setattr(gpu, "run_apart", run_apart)
+    command = ["--out", str(tmp_path), "--sections", "stock", "model"]
+    assert gpu.main(command) == 0
+    assert seen == [("stock", DEVICES["H100"]), ("model", DEVICES["H100"])]
+    first, *_, last = capsys.readouterr().out.splitlines()
+    assert first.startswith("device NVIDIA H100 80GB HBM3, driver ")
+    assert last.split() == ["1x2x3", "fwd", "1.5"]
+    for outcome[0], code in (
+        ("RuntimeError: refused", 0),
+        ("wrong: y is off", 1),
+        ("failed: no compiler", 1),
+        ("died: signal 9", 1),
+    ):
+        assert gpu.main([*command, "--device", "A100"]) == code
+        assert f"stock path (1x, first 1x2x3): {outcome[0]}" in capsys.readouterr().out
+    assert seen[-1] == ("model", DEVICES["A100"])
 
 
 def test_the_table_of_a_full_run_stays_small():

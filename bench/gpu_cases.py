@@ -199,7 +199,7 @@ def reason(error: BaseException, told: Sequence[warnings.WarningMessage] = ()) -
     first = str(error).strip().partition("\n")[0]
     said = [str(w.message).partition(" (Triggered")[0].partition("\n")[0] for w in told]
     said = [line for line in said if not re.search("not used because|has been runtime disabled", line)]
-    return said[0] if said and "No available kernel" in first else f"{type(error).__name__}: {first}"
+    return said[0] if said and re.search("No available kernel|No viable backend", first) else f"{type(error).__name__}: {first}"
 
 
 def results(function: Callable, x: list[Tensor], rotary: Rotary | None, dy: Tensor, uses: int) -> list[Tensor]:
@@ -285,7 +285,7 @@ def attention_case(op: str, path: Path, shape: Shape, label: str, passes: str, s
         return lambda: results(path.call, x, rotary, dy, path.uses) if backward else path.call(x, rotary)
 
     return Case(
-        op, path.name, path.mode, label, passes, make,
+        op, path.name, "plain, RoPE compiled" if with_rope and path.mode == "plain" else path.mode, label, passes, make,
         check=lambda: failure(path, (Dh, Ds, Dv), s.dtype, s.device, with_rope),
         proofs=path.proofs.format(ds=Ds),
         bound=bound, work=1e-12 * B * H * L * (L + 1) * (4 * width + 3 * Dv if backward else width + Dv), unit="TFLOP/s",

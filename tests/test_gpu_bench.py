@@ -58,7 +58,7 @@ def test_dry_run_lists_every_section_path_and_bound(capsys):
     assert all("at most 8 minutes" in part for part in sections.values())
     assert "setup.py build_ext --inplace" in sections["build"]
     assert "-m sisa_kernels" in sections["build"]
-    assert "tests/test_triton_attention.py" in sections["tests"]
+    assert [line.split()[-1] for line in sections["tests"].strip().splitlines()[1:]] == ["tests/test_triton_attention.py"]
     for widths in ("64/64", "80/64", "80/80", "96/64", "96/96", "128/64", "128/128", "192/64", "192/192", "192/128"):
         assert f"16x2048x12 {widths} fwd+bwd: cudnn " in sections["stock"]
     for length, ds, passes in itertools.product((1024, 2048, 4096, 8192, 16384, 32768), (16, 32, 64, 128), ("fwd", "fwd+bwd")):
@@ -181,9 +181,12 @@ def test_a_refusal_of_sdpa_gives_its_reason():
             self.message = UserWarning(message)
 
     refused = RuntimeError("No available kernel. Aborting execution.")
+    nothing_here = RuntimeError("No viable backend for scaled_dot_product_attention was found.")
     told = ["CuDNN attention has been runtime disabled. (Triggered internally at x.cpp:1.)", "d_v must equal d_qk (Triggered at y)"]
     told = [Told(line) for line in ("Flash attention kernel not used because: (Triggered at z)", *told)]
     assert gpu_cases.reason(refused, told) == "d_v must equal d_qk"
+    assert gpu_cases.reason(nothing_here, told) == "d_v must equal d_qk"
+    assert gpu_cases.reason(RuntimeError("another"), told) == "RuntimeError: another"
     assert gpu_cases.reason(refused) == "RuntimeError: No available kernel. Aborting execution."
 
 
@@ -253,6 +256,7 @@ def test_the_attention_section_end_to_end(run):
         (path, passes) for passes in ("fwd", "fwd+bwd") for path in NAMES if path not in ("cudnn", "efficient")
     ]
     assert {row["path"] for row in rows if row["status"] != "ok"} == {"cudnn", "efficient"}  # the CPU has neither
+    assert {row["mode"] for row in rows if row["path"] == "flash"} == {"plain, RoPE compiled"}
     row = next(row for row in rows if (row["path"], row["pass"]) == ("sisa", "fwd+bwd"))
     order = [(r["path"], r["pass"]) for r in rows if r["status"] == "ok"]
     took, baseline = (6.0 * (1 + order.index((name, "fwd+bwd"))) for name in ("sisa", "flash"))

@@ -1,0 +1,430 @@
+"""What bench/gpu.py times: the paths, the check that each must pass in this process first, and the cases of every section.
+
+A path's results and gradients at 257 tokens may err at most twice as much, against the fp64 oracle, as its own formula written
+densely in the operands' dtype, plus a floor: a path that fails is reported and never timed. Operands are random; the decay halves
+the importance every 100 tokens, about as at initialisation, so that the horizon is what a model starts with.
+"""
+
+import functools
+import math
+import re
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import astuple, dataclass, replace
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from bench_augment import eager_chain
+from roofline import LAM, Device, Shape, horizon_tokens, importance_share, stages
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+import sisa_kernels as sk
+import sisa_model as sm
+from sisa_kernels import triton_attention as ta
+from sisa_kernels.checks import Rotary
+from sisa_kernels.reference import rotate
+from sisa_kernels.tiles import choose_tiles, tile_key, tuned_tiles
+from sisa_kernels.tune import CHECK_LENGTH, autotune
+from sisa_model.layers import rotary_tables
+from sisa_model.presets import preset_config
+
+CUDA = torch.device("cuda")
+HALF_LIFE = 100.0  # tokens
+CHECK_HALF_LIFE = 5.0  # so short that the check's 257 tokens reach past the horizon
+FLOOR = {torch.float32: 1e-6, torch.float16: 1e-4, torch.bfloat16: 1e-4}
+NAMES = ("y", "dq", "dk", "dv", "db", "dc", "dlog_decay", "dtheta", "dlam")
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Where and at what sizes; the defaults are an attention layer of the 152M model."""
+
+    device: torch.device = CUDA
+    dtype: torch.dtype = torch.bfloat16
+    lengths: tuple[int, ...] = ()  # of the sequences; empty: each section's own
+    state_widths: tuple[int, ...] = (16, 32, 64, 128)
+    tokens: int = 32768  # of a batch
+    heads: int = 12
+    head_width: int = 64
+    models: tuple[str, ...] = ("transformer-152m", "sisa-152m-ds16")  # the first is the baseline
+    datasheet: Device | None = None  # what bounds are taken from; None: no bounds
+
+    def shapes(self, *lengths: int) -> list[Shape]:
+        """A shape for each state width and length (``lengths`` where the setting has none of its own)."""
+        width = self.head_width
+        pairs = [(ds, length) for ds in self.state_widths for length in self.lengths or lengths]
+        return [Shape(max(1, self.tokens // length), length, self.heads, width, ds, width) for ds, length in pairs]
+
+
+@dataclass(frozen=True)
+class Path:
+    """A way to compute attention from the inputs (q, k, v, b, c, log_decay, theta, lam) and RoPE's tables, None: no RoPE."""
+
+    name: str
+    mode: str  # exact, clamped or plain (the importance inputs unused)
+    cost: str  # its name in the roofline
+    call: Callable[[Sequence[Tensor], Rotary | None], Tensor]
+    formula: Callable[[Sequence[Tensor], Rotary | None], Tensor]  # the same, densely in the operands' dtype
+    proofs: str = ""  # pattern of the tests (with {ds}) whose failure keeps it from being timed; empty: none
+
+    @property
+    def uses(self) -> int:
+        """How many of the inputs it uses."""
+        return 3 if self.mode == "plain" else 8
+
+
+@dataclass(frozen=True)
+class Case:
+    """One thing to time. Cases that are timed together take turns."""
+
+    op: str
+    path: str
+    mode: str
+    shape: str
+    passes: str
+    make: Callable[[], Callable[[], object]]  # allocates the inputs and returns what is timed
+    check: Callable[[], str | None]  # why it must not be timed
+    proofs: str = ""
+    bound: float | None = None  # ms
+    work: float = 0.0  # of ``unit`` a second, if it took a second
+    unit: str = ""
+    formula: str = ""  # of the work
+    baseline: bool = False  # the fastest such case of a group and pass is what the others are measured against
+
+
+# ---- Problems and paths ---------------------------------------------------------------------------------------------------------
+
+
+@functools.lru_cache(maxsize=16)
+def problem(shape: Shape, dtype: torch.dtype, device: torch.device, half_life: float = HALF_LIFE):
+    """Random inputs (q .. lam) as leaves, RoPE's (cos, sin), and dL/dy [B, L, H, Dv]; one key head for each query head."""
+    B, L, H, Dh, Ds, Dv = astuple(shape)
+    generator = torch.Generator(device).manual_seed(0)
+
+    def normal(*sizes: int) -> Tensor:
+        return torch.randn(*sizes, generator=generator, device=device)
+
+    wide = [normal(B, L, H, width).to(dtype) for width in (Dh, Dh, Dv, Ds, Ds)]
+    decay = torch.rand(B, L, H, generator=generator, device=device) * (-2 * math.log(2) / half_life)
+    inputs = [*wide, decay, 0.3 * normal(B, L, H, Ds // 2), torch.full((H,), LAM, device=device)]
+    return [x.requires_grad_() for x in inputs], rotary_tables(L, Dh, device), normal(B, L, H, Dv).to(dtype)
+
+
+def softmax_attention(score: Tensor, v: Tensor) -> Tensor:
+    """Causal softmax of score [B, H, L, L] fp32 times v [B, L, H, Dv], in v's dtype."""
+    future = torch.ones(score.shape[-2:], dtype=torch.bool, device=v.device).triu(1)
+    return (score.masked_fill(future, -math.inf).softmax(-1).to(v.dtype) @ v.transpose(1, 2)).transpose(1, 2)
+
+
+def dense(x: Sequence[Tensor], rotary: Rotary | None) -> Tensor:
+    """Eq. 2 as a user would write it: products in the operands' dtype, scores in fp32."""
+    q, k, v, b, c, log_decay, theta, lam = x
+    q, k, importance = ta._prologue(q, k, b, c, log_decay, theta, *(rotary or (None, None)), False)
+    assert importance is not None
+    g = log_decay.double().cumsum(1).transpose(1, 2)
+    fall = (g[..., :, None] - g[..., None, :]).clamp(max=0).exp().float()
+    q, k, b, c = (t.transpose(1, 2) for t in (q, k, importance.b, importance.c))
+    return softmax_attention((q @ k.mT).float() / math.sqrt(q.shape[3]) + lam[:, None, None] * fall * (c @ b.mT).float(), v)
+
+
+def dense_augmented(x: Sequence[Tensor], rotary: Rotary | None) -> Tensor:
+    q, k, v, b, c, log_decay, theta, lam = x
+    q_aug, k_aug = (t.transpose(1, 2) for t in eager_chain(q, k, b, c, log_decay, theta, lam, *rotary))
+    return softmax_attention((q_aug @ k_aug.mT).float() / math.sqrt(q.shape[3]), v)
+
+
+def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    q_rot, k_rot = (rotate(t.float(), cos[:, None], sin[:, None]).to(t.dtype) for t in (q, k))
+    return q_rot, k_rot
+
+
+def sdpa(q: Tensor, k: Tensor, v: Tensor, **options) -> Tensor:
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, **options).transpose(1, 2)
+
+
+def stock(backend: SDPBackend) -> Callable[[Sequence[Tensor], Rotary | None], Tensor]:
+    """Plain attention by one stock backend; RoPE is compiled on a GPU, the fastest that a user gets without a kernel."""
+
+    def call(x: Sequence[Tensor], rotary: Rotary | None) -> Tensor:
+        q, k, v = x[:3]
+        if rotary is not None:
+            q, k = ta._fused(q.device, rope)(q, k, *rotary)
+        with sdpa_kernel(backend):
+            return sdpa(q, k, v)
+
+    return call
+
+
+def augmented_sdpa(x: Sequence[Tensor], rotary: Rotary | None) -> Tensor:
+    """What SISA's authors run: the augmentation op by op, then stock attention, whichever backend it picks."""
+    q, k, v, b, c, log_decay, theta, lam = x
+    q_aug, k_aug = eager_chain(q, k, b, c, log_decay, theta, lam, *rotary)
+    return sdpa(q_aug, k_aug, v, scale=q.shape[3] ** -0.5)
+
+
+def exact(x: Sequence[Tensor], rotary: Rotary | None) -> Tensor:
+    return sk.sisa_attention(*x, rotary=rotary, backend="triton")
+
+
+def exact_full(x: Sequence[Tensor], rotary: Rotary | None) -> Tensor:
+    return ta.exact_attention(*x, rotary=rotary, horizon=None)
+
+
+def plain(x: Sequence[Tensor], rotary: Rotary | None) -> Tensor:
+    return ta.causal_attention(*x[:3], rotary=rotary)
+
+
+EXACT_TESTS = r"test_exact_in_bf16.*\[\d+-{ds}-|test_two_runs_give_the_same_bits"
+EXACT = Path("sisa", "exact", "exact", exact, dense, EXACT_TESTS + "|past_the_horizon")
+STOCK = [
+    Path(name, "plain", "plain", stock(getattr(SDPBackend, f"{name.upper()}_ATTENTION")), dense)
+    for name in ("cudnn", "flash", "efficient")
+]
+ATTENTION = [
+    EXACT,
+    Path("no horizon", "exact", "exact", exact_full, dense, EXACT_TESTS),
+    Path("our plain", "plain", "plain", plain, dense, "test_without_the_importance_term|test_addresses_past_32_bits"),
+    *STOCK,
+    Path("eager+sdpa", "clamped", "eager", augmented_sdpa, dense_augmented),
+]
+
+# ---- The check ------------------------------------------------------------------------------------------------------------------
+
+
+def reason(error: BaseException, told: Sequence[warnings.WarningMessage] = ()) -> str:
+    """The first line of an error; where SDPA only says that no kernel is available, the warning in which it says why."""
+    first = str(error).strip().partition("\n")[0]
+    said = [str(w.message).partition(" (Triggered")[0].partition("\n")[0] for w in told]
+    said = [line for line in said if not re.search("not used because|has been runtime disabled", line)]
+    return said[0] if said and re.search("No available kernel|No viable backend", first) else f"{type(error).__name__}: {first}"
+
+
+def results(function: Callable, x: list[Tensor], rotary: Rotary | None, dy: Tensor, uses: int) -> list[Tensor]:
+    """y and the gradients of the inputs that are used."""
+    y = function(x, rotary)
+    return [y.detach(), *torch.autograd.grad(y, x[:uses], dy)]
+
+
+def errors(found: list[Tensor], oracle: list[Tensor], x: list[Tensor]) -> list[float]:
+    """|r - oracle| / |oracle| of each. lam's gradient, a sum over tokens that may nearly cancel, by the sum of their sizes."""
+    sizes = [r.norm() for r in oracle]
+    if len(oracle) == len(NAMES):
+        sizes[8] = ((oracle[5] * x[4].double()).sum(3).abs().sum((0, 1)) / x[7]).norm()
+    return [((f.double() - r).norm() / size).item() for f, r, size in zip(found, oracle, sizes)]
+
+
+@functools.cache
+def failure(path: Path, widths: tuple[int, int, int], dtype: torch.dtype, device: torch.device, with_rope: bool) -> str | None:
+    """Why a path must not be timed at these widths (Dh, Ds, Dv): what it raises, or its results are wrong; None: it may be."""
+    x, rotary, dy = problem(Shape(1, CHECK_LENGTH, 2, *widths), dtype, device, CHECK_HALF_LIFE)
+    rotary = rotary if with_rope else None
+    if path.mode == "plain":  # the oracle's, with an importance of nought
+        x = [*x[:3], *(torch.zeros_like(t) for t in x[3:5]), *x[5:]]
+    fine = [t.detach().double().requires_grad_() for t in x]
+    mode = "clamped" if path.mode == "clamped" else "exact"
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        try:
+            found = results(path.call, x, rotary, dy, path.uses)
+        except Exception as error:
+            return reason(error, told)
+    for warning in told:  # recorded for a refusal only
+        warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
+    oracle = results(lambda x, r: sk.reference.sisa_attention(*x, rotary=r, mode=mode), fine, rotary, dy.double(), path.uses)
+    allowed = errors(results(path.formula, x, rotary, dy, path.uses), oracle, x)
+    limits = [2 * off + FLOOR[dtype] for off in allowed]
+    return first_wrong(NAMES, errors(found, oracle, x), limits)
+
+
+def first_wrong(names: Sequence[str], off: list[float], limits: list[float]) -> str | None:
+    """What to say of the first error that is above its limit, or NaN."""
+    named = zip(names, off, limits)
+    return next((f"wrong: {n} is off by {e:.1e}, at most {m:.1e} allowed" for n, e, m in named if not e <= m), None)
+
+
+def prologue_failure(shape: Shape, setting: Setting, again: bool) -> str | None:
+    """Why the compiled prologue must not be timed: q, k, b, c rotated and g, against fp64."""
+    small = replace(shape, batch=1, length=CHECK_LENGTH, heads=2)
+    (q, k, _, b, c, log_decay, theta, _), rotary, _ = problem(small, setting.dtype, setting.device)
+    prologue = ta._fused(setting.device, ta._prologue)
+    with torch.no_grad():
+        q_rot, k_rot, x = prologue(q, k, b, c, log_decay, theta, *rotary, again)
+        phase, tables = theta.double().cumsum(1), [table.double()[:, None] for table in rotary]
+        turns = [tables, tables, *[(phase.cos(), phase.sin())] * 2]
+        oracle = [rotate(t.double(), *turn) for t, turn in zip((q, k, b, c), turns)]
+        oracle.append(log_decay.double().cumsum(1).transpose(1, 2) * ta.LOG2E)
+        found = [q_rot, k_rot, x.b, x.c, x.g_hi.double() + x.g_lo]
+        off = errors(found, oracle, [])
+    return first_wrong(("q", "k", "b", "c", "g"), off, [2 * torch.finfo(setting.dtype).eps + 1e-6] * 4 + [1e-6])
+
+
+# ---- Cases ----------------------------------------------------------------------------------------------------------------------
+
+
+def label_of(shape: Shape) -> str:
+    return f"{shape.batch}x{shape.length}x{shape.heads} {shape.head_width}+{shape.state_width}/{shape.value_width}"
+
+
+def attention_case(op: str, path: Path, shape: Shape, label: str, passes: str, s: Setting, **options) -> Case:
+    """A path at a shape, with RoPE in section ``attention`` and without it in ``stock``; FLOPs are those of the causal scores."""
+    with_rope, backward = op == "attention", passes == "fwd+bwd"
+    B, L, H, Dh, Ds, Dv = astuple(shape)
+    horizon = horizon_tokens(Ds, HALF_LIFE) if path is EXACT else math.inf
+    bound = None
+    if s.datasheet is not None:
+        kernels = stages(path.cost, shape, backward=backward, horizon=horizon)
+        bound = 1e3 * sum(k.seconds(s.datasheet) for k in kernels if with_rope or not k.name.startswith("prologue"))
+    width = Dh if path.mode == "plain" else Dh + Ds * importance_share(L, horizon)
+
+    def make() -> Callable[[], object]:
+        x, rotary, dy = problem(shape, s.dtype, s.device)
+        rotary = rotary if with_rope else None
+        return lambda: results(path.call, x, rotary, dy, path.uses) if backward else path.call(x, rotary)
+
+    return Case(
+        op, path.name, "plain, RoPE compiled" if with_rope and path.mode == "plain" else path.mode, label, passes, make,
+        check=lambda: failure(path, (Dh, Ds, Dv), s.dtype, s.device, with_rope),
+        proofs=path.proofs.format(ds=Ds),
+        bound=bound, work=1e-12 * B * H * L * (L + 1) * (4 * width + 3 * Dv if backward else width + Dv), unit="TFLOP/s",
+        formula=f"BHL(L+1)({'4W+3Dv' if backward else 'W+Dv'}); W={'Dh' if path.mode == 'plain' else 'Dh+Ds*share within horizon'}",
+        **options,
+    )  # fmt: skip
+
+
+def stock_groups(s: Setting) -> list[list[Case]]:
+    """Each stock backend at the widths of augmented operands, v as it is or padded to them; baseline: the plain widths."""
+    groups, Dh = [], s.head_width
+    widths = [(Dh, Dh), *(pair for ds in s.state_widths for pair in ((Dh + ds, Dh), (Dh + ds, Dh + ds)))]
+    if (192, 64) in widths:
+        widths.append((192, 128))  # the one pair past 128 that cuDNN trains
+    for shape in dict.fromkeys(replace(shape, state_width=2) for shape in s.shapes(2048, 16384)):
+        cases = []
+        for qk, v in widths:
+            label = f"{shape.batch}x{shape.length}x{shape.heads} {qk}/{v}"
+            wide = replace(shape, head_width=qk, value_width=v)
+            cases += [attention_case("stock", path, wide, label, "fwd+bwd", s, baseline=qk == Dh) for path in STOCK]
+        groups.append(cases)
+    return groups
+
+
+def attention_groups(s: Setting) -> list[list[Case]]:
+    """Every attention path, forward and forward + backward; baseline: plain attention with RoPE by the fastest stock backend."""
+    groups = []
+    for shape in s.shapes(2048, 16384, 4096, 8192, 1024, 32768):  # the two of the targets first
+        label = label_of(shape)
+        pairs = [(path, passes) for passes in ("fwd", "fwd+bwd") for path in ATTENTION]
+        groups.append([attention_case("attention", p, shape, label, passes, s, baseline=p in STOCK) for p, passes in pairs])
+    return groups
+
+
+def timed_prologue(function: Callable, shape: Shape, s: Setting, again: bool) -> Callable[[], object]:
+    (q, k, _, b, c, log_decay, theta, _), rotary, _ = problem(shape, s.dtype, s.device)
+    return torch.no_grad()(lambda: function(q, k, b, c, log_decay, theta, *rotary, again))
+
+
+def timed_copy(moved: int, device: torch.device) -> Callable[[], object]:
+    """A copy that reads half of the bytes ``moved`` and writes the other half."""
+    source, target = (torch.ones(moved // 2, dtype=torch.int8, device=device) for _ in range(2))
+    return lambda: target.copy_(source)
+
+
+def prologue_groups(s: Setting) -> list[list[Case]]:
+    """The Triton path's prologue, compiled and op by op, as the forward and the backward run it; baseline: a copy of its bytes."""
+    groups, prologue = [], ta._prologue
+    for shape in s.shapes(2048, 16384):
+        cases = []
+        for passes, stage_name in (("fwd", "prologue"), ("bwd", "prologue again")):
+            stage, again = next(x for x in stages("exact", shape) if x.name == stage_name), passes == "bwd"
+            makes = {
+                "compiled": partial(timed_prologue, ta._fused(s.device, prologue), shape, s, again),
+                "eager": partial(timed_prologue, prologue, shape, s, again),
+                "copy": partial(timed_copy, stage.bytes, s.device),
+            }
+            check = partial(prologue_failure, shape, s, again)
+            bound = None if s.datasheet is None else 1e3 * stage.seconds(s.datasheet)
+            for name, make in makes.items():
+                checked, copied = check if name == "compiled" else no_check, name == "copy"
+                case = Case("prologue", name, "exact", label_of(shape), passes, make, checked, bound=bound, baseline=copied)
+                cases.append(replace(case, work=1e-9 * stage.bytes, unit="GB/s", formula="bytes of roofline.py's stage"))
+        groups.append(cases)
+    return groups
+
+
+def no_check() -> str | None:
+    """The check of what is made of stock ops alone."""
+    return None
+
+
+def training_step(preset: str, compiled: bool, batch: int, length: int, device: torch.device) -> Callable[[], object]:
+    torch.manual_seed(0)
+    model = sm.build(preset, max_seq_len=length).to(device)
+    ids = torch.randint(model.config.vocab_size, (batch, length + 1), device=device)
+    network, parameters = torch.compile(model) if compiled else model, list(model.parameters())
+
+    def call() -> object:
+        with torch.autocast(device.type, torch.bfloat16):
+            logits = network(ids[:, :-1])
+        loss = F.cross_entropy(logits.float().flatten(0, 1), ids[:, 1:].flatten())
+        return torch.autograd.grad(loss, parameters)
+
+    return call
+
+
+def model_groups(s: Setting) -> list[list[Case]]:
+    """A training step without the optimizer, bf16 autocast over fp32 weights, as the trainer runs it and under torch.compile."""
+    groups = []
+    for length in s.lengths or (2048,):
+        batch = max(1, min(s.tokens, 16384) // length)  # at 2048 the trainer's micro-batch, 8
+        for mode in ("eager", "compiled"):
+            cases = []
+            for preset in s.models:
+                config = preset_config(preset)
+                check, proofs = partial(no_check), ""
+                if config.family == "sisa":
+                    widths = config.head_dim, config.d_state, config.head_dim
+                    check, proofs = partial(failure, EXACT, widths, s.dtype, s.device, True), EXACT.proofs.format(ds=config.d_state)
+                make = partial(training_step, preset, mode == "compiled", batch, length, s.device)
+                case = Case("model", preset, mode, f"{batch}x{length} {mode}", "fwd+bwd", make, check, proofs)
+                cases.append(replace(case, work=batch * length, unit="tok/s", formula="BL", baseline=preset == s.models[0]))
+            groups.append(cases)
+    return groups
+
+
+def with_tiles(case: Case, shape: Shape, s: Setting, search: bool) -> Callable[[], object]:
+    """``case`` with the tiles of the table, or with those that are searched first."""
+    widths = max(ta.padded_width(shape.head_width), ta.padded_width(shape.value_width)), ta.padded_width(shape.state_width)
+    if search:
+        tiles = autotune(*astuple(shape)[:5], dtype=s.dtype, device=s.device)
+        print(f"{case.shape}: {tiles}", flush=True)
+    else:
+        tiles = choose_tiles(s.device, s.dtype, *widths)
+    key, call = tile_key(s.device, s.dtype, *widths), case.make()
+
+    def run() -> object:
+        tuned_tiles()[key] = tiles
+        return call()
+
+    return run
+
+
+def tune_groups(s: Setting) -> list[list[Case]]:
+    """Exact attention with the tiles in use and with those that autotuning finds (printed, and kept where tiles.py keeps them)."""
+    groups = []
+    for shape in s.shapes(2048):
+        case = attention_case("attention", EXACT, shape, label_of(shape), "fwd+bwd", s)
+        variants = {"in use": False, "tuned": True}
+        makes = {name: partial(with_tiles, case, shape, s, search) for name, search in variants.items()}
+        groups.append([replace(case, op="tune", path=name, make=m, baseline=name == "in use") for name, m in makes.items()])
+    return groups
+
+
+GROUPS = {
+    "stock": stock_groups,
+    "attention": attention_groups,
+    "prologue": prologue_groups,
+    "model": model_groups,
+    "tune": tune_groups,
+}

@@ -121,7 +121,7 @@ def softmax_attention(score: Tensor, v: Tensor) -> Tensor:
 def dense(x: Sequence[Tensor], rotary: Rotary | None) -> Tensor:
     """Eq. 2 as a user would write it: products in the operands' dtype, scores in fp32."""
     q, k, v, b, c, log_decay, theta, lam = x
-    q, k, importance = ta._prologue(q, k, b, c, log_decay, theta, *(rotary or (None, None)), False)
+    q, k, importance = ta._prologue(q, k, b, c, log_decay, theta, lam, *(rotary or (None, None)), False)
     assert importance is not None
     g = log_decay.double().cumsum(1).transpose(1, 2)
     fall = (g[..., :, None] - g[..., None, :]).clamp(max=0).exp().float()
@@ -248,10 +248,10 @@ def first_wrong(names: Sequence[str], off: list[float], limits: list[float]) -> 
 def prologue_failure(shape: Shape, setting: Setting, again: bool) -> str | None:
     """Why the compiled prologue must not be timed: q, k, b, c rotated and g, against fp64."""
     small = replace(shape, batch=1, length=CHECK_LENGTH, heads=2)
-    (q, k, _, b, c, log_decay, theta, _), rotary, _ = problem(small, setting.dtype, setting.device)
+    (q, k, _, b, c, log_decay, theta, lam), rotary, _ = problem(small, setting.dtype, setting.device)
     prologue = ta._fused(setting.device, ta._prologue)
     with torch.no_grad():
-        q_rot, k_rot, x = prologue(q, k, b, c, log_decay, theta, *rotary, again)
+        q_rot, k_rot, x = prologue(q, k, b, c, log_decay, theta, lam, *rotary, again)
         phase, tables = theta.double().cumsum(1), [table.double()[:, None] for table in rotary]
         turns = [tables, tables, *[(phase.cos(), phase.sin())] * 2]
         oracle = [rotate(t.double(), *turn) for t, turn in zip((q, k, b, c), turns)]
@@ -321,8 +321,8 @@ def attention_groups(s: Setting) -> list[list[Case]]:
 
 
 def timed_prologue(function: Callable, shape: Shape, s: Setting, again: bool) -> Callable[[], object]:
-    (q, k, _, b, c, log_decay, theta, _), rotary, _ = problem(shape, s.dtype, s.device)
-    return torch.no_grad()(lambda: function(q, k, b, c, log_decay, theta, *rotary, again))
+    (q, k, _, b, c, log_decay, theta, lam), rotary, _ = problem(shape, s.dtype, s.device)
+    return torch.no_grad()(lambda: function(q, k, b, c, log_decay, theta, lam, *rotary, again))
 
 
 def timed_copy(moved: int, device: torch.device) -> Callable[[], object]:

@@ -21,25 +21,9 @@ from gpu_cases import Case, Setting, reason
 from sisa_kernels.tiles import tuned_tiles
 
 ROOT = Path(__file__).resolve().parent.parent
-COLUMNS = (
-    *(
-        "op",
-        "path",
-        "mode",
-        "dtype",
-        "shape",
-        "pass",
-        "ms_p20",
-        "ms_p50",
-        "ms_p80",
-        "ratio",
-        "over_bound",
-        "rate",
-        "unit",
-        "formula",
-    ),
-    *("peak_mib", "status", "device", "driver", "cuda", "torch", "triton", "tiles", "commit", "date"),
-)
+TIMES = ("ms_p20", "ms_p50", "ms_p80", "ratio", "over_bound", "rate", "unit", "formula", "peak_mib")
+WHERE = ("device", "driver", "cuda", "torch", "triton", "tiles", "commit", "date")
+COLUMNS = ("op", "path", "mode", "dtype", "shape", "pass", *TIMES, "status", *WHERE)
 WARM_CALLS = 3
 Calls = list[Callable[[], object]]
 T = TypeVar("T")

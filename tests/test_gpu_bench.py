@@ -24,6 +24,7 @@ from gpu_measure import COLUMNS, Run, measure
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the GPU is measured by the command itself")
 CPU = torch.device("cpu")
+SAFE = tiles.SAFE[0][2]
 TINY = Setting(CPU, torch.float32, (64,), (16,), tokens=128, heads=1, head_width=16, models=("transformer-tiny", "sisa-tiny-ds16"))
 SHAPE = Shape(2, 64, 1, 16, 16, 16)
 FLASH = gpu_cases.STOCK[1]
@@ -146,10 +147,10 @@ def test_the_check_reaches_past_the_horizon():
     """With no product before it: the horizon is a path through the kernels that must not go unchecked."""
     x, rotary, _ = gpu_cases.problem(Shape(1, 257, 2, 16, 16, 16), torch.float32, CPU, gpu_cases.CHECK_HALF_LIFE)
     q, k, _, b, c, log_decay, theta, lam = x
-    _, _, importance = gpu_cases.ta._prologue(q, k, b, c, log_decay, theta, *rotary, False)
+    _, _, importance = gpu_cases.ta._prologue(q, k, b, c, log_decay, theta, lam, *rotary, False)
     for dtype in (torch.bfloat16, torch.float32):
         tolerance = gpu_cases.ta.default_horizon(dtype)
-        starts = gpu_cases.ta.horizon_starts(importance, lam, tiles.SAFE.forward, tolerance)
+        starts = gpu_cases.ta.horizon_starts(importance, SAFE.forward, tolerance)
         assert starts.max() > 0
 
 
@@ -302,7 +303,7 @@ def test_a_wrong_prologue_is_not_timed(run, monkeypatch):
 
 
 def test_tuned_tiles_are_timed_beside_those_in_use(run, monkeypatch, capsys):
-    used, tuned = [], replace(tiles.SAFE, forward=tiles.Tile(64, 32, 4, 1))
+    used, tuned = [], replace(SAFE, forward=tiles.Tile(64, 32, 4, 1))
     monkeypatch.setattr(tiles, "_tuned", {})
     monkeypatch.setattr(gpu_cases, "autotune", lambda *shape, **_: tuned)
 
@@ -313,7 +314,7 @@ def test_tuned_tiles_are_timed_beside_those_in_use(run, monkeypatch, capsys):
         return fake_timer(calls)
 
     gpu.run_section("tune", replace(run, timer=timer))
-    assert used == [tiles.SAFE, tuned]
+    assert used == [SAFE, tuned]
     assert [(row["path"], float(row["ratio"])) for row in run.rows("tune")] == [("in use", 1), ("tuned", 2)]
     assert str(tuned) in capsys.readouterr().out
 

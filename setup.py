@@ -85,7 +85,7 @@ def extension() -> dict:
         "sisa_kernels._C",
         ["csrc/sisa.cpp", "csrc/cpu/augment.cpp", *(["csrc/cuda/augment.cu"] if cuda else [])],
         depends=["csrc/sisa.h", "csrc/augment_math.h", "csrc/cpu/vector.h", "csrc/cuda/augment.h", "csrc/cuda/device.cuh"],
-        extra_compile_args={"cxx": cxx, "nvcc": ["-O3", "-std=c++20", "--expt-relaxed-constexpr"]},
+        extra_compile_args={"cxx": cxx, "nvcc": ["-O3", "-std=c++20"]},
         extra_link_args=["-fopenmp"],
         optional=wanted != "1",
     )

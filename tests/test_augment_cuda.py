@@ -1,6 +1,7 @@
 """The augmentation's CUDA kernels: their source compiled for the host (cuda_shim.h), and the op on a GPU where there is one."""
 
 import ctypes
+import os
 import re
 import shutil
 import subprocess
@@ -152,6 +153,17 @@ def test_any_strides(implementation):
         assert torch.equal(results[name], expected), name
 
 
+def test_long_phase_keeps_its_digits(implementation):
+    length = 20000
+    theta = torch.rand(1, length, 1, 1, generator=torch.Generator().manual_seed(0)) * 400
+    q, unit = torch.zeros(1, length, 1, 2), torch.tensor([1.0, 0.0]).expand(1, length, 1, 2)
+    lam = torch.full((1,), 2**-0.5)  # makes s = 1 at Dh = 2
+    _, k_aug = implementation.forward(q, q, unit, unit, q[..., 0], theta, lam, None, None, [0], 11.0, 4, FP32)
+    phase = theta.double().cumsum(1)
+    exact = torch.stack((phase.cos(), phase.sin()), -1).flatten(-2)
+    assert (k_aug[..., 2:].double() - exact).abs().max() < 1e-6
+
+
 def test_bits_do_not_depend_on_the_order_of_blocks(host_library):
     p = problem(starts=(0, 100, 231), flux=True, heads=(4, 2))
     results = [run(host(host_library, order), p, FP32) for order in (False, True)]
@@ -187,6 +199,14 @@ def test_captured_in_a_cuda_graph():
     graph.replay()
     for result, expected in zip(results, both()):
         assert torch.equal(result, expected)
+
+
+@pytest.mark.skipif(torch.version.cuda is not None, reason="this torch has CUDA")
+def test_a_build_that_demands_cuda_says_what_is_missing():
+    command, environment = [sys.executable, "setup.py", "--version"], {**os.environ, "SISA_BUILD_CUDA": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode != 0
+    assert "no CUDA runtime to link" in done.stderr
 
 
 @pytest.mark.slow

@@ -58,12 +58,11 @@ __global__ void __launch_bounds__(kThreads) chunk_sums(const AugmentParams p, co
   }
 }
 
-// Each row of sums becomes the sums before each chunk, and the total at the end. Phases, all rows but every (1 + pairs)th, are
-// wrapped; with no pairs, none is.
-__global__ void __launch_bounds__(kThreads) prefix(double* sums, int chunks, int pairs) {
+// Each row of sums becomes the sums before each chunk, and the total at the end. Phases are not wrapped on the way: at ten million
+// radians fp64 still resolves 2e-9, and cos_sin reduces them in fp64.
+__global__ void __launch_bounds__(kThreads) prefix(double* sums, int chunks) {
   double* row = sums + static_cast<int64_t>(blockIdx.x) * (chunks + 1);
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp;
-  const bool phase = pairs > 0 && blockIdx.x % (1 + pairs) != 0;
   double carry = 0;
   for (int first = 0; first < chunks; first += blockDim.x) {
     const int n = first + threadIdx.x;
@@ -76,8 +75,7 @@ __global__ void __launch_bounds__(kThreads) prefix(double* sums, int chunks, int
       carry += shared_memory[w];
     }
     __syncthreads();
-    if (n < chunks) row[n] = phase ? wrap(before) : before;
-    if (phase) carry = wrap(carry);
+    if (n < chunks) row[n] = before;
   }
   if (threadIdx.x == 0) row[chunks] = carry;
 }
@@ -360,15 +358,15 @@ Cut cut_sequence(const AugmentParams& p, double* workspace, Launcher& launch) {
   return {table, static_cast<int>(p.segments), static_cast<int>(chunks), static_cast<int>(p.length)};
 }
 
-void launch_prefix(double* sums, int64_t rows, int chunks, int pairs, Launcher& launch) {
+void launch_prefix(double* sums, int64_t rows, int chunks, Launcher& launch) {
   const int threads = std::min(kThreads, (chunks + kWarp - 1) / kWarp * kWarp);
-  launch(prefix, rows, threads, kWarps * sizeof(double), sums, chunks, pairs);
+  launch(prefix, rows, threads, kWarps * sizeof(double), sums, chunks);
 }
 
 // The sums of decay and phase before each chunk.
 void launch_scans(const AugmentParams& p, const Cut& cut, double* sums, Launcher& launch) {
   launch(chunk_sums, p.batch * cut.chunks, kThreads, 0, p, cut, sums);
-  launch_prefix(sums, p.batch * columns(p), cut.chunks, static_cast<int>(p.state_width / 2), launch);
+  launch_prefix(sums, p.batch * columns(p), cut.chunks, launch);
 }
 
 template <class F>
@@ -417,7 +415,7 @@ cudaError_t augment_backward(const AugmentBackwardParams& p, double* workspace, 
   with_types(p, [&]<class T, class O>(std::type_identity<T>, std::type_identity<O>) {
     launch(backward_chunk<T, O>, p.batch * cut.chunks * p.key_heads, kThreads, shared_bytes(p), p, cut, before, totals);
   });
-  launch_prefix(totals, p.batch * (columns(p) + p.heads), cut.chunks, 0, launch);
+  launch_prefix(totals, p.batch * (columns(p) + p.heads), cut.chunks, launch);
   launch(finish, p.batch * cut.chunks, kThreads, 0, p, cut, totals);
   return launch.error;
 }

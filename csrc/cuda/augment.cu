@@ -150,7 +150,7 @@ struct Shared {
 };
 
 size_t shared_bytes(const AugmentParams& p) {
-  const Shared shared(p, nullptr);
+  const Shared shared(p, nullptr);  // laid out from address 0
   return reinterpret_cast<size_t>(shared.pairs + kChunk * shared.stride);
 }
 

@@ -2,8 +2,8 @@
 
 ``Qhat_i = [q_i ; s exp(g_i - m) R(Phi_i) c_i]``, ``Khat_j = [k_j ; s exp(m - g_j) R(Phi_j) b_j]``, ``s = Dh^(1/4) sqrt(lam)``
 (paper, Proposition 1). This file holds the scans and rotations that every path shares, and the paper's own clamped form.
-The ops ``sisa::augment`` and ``sisa::augment_backward`` are compiled where the extension is loaded (csrc/), for the CPU and, if it was
-built with it, CUDA; their PyTorch implementation here serves everywhere else, fp64 included.
+The ops ``sisa::augment`` and ``sisa::augment_backward`` are compiled (csrc/) where the extension is loaded: for the CPU,
+and for CUDA if it was built so. Their PyTorch implementation here serves everywhere else, fp64 included.
 """
 
 import math

@@ -77,7 +77,8 @@ def extension() -> dict:
                     raise
                 say(
                     f"sisa: the extension did not build, the package will run in plain PyTorch: {error}",
-                    "To see why: python setup.py build_ext --inplace; to build it without CUDA: SISA_BUILD_CUDA=0",
+                    "To see why: python setup.py build_ext --inplace; to build it for fewer GPUs: TORCH_CUDA_ARCH_LIST; for none:",
+                    "SISA_BUILD_CUDA=0",
                 )
 
     cxx = [*flags, *defines, *(["-DSISA_WITH_CUDA"] if cuda else [])]

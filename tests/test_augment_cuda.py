@@ -11,7 +11,10 @@ from functools import partial
 import pytest
 import torch
 from conftest import ROOT
+from hypothesis import given
 from test_augment import BF16, CASES, COMPILED, FP16, FP32, NAMES, Implementation, check, problem, run, strided_and_plain
+from test_augment_fuzz import any_call, calls
+from test_augment_fuzz import check as check_call
 
 from sisa_kernels import _extension
 
@@ -76,12 +79,13 @@ def host_augment(library, last_block_first, q, k, b, c, log_decay, theta, lam, c
 
 def host_augment_backward(library, last_block_first, dq_aug, dk_aug, *inputs):
     *inputs, decay_flux, phase_flux = inputs
+    fluxes = [None if x is None else x.contiguous() for x in (decay_flux, phase_flux)]
     grads = [torch.full(x.shape, torch.nan, dtype=x.dtype) for x in inputs[:7]]
     params = BackwardParams()
     alive = fill(params, *inputs, dq_aug, dk_aug)
     params.dq, params.dk, params.db, params.dc = map(rows, grads[:4])
     params.dlog_decay, params.dtheta, params.dlam = (x.data_ptr() for x in grads[4:])
-    params.decay_flux, params.phase_flux = (None if x is None else x.data_ptr() for x in (decay_flux, phase_flux))
+    params.decay_flux, params.phase_flux = (None if x is None else x.data_ptr() for x in fluxes)
     assert library.host_augment_backward(ctypes.byref(params), last_block_first) == 0
     del alive
     return grads
@@ -151,6 +155,12 @@ def test_any_strides(implementation):
     results = run(implementation, strided, FP32)
     for name, expected in run(implementation, plain, FP32).items():
         assert torch.equal(results[name], expected), name
+
+
+@any_call
+@given(call=calls())
+def test_any_call_matches_fp64(call, host_library):
+    check_call(*host(host_library), call)
 
 
 def test_long_phase_keeps_its_digits(implementation):

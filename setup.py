@@ -1,10 +1,12 @@
 """Builds the compiled extension sisa_kernels._C; without it the package works in plain PyTorch, slower.
 
-SISA_BUILD_CUDA: "auto" (default), "1" or "0", whether to build CUDA kernels. This version has none: "1" is an error.
+SISA_BUILD_CUDA: "auto" (default: where there are nvcc and a torch with CUDA), "1" (an error where not) or "0", whether to build the
+CUDA kernels; no GPU is needed. TORCH_CUDA_ARCH_LIST: the architectures to build them for, in place of CUDA_ARCHS.
 SISA_CPU_ISA: "avx512", "avx2" or "default", the vector instructions to build for; without it, the building machine's best.
 """
 
 import os
+import shutil
 import sys
 
 from setuptools import setup
@@ -14,6 +16,7 @@ ISA_FLAGS = {
     "avx2": ["-mavx2", "-mfma", "-mf16c"],
     "default": [],
 }
+CUDA_ARCHS = "8.0;8.6;8.9;9.0;10.0;12.0+PTX"  # PTX, for the driver to compile on GPUs that came later
 
 
 def say(*lines: str) -> None:
@@ -21,17 +24,34 @@ def say(*lines: str) -> None:
     print("\n".join(("", "*" * 100, *lines, "*" * 100, "")), file=sys.stderr, flush=True)
 
 
+def builds_cuda(wanted: str) -> bool:
+    """Whether to build the CUDA kernels; an error where they are demanded and something is missing."""
+    import torch
+    from torch.utils.cpp_extension import CUDA_HOME  # None in a CPU-only torch
+
+    missing = []
+    if torch.version.cuda is None:
+        missing.append(f"torch {torch.__version__} is for CPUs only, it has no CUDA runtime to link: install a torch with CUDA")
+    if not shutil.which("nvcc", path=f"{CUDA_HOME}/bin" if CUDA_HOME else None):
+        missing.append("nvcc is not found: install the CUDA toolkit and set CUDA_HOME or PATH")
+    if missing and wanted == "1":
+        sys.exit("SISA_BUILD_CUDA=1: " + "; ".join(missing))
+    if len(missing) == 1 and wanted == "auto":  # with both missing, nobody expects CUDA
+        say(f"sisa: no CUDA kernels, since {missing[0]}")
+    return wanted != "0" and not missing
+
+
 def extension() -> dict:
     """The arguments of setup() that build the extension; none where it cannot be built."""
-    cuda = os.environ.get("SISA_BUILD_CUDA", "auto")
-    if cuda not in ("auto", "0", "1"):
-        sys.exit(f"SISA_BUILD_CUDA must be auto, 1 or 0, got {cuda!r}")
-    if cuda == "1":
-        sys.exit("SISA_BUILD_CUDA=1: this version has no CUDA kernels; leave it at auto or 0")
+    wanted = os.environ.get("SISA_BUILD_CUDA", "auto")
+    if wanted not in ("auto", "0", "1"):
+        sys.exit(f"SISA_BUILD_CUDA must be auto, 1 or 0, got {wanted!r}")
     try:
         import torch
-        from torch.utils.cpp_extension import BuildExtension, CppExtension
+        from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension
     except ImportError as error:
+        if wanted == "1":
+            sys.exit(f"SISA_BUILD_CUDA=1: torch cannot be imported in the build: {error}")
         say(f"sisa: no compiled extension, since torch cannot be imported in the build: {error}")
         return {}
 
@@ -40,28 +60,35 @@ def extension() -> dict:
         if "SISA_CPU_ISA" in os.environ:
             sys.exit(f"SISA_CPU_ISA must be one of {', '.join(ISA_FLAGS)}, got {isa!r}")
         isa = "default"
-    flags = ["-O3", "-g0", "-fopenmp", "-fvisibility=hidden", *ISA_FLAGS[isa]]
+    flags = ["-O3", "-g0", "-std=c++20", "-fopenmp", "-fvisibility=hidden", *ISA_FLAGS[isa]]
     if isa != "default":
         flags += [f"-DCPU_CAPABILITY={isa.upper()}", f"-DCPU_CAPABILITY_{isa.upper()}"]
-    record = {"SISA_TORCH": torch.__version__, "SISA_VECTOR": isa.upper(), "SISA_FLAGS": " ".join(flags)}
+    cuda = builds_cuda(wanted)
+    archs = os.environ.setdefault("TORCH_CUDA_ARCH_LIST", CUDA_ARCHS).replace(";", " ") if cuda else ""
+    record = {"TORCH": torch.__version__, "VECTOR": isa.upper(), "FLAGS": " ".join(flags), "CUDA_ARCHS": archs}
+    defines = [f'-DSISA_{name}="{value}"' for name, value in record.items()]
 
     class OptionalBuild(BuildExtension):
         def build_extensions(self) -> None:
             try:
                 super().build_extensions()
             except Exception as error:
+                if wanted == "1":
+                    raise
                 say(
                     f"sisa: the extension did not build, the package will run in plain PyTorch: {error}",
-                    "To see why: python setup.py build_ext --inplace",
+                    "To see why: python setup.py build_ext --inplace; to build it for fewer GPUs: TORCH_CUDA_ARCH_LIST; for none:",
+                    "SISA_BUILD_CUDA=0",
                 )
 
-    module = CppExtension(
+    cxx = [*flags, *defines, *(["-DSISA_WITH_CUDA"] if cuda else [])]
+    module = (CUDAExtension if cuda else CppExtension)(
         "sisa_kernels._C",
-        ["csrc/sisa.cpp", "csrc/cpu/augment.cpp"],
-        depends=["csrc/sisa.h", "csrc/augment_math.h", "csrc/cpu/vector.h"],
-        extra_compile_args=[*flags, *(f'-D{name}="{value}"' for name, value in record.items())],
+        ["csrc/sisa.cpp", "csrc/cpu/augment.cpp", *(["csrc/cuda/augment.cu"] if cuda else [])],
+        depends=["csrc/sisa.h", "csrc/augment_math.h", "csrc/cpu/vector.h", "csrc/cuda/augment.h", "csrc/cuda/device.cuh"],
+        extra_compile_args={"cxx": cxx, "nvcc": ["-O3", "-std=c++20"]},
         extra_link_args=["-fopenmp"],
-        optional=True,
+        optional=wanted != "1",
     )
     return {"ext_modules": [module], "cmdclass": {"build_ext": OptionalBuild}}
 

@@ -4,7 +4,9 @@
 // pair's phase, and its sine with the sign of the channel: -sin for the even one, +sin for the odd one.
 #pragma once
 
+#include <bit>
 #include <cmath>
+#include <cstdint>
 
 #ifdef __CUDACC__
 #define SISA_INLINE __host__ __device__ __forceinline__
@@ -38,6 +40,23 @@ SISA_INLINE T d_phase(T u, T u_partner, T du, T du_partner) {
 // The phase modulo 2 pi, in [-pi, pi]: what a running sum carries so that it keeps its digits at any length.
 SISA_INLINE double wrap(double phase) {
   return phase - kTwoPi * rint(phase * (1 / kTwoPi));
+}
+
+// The cosine and sine of a phase, to 7e-8, without a branch. The phase is taken to the nearest quarter turn in fp64, so that none
+// of its digits is lost.
+SISA_INLINE void cos_sin(double phase, float& cos, float& sin) {
+  constexpr double kInteger = 0x1.8p52;  // added to a double, it leaves the nearest integer in the last bits
+  const double shifted = phase * 0.63661977236758134308 + kInteger;
+  const auto quarters = static_cast<uint32_t>(std::bit_cast<uint64_t>(shifted));
+  const double rest = phase - (shifted - kInteger) * 1.57079632679489661923;
+  const float x = static_cast<float>(rest), low = static_cast<float>(rest - x), xx = x * x;
+  // Minimax over [-pi / 4, pi / 4] (Cephes), and the first order of what rounding the angle took from it.
+  const float s_tail = x * xx * (-1.6666654611e-1f + xx * (8.3321608736e-3f + xx * -1.9515295891e-4f));
+  const float c_tail = xx * (-0.5f + xx * (4.166664568298827e-2f + xx * (-1.388731625493765e-3f + xx * 2.443315711809948e-5f)));
+  const float s = x + (s_tail + low * (1 + c_tail)), c = 1 + (c_tail - low * x);
+  const uint32_t sin_bits = std::bit_cast<uint32_t>(quarters & 1 ? c : s) ^ (quarters & 2) << 30;
+  const uint32_t cos_bits = std::bit_cast<uint32_t>(quarters & 1 ? s : c) ^ ((quarters + 1) & 2) << 30;
+  cos = std::bit_cast<float>(cos_bits), sin = std::bit_cast<float>(sin_bits);
 }
 
 // These two let a NaN through.

@@ -14,6 +14,14 @@
 
 #include "sisa.h"
 
+#ifdef SISA_WITH_CUDA
+#include <c10/cuda/CUDAException.h>
+#include <c10/cuda/CUDAGuard.h>
+#include <c10/cuda/CUDAStream.h>
+
+#include "cuda/augment.h"
+#endif
+
 namespace {
 
 using at::IntArrayRef;
@@ -22,8 +30,8 @@ using OptionalTensor = std::optional<Tensor>;
 
 // ---- Argument checks: every message names the argument ------------------------------------------------------------------------
 
-void check_tensor(const char* name, const Tensor& x, IntArrayRef shape, at::ScalarType dtype) {
-  TORCH_CHECK_VALUE(x.device().is_cpu(), name, " must be on cpu like q, got ", x.device());
+void check_tensor(const char* name, const Tensor& x, IntArrayRef shape, at::ScalarType dtype, at::Device device) {
+  TORCH_CHECK_VALUE(x.device() == device, name, " must be on ", device, " like q, got ", x.device());
   TORCH_CHECK_VALUE(x.layout() == at::kStrided, name, " must be a dense tensor, got layout ", x.layout());
   TORCH_CHECK_VALUE(x.sizes() == shape, name, " must have shape ", shape, ", got ", x.sizes());
   TORCH_CHECK_TYPE(x.scalar_type() == dtype, name, " must be ", dtype, ", got ", x.scalar_type());
@@ -59,24 +67,29 @@ void check(const Operands& x) {
   TORCH_CHECK_VALUE(G > 0 && H % G == 0, "the heads of k must divide those of q, got ", G, " and ", H);
   TORCH_CHECK_VALUE(Ds > 0 && Ds % 2 == 0, "b must have an even number of channels >= 2, got ", Ds);
   const auto dtype = x.q.scalar_type();
-  check_tensor("q", x.q, {B, L, H, Dh}, dtype);
-  check_tensor("k", x.k, {B, L, G, Dh}, dtype);
-  check_tensor("b", x.b, {B, L, G, Ds}, dtype);
-  check_tensor("c", x.c, {B, L, H, Ds}, dtype);
-  check_tensor("log_decay", x.log_decay, {B, L, G}, at::kFloat);
-  check_tensor("theta", x.theta, {B, L, G, Ds / 2}, at::kFloat);
-  check_tensor("lam", x.lam, {H}, at::kFloat);
+  const auto device = x.q.device();
+  check_tensor("q", x.q, {B, L, H, Dh}, dtype, device);
+  check_tensor("k", x.k, {B, L, G, Dh}, dtype, device);
+  check_tensor("b", x.b, {B, L, G, Ds}, dtype, device);
+  check_tensor("c", x.c, {B, L, H, Ds}, dtype, device);
+  check_tensor("log_decay", x.log_decay, {B, L, G}, at::kFloat, device);
+  check_tensor("theta", x.theta, {B, L, G, Ds / 2}, at::kFloat, device);
+  check_tensor("lam", x.lam, {H}, at::kFloat, device);
   TORCH_CHECK_VALUE(x.cos.has_value() == x.sin.has_value(), "cos and sin must be given together");
   if (x.cos) {
     TORCH_CHECK_VALUE(Dh % 2 == 0, "cos and sin need an even head width, got q with ", Dh, " channels");
-    check_tensor("cos", *x.cos, {L, Dh / 2}, at::kFloat);
-    check_tensor("sin", *x.sin, {L, Dh / 2}, at::kFloat);
+    check_tensor("cos", *x.cos, {L, Dh / 2}, at::kFloat, device);
+    check_tensor("sin", *x.sin, {L, Dh / 2}, at::kFloat, device);
   }
   TORCH_CHECK_VALUE(x.clamp >= 0, "clamp must be >= 0, got ", x.clamp);
   TORCH_CHECK_VALUE(!x.starts.empty() && x.starts[0] == 0, "starts must begin with 0, got ", x.starts);
   for (size_t n = 1; n < x.starts.size(); ++n) {
     TORCH_CHECK_VALUE(x.starts[n - 1] < x.starts[n] && x.starts[n] < L, "starts must rise and stay below ", L, ", got ", x.starts);
   }
+#ifdef SISA_WITH_CUDA
+  const bool wide = device.is_cuda() && Ds > sisa::cuda::kMaxStateWidth;
+  TORCH_CHECK_VALUE(!wide, "b must have at most ", sisa::cuda::kMaxStateWidth, " channels on CUDA, got ", Ds);
+#endif
 }
 
 // ---- Parameters ---------------------------------------------------------------------------------------------------------------
@@ -116,6 +129,32 @@ auto in_python(const char* name, Args&&... args) {
   return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Function>().call(std::forward<Args>(args)...);
 }
 
+// ---- The kernels of q's device ------------------------------------------------------------------------------------------------
+
+void run(const sisa::AugmentParams& p, [[maybe_unused]] const Tensor& q) {
+#ifdef SISA_WITH_CUDA
+  if (q.is_cuda()) {
+    const c10::cuda::CUDAGuard guard(q.device());
+    const Tensor workspace = at::empty({sisa::cuda::augment_workspace(p)}, q.options().dtype(at::kDouble));
+    C10_CUDA_CHECK(sisa::cuda::augment(p, workspace.mutable_data_ptr<double>(), c10::cuda::getCurrentCUDAStream()));
+    return;
+  }
+#endif
+  sisa::cpu::augment(p);
+}
+
+void run_backward(const sisa::AugmentBackwardParams& p, [[maybe_unused]] const Tensor& q) {
+#ifdef SISA_WITH_CUDA
+  if (q.is_cuda()) {
+    const c10::cuda::CUDAGuard guard(q.device());
+    const Tensor workspace = at::empty({sisa::cuda::augment_backward_workspace(p)}, q.options().dtype(at::kDouble));
+    C10_CUDA_CHECK(sisa::cuda::augment_backward(p, workspace.mutable_data_ptr<double>(), c10::cuda::getCurrentCUDAStream()));
+    return;
+  }
+#endif
+  sisa::cpu::augment_backward(p);
+}
+
 // ---- Operators ----------------------------------------------------------------------------------------------------------------
 
 using Augmented = std::tuple<Tensor, Tensor>;
@@ -138,7 +177,7 @@ Augmented augment(
   const Tensor lam_row = lam.contiguous();
   sisa::AugmentParams p{};
   fill(p, x, lam_row, q_aug, k_aug);
-  sisa::cpu::augment(p);
+  run(p, q);
   return {q_aug, k_aug};
 }
 
@@ -159,10 +198,10 @@ Gradients augment_backward(
   const int64_t segments = static_cast<int64_t>(starts.size()), used = q.size(3) + Ds;
   TORCH_CHECK_VALUE(
       dq_aug.dim() == 4 && dq_aug.size(3) >= used, "dq_aug must have at least Dh + Ds = ", used, " channels, got ", dq_aug.sizes());
-  check_tensor("dq_aug", dq_aug, {B, L, H, dq_aug.size(3)}, dtype);
-  check_tensor("dk_aug", dk_aug, {B, L, G, dq_aug.size(3)}, dtype);
-  if (decay_flux) check_tensor("decay_flux", *decay_flux, {B, segments, G}, at::kDouble);
-  if (phase_flux) check_tensor("phase_flux", *phase_flux, {B, segments, G, Ds / 2}, at::kDouble);
+  check_tensor("dq_aug", dq_aug, {B, L, H, dq_aug.size(3)}, dtype, q.device());
+  check_tensor("dk_aug", dk_aug, {B, L, G, dq_aug.size(3)}, dtype, q.device());
+  if (decay_flux) check_tensor("decay_flux", *decay_flux, {B, segments, G}, at::kDouble, q.device());
+  if (phase_flux) check_tensor("phase_flux", *phase_flux, {B, segments, G, Ds / 2}, at::kDouble, q.device());
 
   const auto like = [](const Tensor& t) { return at::empty(t.sizes(), t.options()); };
   const Tensor dq = like(q), dk = like(k), db = like(b), dc = like(c), dlog_decay = like(log_decay), dtheta = like(theta);
@@ -175,7 +214,7 @@ Gradients augment_backward(
   p.dlam = dlam.mutable_data_ptr<float>();
   p.decay_flux = decay_flux ? decay.const_data_ptr<double>() : nullptr;
   p.phase_flux = phase_flux ? phase.const_data_ptr<double>() : nullptr;
-  sisa::cpu::augment_backward(p);
+  run_backward(p, q);
   return {dq, dk, db, dc, dlog_decay, dtheta, dlam};
 }
 
@@ -198,6 +237,13 @@ TORCH_LIBRARY_IMPL(sisa, CPU, m) {
   m.impl("augment_backward", &augment_backward);
 }
 
+#ifdef SISA_WITH_CUDA
+TORCH_LIBRARY_IMPL(sisa, CUDA, m) {
+  m.impl("augment", &augment);
+  m.impl("augment_backward", &augment_backward);
+}
+#endif
+
 // ---- The build ----------------------------------------------------------------------------------------------------------------
 
 #define SISA_STRING_(x) #x
@@ -213,7 +259,7 @@ TORCH_LIBRARY_IMPL(sisa, CPU, m) {
 extern const char sisa_build_record[];
 const char sisa_build_record[] = "sisa build record" SISA_FIELD("torch", SISA_TORCH) SISA_FIELD("vector", SISA_VECTOR)
     SISA_FIELD("compiler", "g++ " __VERSION__) SISA_FIELD("flags", SISA_FLAGS) SISA_FIELD("openmp", SISA_OPENMP)
-        SISA_FIELD("cuda_archs", "") "\n";
+        SISA_FIELD("cuda_archs", SISA_CUDA_ARCHS) "\n";
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Compiled kernels of sisa_kernels; loading it registers the operators.";

@@ -2,8 +2,8 @@
 
 ``Qhat_i = [q_i ; s exp(g_i - m) R(Phi_i) c_i]``, ``Khat_j = [k_j ; s exp(m - g_j) R(Phi_j) b_j]``, ``s = Dh^(1/4) sqrt(lam)``
 (paper, Proposition 1). This file holds the scans and rotations that every path shares, and the paper's own clamped form.
-The ops ``sisa::augment`` and ``sisa::augment_backward`` are compiled on the CPU (csrc/) where the extension is loaded; their
-PyTorch implementation here serves everywhere else, fp64 included.
+The ops ``sisa::augment`` and ``sisa::augment_backward`` are compiled (csrc/) where the extension is loaded: for the CPU,
+and for CUDA if it was built so. Their PyTorch implementation here serves everywhere else, fp64 included.
 """
 
 import math
@@ -239,7 +239,7 @@ _library = torch.library.Library("sisa", "FRAGMENT")
 
 
 def _register(name: str, eager: Callable, fake: Callable, backward: Callable, setup_context: Callable | None) -> Any:
-    """The op sisa::``name``: compiled for the CPU if the extension is loaded, else and on every other device ``eager``."""
+    """The op sisa::``name``: compiled for the devices the loaded extension was built for, ``eager`` on every other."""
     schema = torch.library.infer_schema(eager, mutates_args=())
     # The compiled op hands fp64 to sisa::<name>_eager.
     for op in [f"{name}_eager"] if _extension.LOADED else [name]:

@@ -98,10 +98,10 @@ def errors(results: dict[str, torch.Tensor], oracle: dict[str, torch.Tensor]) ->
     return found
 
 
-def check(p: Problem, dtype: torch.dtype, multiple: float = 2.0) -> None:
+def check(p: Problem, dtype: torch.dtype, multiple: float = 2.0, implementation: Implementation = COMPILED) -> None:
     """The compiled op's error stays within a small multiple of the PyTorch implementation's in the same dtype."""
     oracle = run(EAGER, p.double(), torch.float64)
-    compiled, eager = run(COMPILED, p, dtype), run(EAGER, p, dtype)
+    compiled, eager = run(implementation, p, dtype), run(EAGER, p, dtype)
     for name in oracle:
         assert compiled[name].shape == eager[name].shape, name
         assert compiled[name].dtype == eager[name].dtype, name
@@ -146,8 +146,8 @@ def test_result_dtype_is_independent_of_the_inputs(dtype, out):
     check(problem(length=63, dtype=dtype, out=out), out)
 
 
-@needs_extension
-def test_any_strides():
+def strided_and_plain() -> tuple[Problem, Problem]:
+    """One problem with its tensors transposed, expanded and sliced, and contiguous."""
     p = problem(length=63)
     transposed = [x.transpose(1, -1).contiguous().transpose(1, -1) for x in p.inputs[:6]]
     expanded = [*transposed[:3], transposed[3][:, :, :1].expand_as(transposed[3]), *transposed[4:]]
@@ -157,6 +157,12 @@ def test_any_strides():
         grads=[x.transpose(0, 3).contiguous().transpose(0, 3) for x in p.grads],
     )
     plain = strided._replace(**{name: [x.contiguous() for x in getattr(strided, name)] for name in ("inputs", "rotary", "grads")})
+    return strided, plain
+
+
+@needs_extension
+def test_any_strides():
+    strided, plain = strided_and_plain()
     results = run(COMPILED, strided, FP32)
     for name, expected in run(COMPILED, plain, FP32).items():
         assert torch.equal(results[name], expected), name

@@ -68,13 +68,11 @@ def run(forward, backward, call: dict, dtype: torch.dtype) -> list[torch.Tensor]
     return [*forward(*common, call["width"], dtype), *backward(*call["grads"], *common, *call["flux"])]
 
 
-@settings(max_examples=CASES, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
-@given(calls())
-def test_any_call_matches_fp64(call):
+def check(forward, backward, call: dict) -> None:
     double = dict(call)
     for name in ("inputs", "rotary", "grads", "flux"):
         double[name] = [None if x is None else x.double() for x in call[name]]
-    compiled = run(torch.ops.sisa.augment, torch.ops.sisa.augment_backward, call, call["out"])
+    compiled = run(forward, backward, call, call["out"])
     eager = run(augment_eager, augment_backward_eager, call, call["out"])
     exact = run(augment_eager, augment_backward_eager, double, torch.float64)
     names = ("q_aug", "k_aug", "dq", "dk", "db", "dc", "dlog_decay", "dtheta", "dlam")
@@ -82,3 +80,12 @@ def test_any_call_matches_fp64(call):
         assert x.dtype == same_dtype.dtype, name
         error, allowed = ((y.double() - oracle).abs().max() for y in (x, same_dtype))
         assert error <= 3 * allowed + 2e-6 * (1 + oracle.abs().max()), f"{name}: {error:.2e}, PyTorch {allowed:.2e}"
+
+
+any_call = settings(max_examples=CASES, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+
+
+@any_call
+@given(calls())
+def test_any_call_matches_fp64(call):
+    check(torch.ops.sisa.augment, torch.ops.sisa.augment_backward, call)

@@ -4,9 +4,10 @@
 #include <ATen/cpu/vec/functional.h>
 #include <ATen/cpu/vec/vec.h>
 
-#include <bit>
 #include <cstring>
 #include <type_traits>
+
+#include "../augment_math.h"
 
 namespace sisa::cpu {
 
@@ -146,22 +147,12 @@ inline void expand(float c, float s, float* cos, float* sin) {
   sin[0] = -s, sin[1] = s;
 }
 
-// Cosines and signed sines of n pairs' phases, to 7e-8. The phases are taken to the nearest quarter turn in fp64, so that
-// none of their digits is lost; the loop is plain for the compiler to make vectors of, and has no branch.
+// Cosines and signed sines of n pairs' phases; the loop is plain for the compiler to make vectors of.
 inline void cos_sin(const double* phase, int64_t n, float* __restrict cos, float* __restrict sin) {
-  constexpr double kInteger = 0x1.8p52;  // added to a double, it leaves the nearest integer in the last bits
   for (int64_t i = 0; i < n; ++i) {
-    const double shifted = phase[i] * 0.63661977236758134308 + kInteger;
-    const auto quarters = static_cast<uint32_t>(std::bit_cast<uint64_t>(shifted));
-    const double rest = phase[i] - (shifted - kInteger) * 1.57079632679489661923;
-    const float x = static_cast<float>(rest), low = static_cast<float>(rest - x), xx = x * x;
-    // Minimax over [-pi / 4, pi / 4] (Cephes), and the first order of what rounding the angle took from it.
-    const float s_tail = x * xx * (-1.6666654611e-1f + xx * (8.3321608736e-3f + xx * -1.9515295891e-4f));
-    const float c_tail = xx * (-0.5f + xx * (4.166664568298827e-2f + xx * (-1.388731625493765e-3f + xx * 2.443315711809948e-5f)));
-    const float s = x + (s_tail + low * (1 + c_tail)), c = 1 + (c_tail - low * x);
-    const uint32_t sin_bits = std::bit_cast<uint32_t>(quarters & 1 ? c : s) ^ (quarters & 2) << 30;
-    const uint32_t cos_bits = std::bit_cast<uint32_t>(quarters & 1 ? s : c) ^ ((quarters + 1) & 2) << 30;
-    expand(std::bit_cast<float>(cos_bits), std::bit_cast<float>(sin_bits), cos + 2 * i, sin + 2 * i);
+    float c, s;
+    sisa::cos_sin(phase[i], c, s);
+    expand(c, s, cos + 2 * i, sin + 2 * i);
   }
 }
 

@@ -41,56 +41,57 @@ class Tiles:
     key: Tile
 
 
-# By (largest of Dh and Dv, Ds), both padded: the first row that both fit in. Ds 0 is plain attention. For one document and one
-# query head a key head every row compiles without spilling a register, in its chip's shared memory (tools/resources.py checks).
+# By (largest of Dh and Dv, Ds), both padded: the first row that both fit in. Ds 0 is plain attention. Tiles were taken
+# from 128 x 128 down until a kernel compiled without spilling a register (for one document and one query head a key head) within the
+# chip's shared memory: tools/resources.py checks both. What made them smaller stands beside the row. None has been timed yet.
 Rows = tuple[tuple[int, int, Tiles], ...]
 
 # Tensor cores fed from shared memory by whole warpgroups: 8 warps a tile, 128 rows for the side that stays. The key kernel holds
 # three accumulators, so what it streams is 32 rows at a time where there is an importance product.
 HOPPER: Rows = (
     (64, 0, Tiles(Tile(128, 128, 8, 2), Tile(128, 64, 8, 3), Tile(64, 128, 8, 2))),
-    (64, 64, Tiles(Tile(128, 128, 8, 2), Tile(128, 64, 8, 3), Tile(32, 128, 8, 3))),
-    (64, 128, Tiles(Tile(128, 128, 8, 2), Tile(128, 32, 8, 3), Tile(32, 64, 8, 3))),
-    (128, 0, Tiles(Tile(128, 128, 8, 2), Tile(128, 64, 8, 3), Tile(32, 128, 8, 3))),
-    (128, 64, Tiles(Tile(128, 64, 8, 3), Tile(128, 32, 8, 3), Tile(32, 64, 8, 3))),
-    (128, 128, Tiles(Tile(128, 64, 8, 3), Tile(64, 32, 8, 3), Tile(16, 64, 8, 2, 16))),
+    (64, 64, Tiles(Tile(128, 128, 8, 2), Tile(128, 64, 8, 3), Tile(32, 128, 8, 3))),  # key: its third accumulator, db
+    (64, 128, Tiles(Tile(128, 128, 8, 2), Tile(128, 32, 8, 3), Tile(32, 64, 8, 3))),  # dc, db as wide as two heads
+    (128, 0, Tiles(Tile(128, 128, 8, 2), Tile(128, 64, 8, 3), Tile(32, 128, 8, 3))),  # key: dk and dv of 128
+    (128, 64, Tiles(Tile(128, 64, 8, 3), Tile(128, 32, 8, 3), Tile(32, 64, 8, 3))),  # accumulators of 128 and the decay's weights
+    (128, 128, Tiles(Tile(128, 64, 8, 3), Tile(64, 32, 8, 3), Tile(16, 64, 8, 2, 16))),  # three accumulators of 128
 )
 
 # The operands of a product pass through registers: less fits, and past 64 channels much less.
 AMPERE: Rows = (
     (64, 0, Tiles(Tile(128, 128, 8, 2), Tile(128, 64, 8, 3), Tile(64, 128, 8, 2))),
-    (64, 32, Tiles(Tile(128, 64, 8, 2), Tile(128, 32, 8, 3), Tile(32, 128, 8, 3))),
+    (64, 32, Tiles(Tile(128, 64, 8, 2), Tile(128, 32, 8, 3), Tile(32, 128, 8, 3))),  # forward: Dh 16 spills with 3 stages
     (64, 64, Tiles(Tile(128, 64, 8, 3), Tile(128, 32, 8, 3), Tile(32, 128, 8, 3))),
-    (64, 128, Tiles(Tile(128, 64, 8, 3), Tile(64, 32, 8, 3), Tile(64, 64, 8, 2))),
-    (128, 0, Tiles(Tile(128, 32, 8, 3), Tile(128, 32, 8, 3), Tile(64, 64, 8, 2))),
-    (128, 16, Tiles(Tile(128, 64, 8, 3), Tile(64, 32, 8, 2), Tile(16, 64, 4, 2, 16))),
+    (64, 128, Tiles(Tile(128, 64, 8, 3), Tile(64, 32, 8, 3), Tile(64, 64, 8, 2))),  # dc, db as wide as two heads
+    (128, 0, Tiles(Tile(128, 32, 8, 3), Tile(128, 32, 8, 3), Tile(64, 64, 8, 2))),  # operands of 128 in registers
+    (128, 16, Tiles(Tile(128, 64, 8, 3), Tile(64, 32, 8, 2), Tile(16, 64, 4, 2, 16))),  # and the decay's weights
     (128, 32, Tiles(Tile(128, 64, 8, 3), Tile(64, 16, 4, 2, 16), Tile(16, 64, 4, 2, 16))),
     (128, 64, Tiles(Tile(128, 64, 8, 3), Tile(32, 32, 4, 3), Tile(32, 32, 4, 3))),
-    (128, 128, Tiles(Tile(128, 32, 8, 3), Tile(32, 32, 4, 2), Tile(32, 32, 4, 3))),
+    (128, 128, Tiles(Tile(128, 32, 8, 3), Tile(32, 32, 4, 2), Tile(32, 32, 4, 3))),  # three accumulators of 128
 )
 
 # Ampere's registers with 99 KiB of shared memory instead of 163: fewer loads in flight where those do not fit.
 ADA: Rows = (
     (64, 0, Tiles(Tile(128, 128, 8, 2), Tile(128, 64, 8, 3), Tile(64, 128, 8, 2))),
-    (32, 32, Tiles(Tile(128, 32, 8, 3), Tile(128, 32, 8, 3), Tile(32, 128, 8, 3))),
+    (32, 32, Tiles(Tile(128, 32, 8, 3), Tile(128, 32, 8, 3), Tile(32, 128, 8, 3))),  # forward: narrow heads spill at 64 keys
     (64, 64, Tiles(Tile(128, 64, 8, 3), Tile(128, 32, 8, 3), Tile(32, 128, 8, 3))),
-    (64, 128, Tiles(Tile(128, 64, 8, 2), Tile(64, 32, 8, 3), Tile(64, 64, 8, 2))),
-    (128, 0, Tiles(Tile(128, 32, 8, 3), Tile(128, 32, 8, 3), Tile(64, 64, 8, 2))),
-    (128, 16, Tiles(Tile(128, 32, 8, 3), Tile(64, 16, 4, 2, 16), Tile(16, 64, 4, 2, 16))),
+    (64, 128, Tiles(Tile(128, 64, 8, 2), Tile(64, 32, 8, 3), Tile(64, 64, 8, 2))),  # forward: 3 stages are 112 KiB
+    (128, 0, Tiles(Tile(128, 32, 8, 3), Tile(128, 32, 8, 3), Tile(64, 64, 8, 2))),  # operands of 128 in registers
+    (128, 16, Tiles(Tile(128, 32, 8, 3), Tile(64, 16, 4, 2, 16), Tile(16, 64, 4, 2, 16))),  # and the decay's weights
     (128, 32, Tiles(Tile(128, 32, 8, 3), Tile(64, 16, 4, 2, 16), Tile(16, 32, 8, 2, 16))),
     (128, 64, Tiles(Tile(128, 32, 8, 3), Tile(32, 32, 4, 3), Tile(32, 32, 4, 3))),
-    (128, 128, Tiles(Tile(128, 32, 8, 2), Tile(64, 32, 8, 2), Tile(16, 32, 4, 3, 16))),
+    (128, 128, Tiles(Tile(128, 32, 8, 2), Tile(64, 32, 8, 2), Tile(16, 32, 4, 3, 16))),  # three accumulators of 128
 )
 
 # Accumulators live in tensor memory. One stage: deeper pipelines silently corrupted a kernel like these (Triton 3.5 to 3.7, mamba
 # pull request 997).
 BLACKWELL: Rows = (
     (64, 0, Tiles(Tile(128, 128, 8, 1), Tile(128, 64, 8, 1), Tile(64, 128, 8, 1))),
-    (64, 64, Tiles(Tile(128, 128, 8, 1), Tile(128, 64, 8, 1), Tile(32, 128, 8, 1))),
-    (64, 128, Tiles(Tile(128, 64, 8, 1), Tile(128, 32, 8, 1), Tile(32, 64, 8, 1))),
+    (64, 64, Tiles(Tile(128, 128, 8, 1), Tile(128, 64, 8, 1), Tile(32, 128, 8, 1))),  # key: as on Hopper
+    (64, 128, Tiles(Tile(128, 64, 8, 1), Tile(128, 32, 8, 1), Tile(32, 64, 8, 1))),  # forward: 128 keys spill at Dh 16
     (128, 0, Tiles(Tile(128, 128, 8, 1), Tile(128, 64, 8, 1), Tile(64, 128, 8, 1))),
-    (128, 64, Tiles(Tile(128, 64, 8, 1), Tile(128, 64, 8, 1), Tile(32, 128, 8, 1))),
-    (128, 128, Tiles(Tile(128, 64, 8, 1), Tile(64, 64, 8, 1), Tile(32, 64, 8, 1))),
+    (128, 64, Tiles(Tile(128, 64, 8, 1), Tile(128, 64, 8, 1), Tile(32, 128, 8, 1))),  # the decay's weights, in registers
+    (128, 128, Tiles(Tile(128, 64, 8, 1), Tile(64, 64, 8, 1), Tile(32, 64, 8, 1))),  # three accumulators of 128
 )
 
 # Any other part, and fp32, whose products run on the ordinary cores: within 99 KiB of shared memory, whatever spills.

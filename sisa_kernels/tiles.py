@@ -41,9 +41,9 @@ class Tiles:
     key: Tile
 
 
-# By (largest of Dh and Dv, Ds), both padded: the first row that both fit in. Ds 0 is plain attention. Tiles were taken from 128 x 128
-# down until a kernel compiled without spilling a register, for one document and one query head a key head, within the chip's shared
-# memory: tools/resources.py checks both. What made them smaller stands beside the row. None has been timed yet.
+# By (largest of Dh and Dv, Ds), both padded: the first row that both fit in. Ds 0 is plain attention. Tiles were taken from
+# 128 x 128 down until a kernel compiled without spilling a register, for one document and one query head a key head, within the
+# chip's shared memory: tools/resources.py checks both. What made them smaller stands beside the row. None has been timed yet.
 Rows = tuple[tuple[int, int, Tiles], ...]
 
 # Tensor cores fed from shared memory by whole warpgroups: 8 warps a tile, 128 rows for the side that stays. The key kernel holds

@@ -112,8 +112,8 @@ def sisa_attention(
             its range clamped to +-11, to reproduce their numbers and run their weights (wrong once the range passes 22).
         backend: "auto"; "sdpa", exact by query chunks on stock kernels; "flash", one stock flash call on augmented operands (in
             exact mode an error once the range of g is too wide for one call); "triton", exact in one kernel on a GPU, its products
-            past the horizon left out; "reference", the dense fp64 oracle. The
-            environment variable SISA_BACKEND overrides it. A named backend that cannot run is an error, never a fallback.
+            past the horizon left out; "reference", the dense fp64 oracle. The environment variable SISA_BACKEND overrides it. A
+            named backend that cannot run is an error, never a fallback.
         cu_seqlens: [documents + 1] int32, rising from 0 to L: documents packed into one sequence (B = 1), where decay, phase
             and attention restart at each.
 

@@ -389,6 +389,11 @@ def _prologue(q, k, b, c, log_decay, theta, lam, cos, sin, backward: bool) -> tu
     return q, k, _Importance(b, c, g_hi, (g - g_hi).float(), lam.contiguous(), size_b, size_c, *tables)
 
 
+def _row_products(dy, y):
+    """<dy, y> of each row in fp32, [B, H, L]."""
+    return (dy.float() * y.float()).sum(3).transpose(1, 2).contiguous()
+
+
 def _unrotate(dq, dk, cos, sin):
     """dL/dq and dL/dk before RoPE, in the operands' dtype."""
     return tuple(rotate(x.float(), cos[:, None], -sin[:, None]).to(x.dtype) for x in (dq, dk))
@@ -574,7 +579,7 @@ def triton_exact_backward(
         dc, db = (torch.empty(t.shape, dtype=torch.float32, device=t.device) for t in (x.c, x.b))
         own = torch.empty_like(lse)
         starts, ends = horizon_starts(x, query, horizon), horizon_ends(x, key, horizon)
-    delta = (dy.float() * y.float()).sum(3).transpose(1, 2).contiguous()
+    delta = _fused(q.device, _row_products)(dy, y)
     operands, saved = (q, k, v, *_arguments(x)), (dy, lse, delta)
     launch(_backward_query_kernel, query, query.m, launch.heads, *operands, starts, launch.first, *saved, dq, dc, own)
     launch(_backward_key_kernel, key, key.n, launch.key_heads, *operands, ends, launch.first, launch.last, *saved, dk, dv, db)

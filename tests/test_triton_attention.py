@@ -331,6 +331,7 @@ def test_inductor_compiles_prologue_and_epilogue():
     compiled = torch.compile(ta._prologue)(q, k, b, c, log_decay, theta, lam, *tables, True)[2]
     assert all((y.g_hi.double() + y.g_lo - g).abs().max() < 1e-12 for y in (x, compiled))
     compare(ta._unrotate, q, k, *tables)
+    compare(ta._row_products, q, q.flip(1))
     _, last = ta._documents(63, torch.tensor([0, 20, 63], dtype=torch.int32, device=DEVICE), DEVICE)
     own = torch.randn(1, 4, 63, device=DEVICE)
     for documents in (last, None):

@@ -12,7 +12,7 @@ from torch.profiler import ProfilerActivity, profile
 
 import sisa_kernels as sk
 import sisa_model as sm
-from sisa_model.layers import Layer, rotary_tables
+from sisa_model.layers import Context, Layer, rotary_tables
 
 BASELINE = "transformer-152m"
 PRESETS = (BASELINE, "sisa-152m-ds16", "sisa-152m-ds32")
@@ -23,11 +23,11 @@ def make_layer(preset: str, **overrides: str) -> Layer:
     return sm.build(preset, n_layers=1, vocab_size=8, **overrides).layers[0]
 
 
-def step(layer: Layer, x: torch.Tensor, dy: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+def step(layer: Layer, x: torch.Tensor, dy: torch.Tensor, context: Context) -> torch.Tensor:
     """Forward and backward of one layer, its gradients cleared; returns dL/dx."""
     layer.zero_grad(set_to_none=True)
     x = x.detach().requires_grad_()
-    layer(x, rotary).backward(dy)
+    layer(x, context).backward(dy)
     assert x.grad is not None
     return x.grad
 
@@ -55,26 +55,26 @@ def main() -> None:
     print(f"torch {torch.__version__}, {args.threads} threads, extension {sk.backends()['extension']}; batch 1, fp32")
     for length in args.lengths:
         x, dy = torch.randn(2, 1, length, 768).unbind()
-        rotary = rotary_tables(length, 64, torch.device("cpu"))
+        context = Context(rotary_tables(length, 64, torch.device("cpu")))
         layers = {}
         for preset in PRESETS:
             layer = make_layer(preset)
             if preset != BASELINE:
-                exact = step(make_layer(preset, backend="reference"), x, dy, rotary)
-                error = ((step(layer, x, dy, rotary) - exact).norm() / exact.norm()).item()
+                exact = step(make_layer(preset, backend="reference"), x, dy, context)
+                error = ((step(layer, x, dy, context) - exact).norm() / exact.norm()).item()
                 if not error < 1e-5:
                     print(f"L {length:5} {preset}: wrong by {error:.1e}, not timed")
                     continue
             layers[preset] = layer
-        times = medians({p: lambda m=m: step(m, x, dy, rotary) for p, m in layers.items()}, args.rounds)
-        memory = {p: peak_mib(lambda m=m: step(m, x, dy, rotary)) for p, m in layers.items()}
+        times = medians({p: lambda m=m: step(m, x, dy, context) for p, m in layers.items()}, args.rounds)
+        memory = {p: peak_mib(lambda m=m: step(m, x, dy, context)) for p, m in layers.items()}
         for preset in layers:
             speed, space = times[BASELINE] / times[preset], memory[preset] / memory[BASELINE]
             time = f"{times[preset]:8.1f} ms  speed {speed:.3f}x"
             print(f"L {length:5} {preset:18} {time}   peak {memory[preset]:6.1f} MiB  {space:.3f}x")
             if args.profile:
                 with profile(activities=[ProfilerActivity.CPU]) as trace:
-                    step(layers[preset], x, dy, rotary)
+                    step(layers[preset], x, dy, context)
                 print(trace.key_averages().table(sort_by="self_cpu_time_total", row_limit=18, max_name_column_width=60))
 
 

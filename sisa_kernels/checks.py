@@ -43,7 +43,7 @@ def check_rotary(rotary: Rotary | None, q: Tensor, dtypes: tuple[torch.dtype, ..
 
 
 def check_documents(cu_seqlens: Tensor | None, q: Tensor) -> None:
-    """Check the bounds of the documents packed into ``q`` [1, L, H, Dh]; their values for CPU tensors only, as elsewhere."""
+    """Check the bounds of the documents packed into ``q`` [1, L, ...]; their values for CPU tensors only, as elsewhere."""
     if cu_seqlens is None:
         return
     B, L = q.shape[:2]
@@ -51,7 +51,7 @@ def check_documents(cu_seqlens: Tensor | None, q: Tensor) -> None:
         got = f"{cu_seqlens.dtype} {list(cu_seqlens.shape)}" if isinstance(cu_seqlens, Tensor) else type(cu_seqlens).__name__
         raise ValueError(f"cu_seqlens must be an int32 tensor [documents + 1], got {got}")
     if B != 1:
-        raise ValueError(f"cu_seqlens needs the documents packed into one sequence (batch 1), got q with batch {B}")
+        raise ValueError(f"cu_seqlens needs the documents packed into one sequence (batch 1), got batch {B}")
     if cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling():
         bounds = cu_seqlens.tolist()
         if bounds[0] != 0 or bounds[-1] != L or any(lo >= hi for lo, hi in itertools.pairwise(bounds)):

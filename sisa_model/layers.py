@@ -1,8 +1,20 @@
 """Layers that every family shares. Shapes: B batch, L length, D d_model, H query heads, G key heads, E head width."""
 
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+
+@dataclass
+class Context:
+    """What a layer must know of its tokens beyond their states: where they stand, and which belong together."""
+
+    rotary: tuple[Tensor, Tensor]
+    """RoPE's (cos, sin) of the tokens' positions, each [L, E / 2] fp32."""
+    cu_seqlens: Tensor | None = None
+    """[documents + 1] int32, rising from 0 to L: documents packed into one sequence (B = 1) that do not see each other."""
 
 
 def rotary_tables(length: int, head_dim: int, device: torch.device, base: float = 10000.0) -> tuple[Tensor, Tensor]:
@@ -114,6 +126,6 @@ class Layer(nn.Module):
         self.ffn_norm = nn.RMSNorm(d_model, eps=1e-6)
         self.ffn = SwiGLU(d_model, d_ff)
 
-    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
-        x = x + self.attn(self.attn_norm(x), rotary)
+    def forward(self, x: Tensor, context: Context) -> Tensor:
+        x = x + self.attn(self.attn_norm(x), context)
         return x + self.ffn(self.ffn_norm(x))

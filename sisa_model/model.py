@@ -6,8 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sisa_kernels.checks import check_documents
+
 from .config import ModelConfig
-from .layers import Layer, PackedLinear, rotary_tables
+from .layers import Context, Layer, PackedLinear, rotary_tables
 from .presets import preset_config
 from .sisa import SisaAttention
 from .transformer import TransformerAttention
@@ -16,6 +18,7 @@ from .transformer import TransformerAttention
 class LanguageModel(nn.Module):
     """A causal language model: ``model(input_ids [B, L] int64) -> logits [B, L, V]``.
 
+    ``cu_seqlens`` [documents + 1] int32, rising from 0 to L, packs documents into one sequence (B = 1): none sees another.
     Works under ``torch.device("meta")``; after ``to_empty`` call :meth:`reset_parameters`. Raises ValueError for a sequence
     longer than ``config.max_seq_len`` and, on the CPU, for a token outside the vocabulary.
     """
@@ -42,10 +45,10 @@ class LanguageModel(nn.Module):
             if isinstance(module, SisaAttention):
                 module.reset_parameters()
 
-    def forward(self, input_ids: Tensor) -> Tensor:
-        return F.linear(self.hidden(input_ids), self.embed.weight)
+    def forward(self, input_ids: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
+        return F.linear(self.hidden(input_ids, cu_seqlens), self.embed.weight)
 
-    def hidden(self, input_ids: Tensor) -> Tensor:
+    def hidden(self, input_ids: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
         """The final normed states [B, L, D], before the output matrix."""
         if input_ids.ndim != 2 or input_ids.dtype not in (torch.int64, torch.int32):
             raise ValueError(f"input_ids must be int64 [batch, length], got {input_ids.dtype} {list(input_ids.shape)}")
@@ -56,10 +59,11 @@ class LanguageModel(nn.Module):
             lo, hi = (int(x) for x in torch.aminmax(input_ids))
             if lo < 0 or hi >= config.vocab_size:
                 raise ValueError(f"input_ids must lie in [0, {config.vocab_size}), got {lo} to {hi}")
+        check_documents(cu_seqlens, input_ids)
         x = self.embed(input_ids)
-        rotary = rotary_tables(length, config.head_dim, input_ids.device)
+        context = Context(rotary_tables(length, config.head_dim, input_ids.device), cu_seqlens)
         for layer in self.layers:
-            x = layer(x, rotary)
+            x = layer(x, context)
         return self.final_norm(x)
 
 

@@ -12,7 +12,7 @@ import sisa_kernels as sk
 from sisa_kernels.reference import CLAMP
 
 from .config import ModelConfig
-from .layers import PackedLinear
+from .layers import Context, PackedLinear
 
 LAMBDA_RAW_INIT = -1.0  # softplus(-1) = 0.3133
 DECAY_BIAS_INIT = -5.0  # a half-life of about 103 tokens
@@ -79,9 +79,12 @@ class SisaAttention(nn.Module):
             theta = x.new_zeros(*shape, self.d_state // 2, dtype=torch.float32)
         return q, k, v, b, c, log_decay, theta
 
-    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
+    def forward(self, x: Tensor, context: Context) -> Tensor:
         q, k, v, b, c, log_decay, theta = self.operands(x)
-        y = sk.sisa_attention(q, k, v, b, c, log_decay, theta, self.lam(), rotary=rotary, mode=self.mode, backend=self.backend)
+        y = sk.sisa_attention(
+            q, k, v, b, c, log_decay, theta, self.lam(),
+            rotary=context.rotary, mode=self.mode, backend=self.backend, cu_seqlens=context.cu_seqlens,
+        )  # fmt: skip
         return self.W_O(y.flatten(2))
 
 

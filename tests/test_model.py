@@ -64,6 +64,16 @@ def test_a_sisa_layer_is_as_close_to_the_transformer_as_an_integer_d_ff_allows(s
             assert abs(difference) <= 3 * model.config.d_model / 2
 
 
+@pytest.mark.parametrize("preset", ["sisa-tiny-ds16", "transformer-tiny"])
+def test_packed_documents_do_not_see_each_other(preset):
+    model, ids = tiny(preset, n_layers=2), tokens(1, 60)
+    packed = model(ids, torch.tensor([0, 1, 23, 60], dtype=torch.int32))
+    apart = torch.cat([model(document) for document in ids.split([1, 22, 37], 1)], 1)
+    torch.testing.assert_close(packed, apart, rtol=1e-4, atol=1e-4)
+    with pytest.raises(ValueError, match="cu_seqlens must rise strictly from 0 to the length 60"):
+        model(ids, torch.tensor([0, 61], dtype=torch.int32))
+
+
 def test_every_preset_builds_and_controls_change_the_result():
     ids = tokens()
     outputs = {}

@@ -54,8 +54,8 @@ def main() -> None:
         print(f"cuda: {torch.cuda.get_device_name()} (sm_{major}{minor}), CUDA {torch.version.cuda}")
     else:
         print("cuda: no device")
-    for name, state in backends().items():
-        print(f"backend {name:10} {state}")
+    for name, state in backends(table=True).items():
+        print(f"backend {name:18} {state}")
     for device in devices:
         print(f"\nself-check on {device}, length {LENGTH}: relative error against the fp64 oracle of Eq. 2")
         print("\n".join(self_check(device)))

@@ -8,10 +8,10 @@ from itertools import repeat
 import torch
 from torch import Tensor
 
-from . import _extension, reference, selfcheck
-from .augment import refuse_forward_mode
+from . import _extension, flash, reference, selfcheck
+from .augment import guard_compiled, refuse_forward_mode
 from .checks import Rotary, check_attention
-from .sdpa import sdpa_exact, sdpa_one_call
+from .sdpa import sdpa_exact
 
 try:
     from . import triton_attention
@@ -22,14 +22,25 @@ except ImportError as error:
 BACKENDS = ("auto", "triton", "flash", "sdpa", "reference")
 
 
-def backends() -> dict[str, str]:
-    """What can run here: each of "triton", "flash", "sdpa" and "extension" mapped to "available" or to why it is not."""
-    return {
+def backends(*, table: bool = False) -> dict[str, str]:
+    """What can run here: each of "triton", "flash", "sdpa" and "extension" mapped to "available" or to why it is not.
+
+    ``table``: with each stock kernel of "flash", in its order of preference, as "flash/NAME", for a training call of width 64 + 16
+    in bf16 on the current GPU, or in fp32 on the CPU.
+    """
+    found = {
         "triton": _triton_state(),
         "flash": "available",
         "sdpa": "available",
         "extension": _extension.STATE,
     }
+    if table:
+        device, dtype = torch.device("cpu"), torch.float32
+        if torch.cuda.is_available():
+            device, dtype = torch.device("cuda", torch.cuda.current_device()), torch.bfloat16
+        call = flash.Call(device, flash.capability(device), dtype, length=2048, width=80, value_width=64)
+        found |= {f"flash/{name}": state for name, state in flash.state(call).items()}
+    return found
 
 
 def _triton_state() -> str:
@@ -53,11 +64,9 @@ def _triton_refusal(q: Tensor, v: Tensor, b: Tensor) -> str | None:
 
 def _triton_fault(q: Tensor, v: Tensor, b: Tensor) -> str | None:
     """What the first use of the Triton path on such operands finds wrong with it, or None."""
-    # A check inside a traced or captured call would become a part of it.
-    if torch.compiler.is_compiling() or (q.device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
+    if not selfcheck.possible(q.device):
         return None
-    with torch.enable_grad(), torch.autocast(q.device.type, enabled=False):
-        return selfcheck.fault(triton_attention.exact_attention, q.device, q.dtype, q.shape[3], b.shape[3], v.shape[3])
+    return selfcheck.fault(triton_attention.exact_attention, q.device, q.dtype, q.shape[3], b.shape[3], v.shape[3])
 
 
 def _preferred(mode: str, device: torch.device) -> str:
@@ -110,10 +119,10 @@ def sisa_attention(
             place in the packed sequence); None: already applied, or not wanted.
         mode: "exact", Eq. 2 at any length and decay; "clamped", the authors' formulation with g's distance from the middle of
             its range clamped to +-11, to reproduce their numbers and run their weights (wrong once the range passes 22).
-        backend: "auto"; "sdpa", exact by query chunks on stock kernels; "flash", one stock flash call on augmented operands (in
-            exact mode an error once the range of g is too wide for one call); "triton", exact in one kernel on a GPU, its products
-            past the horizon left out; "reference", the dense fp64 oracle. The environment variable SISA_BACKEND overrides it. A
-            named backend that cannot run is an error, never a fallback.
+        backend: "auto"; "sdpa", exact by query chunks on stock kernels; "flash", one call of a stock kernel on augmented operands,
+            the first of a table that is legal and right (in exact mode an error once the range of g is too wide for one call);
+            "triton", exact in one kernel on a GPU, its products past the horizon left out; "reference", the dense fp64 oracle.
+            The environment variable SISA_BACKEND overrides it. A named backend that cannot run is an error, never a fallback.
         cu_seqlens: [documents + 1] int32, rising from 0 to L: documents packed into one sequence (B = 1), where decay, phase
             and attention restart at each.
 
@@ -130,6 +139,8 @@ def sisa_attention(
     if path == "reference":
         return reference.sisa_attention(q, k, v, b, c, log_decay, theta, lam, rotary=rotary, mode=mode, cu_seqlens=cu_seqlens)
     refuse_forward_mode(q, k, v, b, c, log_decay, theta, lam)
+    if path != "triton":
+        guard_compiled(q, b)
     if q.device.type != "meta" and torch.is_autocast_enabled(q.device.type):
         # Autocast reaches into the paths and would run their fp32 products in half precision.
         with torch.autocast(q.device.type, enabled=False):
@@ -152,4 +163,4 @@ def _documents(path: str, mode: str, q, k, v, b, c, log_decay, theta, lam, rotar
 def _document(path: str, mode: str, q, k, v, b, c, log_decay, theta, lam, rotary) -> Tensor:
     if path == "sdpa" and mode == "exact":
         return sdpa_exact(q, k, v, b, c, log_decay, theta, lam, *(rotary or (None, None)))[0].to(q.dtype)
-    return sdpa_one_call(q, k, v, b, c, log_decay, theta, lam, rotary, mode)
+    return flash.one_call(q, k, v, b, c, log_decay, theta, lam, rotary, mode)

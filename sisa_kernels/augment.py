@@ -6,7 +6,9 @@ The ops ``sisa::augment`` and ``sisa::augment_backward`` are compiled (csrc/) wh
 and for CUDA if it was built so. Their PyTorch implementation here serves everywhere else, fp64 included.
 """
 
+import functools
 import math
+import warnings
 from collections.abc import Callable
 from typing import Any, NoReturn
 
@@ -14,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from . import _extension
+from . import _extension, selfcheck
 from .checks import DTYPES, Rotary, check_operands, check_tensor
 from .reference import CLAMP, LOWEST_LOG_DECAY, rotate
 
@@ -255,6 +257,47 @@ augment = _register("augment", augment_eager, _augment_fake, _backward, _save)
 augment_backward = _register("augment_backward", augment_backward_eager, _augment_backward_fake, no_second_derivative, None)
 
 
+_out: set[str] = set()  # kinds of device whose compiled augmentation was found wrong
+
+
+def guard_compiled(q: Tensor, b: Tensor) -> None:
+    """Check the compiled augmentation on the first use of a device, dtype and widths; plain PyTorch takes a wrong one's place."""
+    if _extension.LOADED and q.dtype != torch.float64 and selfcheck.possible(q.device):
+        _guard_compiled(q.device, q.dtype, q.shape[3], b.shape[3])
+
+
+@functools.cache
+def _guard_compiled(device: torch.device, dtype: torch.dtype, Dh: int, Ds: int) -> None:
+    if device.type in _out:
+        return
+    (q, k, _, *rest), dq = selfcheck.problem(device, dtype, Dh=Dh, Ds=Ds, Dv=Dh + Ds, decay=selfcheck.DECAY)
+    inputs = [q, k, *rest]
+    angle = torch.arange(q.shape[1] * (Dh // 2), device=device).view(-1, Dh // 2).float()
+    tables = (None, None) if Dh % 2 else (angle.cos(), angle.sin())
+
+    def outcome(forward: Callable, backward: Callable, work: torch.dtype | None) -> list[Tensor]:
+        x = [t.detach().to(work or t.dtype) for t in inputs]
+        # Two segments and a clamp that binds: every branch of the kernels.
+        shared: tuple = (*tables, [0, q.shape[1] // 2], 1.0)
+        grads = backward(dq.to(x[0].dtype), dq.to(x[0].dtype), *x, *shared, None, None)
+        return [*forward(*x, *shared, Dh + Ds, x[0].dtype), *grads]
+
+    try:
+        right = outcome(augment_eager, augment_backward_eager, torch.float64)
+        worst = max(selfcheck.relative_errors(outcome(augment, augment_backward, None), right))
+        if worst <= selfcheck.ALLOWED[dtype]:
+            return
+        why = f"off by {worst:.1e}, relative, on a small problem (Dh {Dh}, Ds {Ds}, {dtype}) against plain PyTorch in fp64"
+    except Exception as error:  # whatever keeps a kernel from launching there
+        why = f"{type(error).__name__}: {error}"
+    _out.add(device.type)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Warning only once for all operators")  # that a kernel is replaced is what is wanted
+        for name, eager in (("augment", augment_eager), ("augment_backward", augment_backward_eager)):
+            _library.impl(name, eager, device.type.upper(), allow_override=True)
+    warnings.warn(f"the compiled augmentation is out on {device.type}, and plain PyTorch runs instead: {why}", stacklevel=4)
+
+
 def refuse_forward_mode(*tensors: Tensor) -> None:
     """An error where PyTorch would take an op without a forward-mode derivative for a constant."""
     if not torch.compiler.is_compiling() and any(forward_ad.unpack_dual(x).tangent is not None for x in tensors):
@@ -288,5 +331,6 @@ def augment_qk(
     """
     check_operands(q, k, b, c, log_decay, theta, lam, rotary)
     refuse_forward_mode(q, k, b, c, log_decay, theta, lam)
+    guard_compiled(q, b)
     cos, sin = rotary or (None, None)
     return augment(q, k, b, c, log_decay, theta, lam, cos, sin, [0], CLAMP, q.shape[3] + b.shape[3], q.dtype)

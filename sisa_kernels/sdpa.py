@@ -22,13 +22,9 @@ from .augment import (
     to_query_heads,
     work_dtype,
 )
-from .checks import Rotary
-from .reference import CLAMP
 
 # Measured at b_a = +1, Ds = 128, L = 4096: gradient of log_decay within 1.6e-5 of fp64 at 80, 9.7e-6 at 40, 6.4e-6 at 20.
 MAX_RANGE = 40.0
-# A forced single call may span more: exp(+-range/2) must leave room in the format for the operands themselves.
-ONE_CALL_RANGE = {torch.float64: 1000.0, torch.float32: 80.0, torch.bfloat16: 80.0, torch.float16: 10.0}
 MAX_DENSE_CHUNK = 512  # where scores are held densely (no CPU flash kernel), a chunk's rows x keys bounds the memory
 
 
@@ -84,42 +80,6 @@ def _dense_score(q: Tensor, k: Tensor, causal: bool, scale: float) -> Tensor:
     if causal:
         score.masked_fill_(torch.ones(score.shape[-2:], dtype=torch.bool, device=q.device).triu(1), -math.inf)
     return score
-
-
-def sdpa_one_call(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    b: Tensor,
-    c: Tensor,
-    log_decay: Tensor,
-    theta: Tensor,
-    lam: Tensor,
-    rotary: Rotary | None,
-    mode: str,
-) -> Tensor:
-    """SISA as one ``scaled_dot_product_attention`` on augmented operands, v padded to their width so that flash kernels run.
-
-    In mode "clamped" this is the authors' formulation. In mode "exact" it is legal while the range of g fits the dtype's
-    exponents, and a ValueError past that. Shapes as in :func:`sisa_kernels.sisa_attention`; on a CPU half precision runs in fp32.
-    """
-    dtype = work_dtype(q) if q.device.type == "cpu" else q.dtype
-    clamp = CLAMP
-    if mode == "exact":
-        clamp, limit = math.inf, ONE_CALL_RANGE[dtype]
-        fall = -cumulative_decay(log_decay.detach())[:, -1].min().item()
-        if fall > limit:
-            raise ValueError(
-                f"backend 'flash' is one call, exact in {dtype} while log_decay sums to at least {-limit:g}, got {-fall:.4g}; "
-                "use backend 'sdpa'"
-            )
-    width = max(q.shape[3] + b.shape[3], v.shape[3])
-    q_aug, k_aug = augment(q, k, b, c, log_decay, theta, lam, *(rotary or (None, None)), [0], clamp, width, dtype)
-    value = F.pad(v.to(dtype), (0, width - v.shape[3]))
-    q_aug, k_aug, value = (x.transpose(1, 2) for x in (q_aug, k_aug, value))
-    gqa = q.shape[2] != k.shape[2]
-    y = F.scaled_dot_product_attention(q_aug, k_aug, value, is_causal=True, scale=q.shape[3] ** -0.5, enable_gqa=gqa)
-    return y[..., : v.shape[3]].transpose(1, 2).to(q.dtype)
 
 
 def _chunks(k_aug: Tensor, g: Tensor, middle: Tensor, bounds: list[tuple[int, int]], importance: slice):

@@ -32,7 +32,8 @@ from gpu_cases import GROUPS, Setting, problem, reason  # noqa: E402
 from gpu_measure import Run, gpu_milliseconds, measure, now, provenance  # noqa: E402
 from roofline import DEVICES  # noqa: E402
 
-DEFAULT_SECTIONS = ("build", "tests", "stock", "attention", "prologue", "model")  # tune takes minutes a shape: on request
+# tune takes minutes a shape: on request
+DEFAULT_SECTIONS = ("build", "tests", "stock", "attention", "prologue", "augment", "model")
 BUILD = {"extension": ["setup.py", "build_ext", "--inplace"], "self-check": ["-m", "sisa_kernels"]}
 FAILURES = ("wrong", "failed", "died")  # how a status begins that makes the command fail
 TABLE_LIMIT = 11_000  # characters
@@ -182,9 +183,9 @@ def table(rows: list[dict[str, str]]) -> str:
             lines.append(f"{op}: {sum(row['status'] == 'ok' for row in mine)} of {len(mine)} ok")
             continue
         lines.append(f"{op}: ms, over the fastest baseline, over the bound")
-        lines.append(f"{'':29}" + "".join(f"{path:>16}" for path in paths))
+        lines.append(f"{'':29}" + "".join(f"{path:>15}" for path in paths))
         for (shape, passes), cells in problems.items():
-            lines.append(f"{shape:21} {passes:7}" + "".join(f"{cells.get(path, ''):>16}" for path in paths))
+            lines.append(f"{shape:21} {passes:7}" + "".join(f"{cells.get(path, ''):>15}" for path in paths))
     reasons = [
         f"{op} {path}{f' ({len(shapes)}x, first {shapes[0]})' if shapes[0] else ''}: {status}"[:150]
         for (op, path, status), shapes in notes.items()

@@ -15,13 +15,14 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
-from bench_augment import eager_chain
+from bench_augment import eager_chain, fused
 from roofline import LAM, Device, Shape, horizon_tokens, importance_share, stages
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import sisa_kernels as sk
 import sisa_model as sm
+from sisa_kernels import _extension
 from sisa_kernels import triton_attention as ta
 from sisa_kernels.checks import Rotary
 from sisa_kernels.reference import rotate
@@ -165,6 +166,10 @@ def augmented_sdpa(x: Sequence[Tensor], rotary: Rotary | None) -> Tensor:
     return sdpa(q_aug, k_aug, v, scale=q.shape[3] ** -0.5)
 
 
+def flash(x: Sequence[Tensor], rotary: Rotary | None) -> Tensor:
+    return sk.sisa_attention(*x, rotary=rotary, mode="clamped", backend="flash")
+
+
 def exact(x: Sequence[Tensor], rotary: Rotary | None) -> Tensor:
     return sk.sisa_attention(*x, rotary=rotary, backend="triton")
 
@@ -183,11 +188,13 @@ STOCK = [
     Path(name, "plain", "plain", stock(getattr(SDPBackend, f"{name.upper()}_ATTENTION")), dense)
     for name in ("cudnn", "flash", "efficient")
 ]
+FLASH_TABLE = Path("flash table", "clamped", "augmented", flash, dense_augmented, "test_every_legal_row_on_the_gpu")
 ATTENTION = [
     EXACT,
     Path("no horizon", "exact", "exact", exact_full, dense, EXACT_TESTS),
     Path("our plain", "plain", "plain", plain, dense, "test_without_the_importance_term|test_addresses_past_32_bits"),
     *STOCK,
+    FLASH_TABLE,
     Path("eager+sdpa", "clamped", "eager", augmented_sdpa, dense_augmented),
 ]
 
@@ -353,6 +360,45 @@ def prologue_groups(s: Setting) -> list[list[Case]]:
     return groups
 
 
+def timed_augmentation(function: Callable, shape: Shape, s: Setting, backward: bool) -> Callable[[], object]:
+    (q, k, _, b, c, log_decay, theta, lam), rotary, _ = problem(shape, s.dtype, s.device)
+    inputs = (q, k, b, c, log_decay, theta, lam)
+    if not backward:
+        return torch.no_grad()(lambda: function(*inputs, *rotary))
+    found = function(*inputs, *rotary)
+    grads = [torch.randn_like(x) for x in found]
+    return lambda: torch.autograd.grad(found, inputs, grads, retain_graph=True)
+
+
+def extension_failure(shape: Shape, s: Setting) -> str | None:
+    """Why the extension's augmentation must not be timed."""
+    if s.device.type == "cuda" and _extension.RECORD.get("cuda_archs", "none") in ("", "none"):
+        return "the extension has no CUDA part: plain PyTorch would run"
+    return failure(FLASH_TABLE, (shape.head_width, shape.state_width, shape.value_width), s.dtype, s.device, True)
+
+
+def augmentation_groups(s: Setting) -> list[list[Case]]:
+    """The extension's augmentation and the authors' chain of ops, forward and backward; baseline: a copy of its bytes."""
+    groups = []
+    for shape in s.shapes(2048):
+        cases = []
+        n, width, size = shape.batch * shape.length * shape.heads, shape.head_width + shape.state_width, s.dtype.itemsize
+        read = n * (2 * width * size + 4 + 2 * shape.state_width)  # q, k, b, c, and in fp32 the decay and Ds / 2 phases
+        written = n * 2 * width * size
+        for passes, moved in (("fwd", read + written), ("bwd", 2 * read + written)):
+            makes = {
+                name: partial(timed_augmentation, function, shape, s, passes == "bwd")
+                for name, function in (("extension", fused), ("chain", eager_chain))
+            }
+            for name, make in {**makes, "copy": partial(timed_copy, moved, s.device)}.items():
+                check = partial(extension_failure, shape, s) if name == "extension" else no_check
+                proofs, copied = "test_augment_cuda" if name == "extension" else "", name == "copy"
+                case = Case("augment", name, "clamped", label_of(shape), passes, make, check, proofs, baseline=copied)
+                cases.append(replace(case, work=1e-9 * moved, unit="GB/s", formula="inputs and results, each once"))
+        groups.append(cases)
+    return groups
+
+
 def no_check() -> str | None:
     """The check of what is made of stock ops alone."""
     return None
@@ -425,6 +471,7 @@ GROUPS = {
     "stock": stock_groups,
     "attention": attention_groups,
     "prologue": prologue_groups,
+    "augment": augmentation_groups,
     "model": model_groups,
     "tune": tune_groups,
 }

@@ -55,7 +55,7 @@ def test_dry_run_lists_every_section_path_and_bound(capsys):
     assert gpu.main(["--dry-run", "--sections", *gpu.SECTIONS]) == 0
     out = capsys.readouterr().out
     sections = {part.partition(":")[0]: part for part in out.partition("\n")[2].split("\n\n")}
-    assert list(sections) == list(gpu.SECTIONS) == ["build", "tests", "stock", "attention", "prologue", "model", "tune"]
+    assert list(sections) == list(gpu.SECTIONS) == ["build", "tests", "stock", "attention", "prologue", "augment", "model", "tune"]
     assert all("at most 8 minutes" in part for part in sections.values())
     assert "setup.py build_ext --inplace" in sections["build"]
     assert "-m sisa_kernels" in sections["build"]
@@ -74,6 +74,7 @@ def test_dry_run_lists_every_section_path_and_bound(capsys):
         assert bounds["cudnn"] == f"{bound_ms('plain', shape, h200, backward=passes != 'fwd'):.3f}"
     assert "compiled" in sections["prologue"]
     assert "eager" in sections["prologue"]
+    assert "extension" in sections["augment"]
     assert "8x2048 eager fwd+bwd: transformer-152m, sisa-152m-ds16" in sections["model"]
     assert sections["tune"].count("tuned") == 4
 
@@ -140,7 +141,7 @@ def test_a_broken_path_prints_no_number(run, path, call, name):
 @pytest.mark.parametrize("path", [p for p in ATTENTION if p.name not in ("cudnn", "efficient")], ids=lambda p: p.name)
 def test_the_paths_as_they_are_pass(path, half):
     """In bf16 where that is not the interpreter's; fp16 has no room for the exponents of the augmented operands."""
-    dtype = torch.bfloat16 if path.name in ("flash", "eager+sdpa") else torch.float16
+    dtype = torch.bfloat16 if path.name in ("flash", "flash table", "eager+sdpa") else torch.float16
     assert failure(path, (16, 16, 16), dtype if half else torch.float32, CPU, True) is None
 
 
@@ -213,7 +214,7 @@ def test_a_path_whose_test_failed_is_not_timed(run):
 
 
 def test_the_tests_that_gate_a_path_exist():
-    source = (ROOT / "tests" / "test_triton_attention.py").read_text()
+    source = "".join((ROOT / "tests" / f"test_{name}.py").read_text() for name in ("flash", "triton_attention"))
     names = [line.partition("(")[0][4:] for line in source.splitlines() if line.startswith("def test")]
     for path in ATTENTION:
         for pattern in path.proofs.split("|") if path.proofs else []:
@@ -275,7 +276,7 @@ def test_the_attention_section_end_to_end(run):
     assert row["commit"] == "abc"
 
 
-@pytest.mark.parametrize("section", ["stock", "prologue", "model"])
+@pytest.mark.parametrize("section", ["stock", "prologue", "augment", "model"])
 def test_the_other_sections(run, section, monkeypatch):
     groups = GROUPS[section](run.setting)
     monkeypatch.setitem(GROUPS, section, lambda _: groups[:1])  # the model's second group takes Inductor a minute
@@ -284,6 +285,7 @@ def test_the_other_sections(run, section, monkeypatch):
     assert {row["path"] for row in rows if row["status"] == "ok"} == {
         "stock": {"flash"},
         "prologue": {"compiled", "eager", "copy"},
+        "augment": {"extension", "chain", "copy"},
         "model": {"transformer-tiny", "sisa-tiny-ds16"},
     }[section]
     assert all(float(row["rate"]) >= 0 for row in rows if row["status"] == "ok")

@@ -65,13 +65,13 @@ def fault(
     mode: str = "exact", grouped: bool = False,
 ) -> str | None:  # fmt: skip
     """What is wrong with attention by ``attend(q .. lam)`` on a device, dtype, widths and mode; None: nothing. Checked once."""
-    inputs, dy = problem(device, dtype, H=4 if grouped else 2, Dh=Dh, Ds=Ds, Dv=Dv, decay=DECAY)
     try:
-        with torch.enable_grad(), torch.autocast(device.type, enabled=False):
-            found = results(attend, inputs, dy)
+        with torch.inference_mode(False), torch.enable_grad(), torch.autocast(device.type, enabled=False):
+            inputs, dy = problem(device, dtype, H=4 if grouped else 2, Dh=Dh, Ds=Ds, Dv=Dv, decay=DECAY)
+            found, right = results(attend, inputs, dy), oracle(inputs, dy, mode)
     except Exception as error:  # whatever keeps a kernel from compiling or launching there
         return f"it fails on {device}: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-    errors = dict(zip(("y", *NAMES), relative_errors(found, oracle(inputs, dy, mode))))
+    errors = dict(zip(("y", *NAMES), relative_errors(found, right)))
     wrong = {name: error for name, error in errors.items() if not error <= ALLOWED[dtype]}
     if not wrong:
         return None

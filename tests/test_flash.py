@@ -126,6 +126,17 @@ def test_a_wrong_kernel_is_out_for_the_process_and_said_once(monkeypatch):
     assert torch.equal(sk.sisa_attention(**inputs, backend="flash"), y), "and not said again: a warning here would be an error"
 
 
+@pytest.mark.parametrize("context", [torch.inference_mode, torch.no_grad, lambda: torch.autocast("cpu", torch.bfloat16)])
+def test_a_first_use_within(context):
+    """The check makes gradients of its own wherever it is met: a right path passes (a warning here would be an error)."""
+    selfcheck.fault.cache_clear()
+    inputs, _ = problem(L=64, Dh=24)
+    with context():
+        y = sk.sisa_attention(**inputs, backend="flash")
+    assert selfcheck.fault.cache_info().misses == 1
+    assert relative(y, sk.reference.sisa_attention(**in_fp64(inputs))) <= 5e-6
+
+
 class Recorder(TorchDispatchMode):
     """Names of the operators that run."""
 

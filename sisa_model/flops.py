@@ -1,5 +1,7 @@
 """What a training step computes, and the share of a device's peak that this is (model FLOP utilisation)."""
 
+from collections.abc import Iterable
+
 import torch
 
 from .config import ModelConfig
@@ -39,16 +41,19 @@ def forward_flops(config: ModelConfig, seq_len: int, *, causal: bool = True) -> 
     the seq_len^2 pairs, else all. Looking up the embedding is free. Not counted, as under 1 % of it: norms, softmax, RoPE, and
     SISA's decay, phase and rotation (about 20 d_state a head, against 4 seq_len head_dim of attention).
     """
+    layer = {"sisa": _attention_layer, "transformer": _attention_layer}[config.family]
+    pairs = seq_len / 2 if causal else seq_len
+    return 2 * (config.n_layers * layer(config, pairs) + config.d_model * config.vocab_size)
+
+
+def _attention_layer(config: ModelConfig, pairs: float) -> float:
+    """Multiplications a token of a layer of attention and SwiGLU, a token attending to ``pairs`` keys on average."""
     d, H, G, E, Ds = config.d_model, config.n_heads, config.n_kv_heads, config.head_dim, config.d_state
-    importance = config.family == "sisa" and config.lam != "zero"  # without one the layer is a Transformer's
     outputs, score = H * E + 2 * G * E, E
-    if importance:
+    if config.family == "sisa" and config.lam != "zero":  # without an importance term the layer is a Transformer's
         outputs += H * Ds + G * Ds + G * config.decay + G * Ds // 2 * config.rotation
         score += Ds
-    products = d * outputs + H * E * d + 3 * d * config.d_ff
-    pairs = seq_len / 2 if causal else seq_len
-    attention = pairs * H * (score + E)
-    return 2 * (config.n_layers * (products + attention) + d * config.vocab_size)
+    return d * outputs + pairs * H * (score + E) + H * E * d + 3 * d * config.d_ff
 
 
 def training_flops(config: ModelConfig, seq_len: int) -> float:
@@ -60,3 +65,9 @@ def peak_flops(device: torch.device) -> float | None:
     """Dense bf16 FLOP/s of ``device`` by its data sheet; None where none is known (any CPU, part of a GPU)."""
     sheet = DEVICE_NAMES.get(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
     return None if sheet is None else 1e12 * PEAK_TFLOPS[sheet]
+
+
+def utilisation(config: ModelConfig, shapes: Iterable[torch.Size], seconds: float, device: torch.device) -> float | None:
+    """Share of ``device``'s peak in a training step that took ``seconds`` for inputs of ``shapes`` [B, L]; None without a peak."""
+    peak = peak_flops(device)
+    return None if peak is None else sum(B * L * training_flops(config, L) for B, L in shapes) / seconds / peak

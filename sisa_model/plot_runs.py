@@ -31,7 +31,8 @@ POINTS = 300  # of a training curve: each the mean of as many steps as it takes
 class PlotConfig:
     """Draw runs of `sisa train` against each other: losses, learning rate, gradient norm, throughput, tasks, SISA's health.
 
-    Accuracies of RUN/eval.jsonl (rows of "step", "task", "accuracy") stand beside the paper's curves by step, dashed.
+    Accuracies of RUN/eval.jsonl (rows of "step", "task", "accuracy") are drawn too: those of a 152M model on niah and lambada
+    beside the paper's curves by step, dashed.
     """
 
     runs: tyro.conf.Positional[tuple[Path, ...]]
@@ -110,7 +111,8 @@ def panels(runs: list[RunRows]) -> dict[str, list[Line]]:
         for number, run in enumerate(runs):
             rows = sorted((row for row in run.evals if row["task"] == task), key=lambda row: row["step"])
             add(f"{task} accuracy, evaluated", _line(number, run.name, rows, "accuracy"))
-        for curve in paper.BY_STEP.get(task, ()):
+        comparable = any("-152m" in run.preset for run in runs)
+        for curve in paper.BY_STEP.get(task, ()) if comparable else ():
             points = np.array(list(curve.points.items()))
             add(f"{task} accuracy, evaluated", Line(-1, f"paper: {curve.name}", points[:, 0], points[:, 1] / 100))
     for field, title in HEALTH_PANELS.items():
@@ -153,8 +155,8 @@ def _draw(path: Path, runs: list[RunRows]) -> None:
         papers = [line.label for line in lines if line.run < 0]
         for line in lines:
             if line.run < 0:
-                shade = 0.75 * papers.index(line.label) / len(papers)
-                axis.plot(line.steps, line.values, color=str(shade), ls="--", lw=1, label=line.label)
+                marker = "os^v"[papers.index(line.label) % 4]
+                axis.plot(line.steps, line.values, color="0.45", ls="--", lw=1, marker=marker, ms=3, mfc="none", label=line.label)
                 continue
             color = COLORS[line.run % len(COLORS)]
             style = ("-", ":", "-.")[line.run // len(COLORS) % 3]

@@ -27,7 +27,7 @@ import sisa_kernels as sk
 from .checkpoint import load_state, make_folder_atomically, read_config, save, write_json, write_text
 from .config import ModelConfig
 from .data import Blocks, Encoder, load_corpus, ngram_losses
-from .flops import peak_flops, training_flops
+from .flops import utilisation
 from .generate import generate
 from .model import LanguageModel, count_parameters
 from .needle import IGNORE, TASKS, Sample, accuracy
@@ -439,11 +439,10 @@ class _Run:
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
         tokens, seconds = sum(x.numel() for x, _ in groups), time.perf_counter() - start
-        flops = sum(x.numel() * training_flops(self.model.config, x.shape[1]) for x, _ in groups)
-        peak, rate = peak_flops(self.device), tokens / seconds
+        rate, mfu = tokens / seconds, utilisation(self.model.config, [x.shape for x, _ in groups], seconds, self.device)
         row = {
             "step": self.step, "loss": losses[0], "lr": lr, "grad_norm": norm, "tokens": tokens, "tokens_per_s": round(rate, 1),
-            "mfu": None if peak is None else flops / seconds / peak, "peak_memory_mib": peak_memory_mib(self.device),
+            "mfu": mfu, "peak_memory_mib": peak_memory_mib(self.device),
         }  # fmt: skip
         self.log.add("train", {**row, **{f"{task}_loss": loss for task, loss in zip(self.config.tasks, losses[1:])}})
         bar.set_postfix(loss=f"{losses[0]:.3f}", val=f"{self.val_loss:.3f}", tokens_s=f"{rate:,.0f}", refresh=False)

@@ -84,7 +84,7 @@ def test_weights_and_biases_continues_the_run_it_began(tmp_path, wandb):
 
 def test_a_run_logs_its_speed_memory_and_health(tmp_path, monkeypatch):
     (tmp_path / "text.txt").write_text("the quick brown fox jumps over the lazy dog; " * 200)
-    monkeypatch.setattr("sisa_model.train.peak_flops", lambda device: 1e12)
+    monkeypatch.setattr("sisa_model.flops.peak_flops", lambda device: 1e12)
     settings = {"steps": 2, "seq_len": 64, "batch_size": 2, "sample_tokens": 0, "log": ("tensorboard",)}
     folder = train(TrainConfig(data=(tmp_path / "text.txt",), out=tmp_path / "run", **settings)).folder
     # Two layers of width 64, d_ff 229, two heads of 32 and 16; 32 earlier tokens on average; 257 outputs; 2 a MAC, 3 passes.

@@ -165,6 +165,7 @@ def test_plot_draws_what_the_runs_hold(tmp_path, monkeypatch):
     assert (ours.label, list(ours.steps), list(ours.values)) == (str(sisa), [1000, 2000], [0.1, 0.2])
     assert (transformer.run, transformer.label, transformer.values[0]) == (-1, "paper: Transformer", 0.035)
     assert (theirs.label, theirs.values[-1]) == ("paper: SISA d_s 32", 0.174)
+    assert len(real([plot_runs.RunRows("tiny", "sisa-tiny-ds16", [], [], evals)])["lambada accuracy, evaluated"]) == 1, "152M's"
     (lam,) = panels[f"lambda {band}"]
     assert (lam.low[-1], lam.values[-1], lam.high[-1]) == pytest.approx((0.0, 0.1, 0.2))
 

@@ -155,8 +155,8 @@ def _draw(path: Path, runs: list[RunRows]) -> None:
         papers = [line.label for line in lines if line.run < 0]
         for line in lines:
             if line.run < 0:
-                marker = "os^v"[papers.index(line.label) % 4]
-                axis.plot(line.steps, line.values, color="0.45", ls="--", lw=1, marker=marker, ms=3, mfc="none", label=line.label)
+                shape = "os^v"[papers.index(line.label) % 4]
+                axis.plot(line.steps, line.values, color="0.45", ls="--", lw=1, marker=shape, ms=3, mfc="none", label=line.label)
                 continue
             color = COLORS[line.run % len(COLORS)]
             style = ("-", ":", "-.")[line.run // len(COLORS) % 3]

@@ -22,6 +22,8 @@ from dataclasses import astuple, dataclass
 from functools import cache
 from typing import NamedTuple
 
+from sisa_model.flops import PEAK_TFLOPS
+
 BF16, FP32 = 2, 4
 LAM = 0.3133  # at initialisation: softplus(-1)
 TOLERANCE = 2.0**-8  # of a logit: the kernels' own in bf16 (triton_attention.default_horizon)
@@ -44,7 +46,8 @@ class Device:
 
 
 # NVIDIA's data sheets: A100 80GB SXM, H100 SXM, H200 SXM, HGX B200 (a GPU of it).
-DEVICES = {"A100": Device(312, 2.04), "H100": Device(989, 3.35), "H200": Device(989, 4.8), "B200": Device(2250, 8.0)}
+TERABYTES = {"A100": 2.04, "H100": 3.35, "H200": 4.8, "B200": 8.0}
+DEVICES = {name: Device(PEAK_TFLOPS[name], terabytes) for name, terabytes in TERABYTES.items()}
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,8 @@ from .checkpoint import write_json, write_text
 from .needle import TASKS
 from .plot import Rows, plot_compare
 from .presets import preset_config
-from .train import TrainConfig, read_rows, require_same_run, train
+from .runlog import read_rows
+from .train import TrainConfig, continue_run
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,12 +64,8 @@ def compare(config: CompareConfig) -> Path:
     for seed in config.seeds:
         for preset in config.presets:
             folder = config.out / f"{preset}-seed{seed}"
-            begun = (folder / "run.json").is_file()
-            identity: dict[str, Any] = {"preset": preset, "seed": seed, "out": folder, "resume": begun}
-            run = TrainConfig(tasks=tuple(TASKS), sample_tokens=0, **identity, **settings)
-            if begun and (folder / "final").is_dir():
-                require_same_run(run)
-            elif not train(run).finished:
+            identity: dict[str, Any] = {"preset": preset, "seed": seed, "out": folder}
+            if not continue_run(TrainConfig(tasks=tuple(TASKS), sample_tokens=0, **identity, **settings)):
                 print(f"stopped; continue the comparison with: sisa compare --out {config.out} --resume (and the same flags)")
                 return config.out
     folders = {preset: [config.out / f"{preset}-seed{seed}" for seed in config.seeds] for preset in config.presets}

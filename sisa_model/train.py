@@ -27,17 +27,26 @@ import sisa_kernels as sk
 from .checkpoint import load_state, make_folder_atomically, read_config, save, write_json, write_text
 from .config import ModelConfig
 from .data import Blocks, Encoder, load_corpus, ngram_losses
+from .flops import utilisation
 from .generate import generate
 from .model import LanguageModel, count_parameters
 from .needle import IGNORE, TASKS, Sample, accuracy
 from .plot import plot_health, plot_losses
 from .presets import preset_config
+from .runlog import RunLog, check_logs, peak_memory_mib, read_rows
 from .sisa import health
 
 # What the paper's presets train with (paper, section 4), and tiny's own: a few minutes on a laptop.
-_PAPER = {"steps": 9536, "batch_size": 256, "micro_batch_size": 8, "seq_len": 2048, "lr": 6e-4, "warmup_steps": 500}
+_PAPER = {
+    "steps": 9536, "batch_size": 256, "micro_batch_size": 8, "seq_len": 2048, "lr": 6e-4, "warmup_steps": 500,
+    "val_every": 1000, "save_every": 500,
+}  # fmt: skip
+_TINY = {
+    "steps": 1000, "batch_size": 16, "micro_batch_size": 32, "seq_len": 256, "lr": 3e-3, "warmup_steps": 40,
+    "val_every": 50, "save_every": 200,
+}  # fmt: skip
 DEFAULTS: dict[str, dict[str, Any]] = {
-    "tiny": {"steps": 1000, "batch_size": 16, "micro_batch_size": 32, "seq_len": 256, "lr": 3e-3, "warmup_steps": 40},
+    "tiny": _TINY,
     "50m": _PAPER,
     "152m": _PAPER,
     "369m": {**_PAPER, "lr": 3e-4},
@@ -96,11 +105,13 @@ class TrainConfig:
     """SISA's attention path; see `python -m sisa_kernels`."""
     tasks: tuple[str, ...] = ()
     """Retrieval tasks mixed into training and evaluated: needle, recall."""
-    val_every: int = 50
+    log: tuple[str, ...] = ()
+    """Where curves go beside the run folder's jsonl files: tensorboard (RUN/tensorboard), wandb (Weights & Biases)."""
+    val_every: int | None = None
     """Steps between evaluations on held-out data."""
     val_blocks: int = 64
     """Held-out blocks of an evaluation."""
-    save_every: int = 200
+    save_every: int | None = None
     """Steps between checkpoints; the two newest are kept."""
     sample_tokens: int = 200
     """Tokens of the sample written at the end; 0 for none."""
@@ -112,7 +123,7 @@ class TrainConfig:
     """Continue the run in --out, bit for bit on a CPU, with the settings it was begun with; a flag set otherwise is an error."""
 
 
-RESUME_MAY_CHANGE = {"device", "stop_at", "resume", "out"}  # all else would make it another run
+RESUME_MAY_CHANGE = {"device", "stop_at", "resume", "out", "log"}  # all else would make it another run
 
 
 def _absolute(config: TrainConfig) -> TrainConfig:
@@ -148,6 +159,7 @@ def resolve(config: TrainConfig) -> TrainConfig:
     for task in config.tasks:
         require("tasks", task in TASKS, f"among {', '.join(TASKS)}")
     require("tasks", len(set(config.tasks)) == len(config.tasks), "all different")
+    check_logs(config.log)
     require("seed", config.seed < 2**63, "below 2 ** 63")
     if config.tasks:
         require("seq_len", config.seq_len is not None and config.seq_len >= 64, "at least 64 with retrieval tasks")
@@ -228,29 +240,6 @@ def read_encoder(folder: Path) -> Encoder:
     return Encoder(read_run(folder)["train"].tokenizer)
 
 
-class RunLog:
-    """Append-only rows in RUN/train.jsonl and RUN/val.jsonl, flushed as they come."""
-
-    def __init__(self, folder: Path, from_step: int):
-        self.folder = folder
-        for name in ("train", "val"):
-            kept = [row for row in read_rows(folder / f"{name}.jsonl") if from_step > 0 and row["step"] <= from_step]
-            write_text(folder / f"{name}.jsonl", "".join(json.dumps(row) + "\n" for row in kept))
-
-    def add(self, name: str, row: dict[str, Any]) -> None:
-        with open(self.folder / f"{name}.jsonl", "a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
-
-
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    """Rows of a run's jsonl file; a last line cut short by a kill is dropped."""
-    rows = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
-        with contextlib.suppress(json.JSONDecodeError):
-            rows.append(json.loads(line))
-    return rows
-
-
 @dataclass
 class TrainResult:
     """How a run ended."""
@@ -276,6 +265,19 @@ def train(config: TrainConfig) -> TrainResult:
     return _Run(_resumed(config) if config.resume else resolve(config)).run()
 
 
+def continue_run(config: TrainConfig) -> bool:
+    """Begin the run in ``config.out``, resume it, or leave it if it is finished, whichever it needs; True once it is finished.
+
+    Raises as :func:`train` does, and ValueError for a field of ``config`` that is set, and set otherwise in a run that was begun.
+    """
+    assert config.out is not None
+    begun = (config.out / "run.json").is_file()
+    if begun and (config.out / "final").is_dir():
+        require_same_run(config)
+        return True
+    return train(dataclasses.replace(config, resume=begun)).finished
+
+
 def require_same_run(config: TrainConfig) -> dict[str, Any]:
     """The settings of the run in ``config.out``; ValueError for a field of ``config`` that is set, and set otherwise."""
     assert config.out is not None
@@ -298,7 +300,7 @@ def _resumed(config: TrainConfig) -> TrainConfig:
 def _from_json(field: dataclasses.Field, value: Any) -> Any:
     if field.name in ("data", "val_data"):
         return tuple(Path(x) for x in value)
-    if field.name == "tasks":
+    if field.name in ("tasks", "log"):
         return tuple(value)
     return Path(value) if field.name in ("tokenizer", "out") and value is not None else value
 
@@ -310,6 +312,7 @@ class _Run:
         self.config = config
         self.steps, self.seq_len = _resolved(config.steps), _resolved(config.seq_len)
         self.batch_size, self.micro_batch_size = _resolved(config.batch_size), _resolved(config.micro_batch_size)
+        self.val_every, self.save_every = _resolved(config.val_every), _resolved(config.save_every)
         self.device = find_device(config.device)
         if config.out is not None and config.out.exists() and not config.resume:
             raise FileExistsError(f"out {config.out} exists; choose another folder, or continue its run with --resume")
@@ -363,7 +366,7 @@ class _Run:
             corpus = {"split": self.split, "sha256": self.fingerprint}
             record = {"train": dataclasses.asdict(config), "model": model, "corpus": corpus, "versions": versions()}
             write_json(self.folder / "run.json", record)
-        self.log = RunLog(self.folder, self.step)
+        self.log = RunLog(self.folder, self.step, config.log)
         print(f"{config.preset}: {count_parameters(self.model):,} parameters on {self.device}, run folder {self.folder}")
         print(f"{len(self.train_tokens):,} training and {len(self.val_tokens):,} held-out tokens ({self.split})")
         last = min(self.steps, config.stop_at or self.steps)
@@ -372,15 +375,16 @@ class _Run:
                 self._evaluate()
             while self.step < last and not self.stop:
                 self._train_step(bar)
-                if self.step % config.val_every == 0 or self.step == self.steps:
+                if self.step % self.val_every == 0 or self.step == self.steps:
                     self._evaluate()
-                if self.step % config.save_every == 0:
+                if self.step % self.save_every == 0:
                     self._save_checkpoint()
             signal_again(signal.SIG_IGN)  # nothing interrupts the last save
             self._save_checkpoint()
             finished = self.step == self.steps
             if finished and not (self.folder / "final").exists():
                 make_folder_atomically(self.folder / "final", lambda folder: save(self.model, folder))
+        self.log.close()
         self._draw(unigram, bigram)
         if finished:
             self._write_sample()
@@ -434,9 +438,12 @@ class _Run:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
-        tokens = sum(x.numel() for x, _ in groups)
-        rate = tokens / (time.perf_counter() - start)
-        row = {"step": self.step, "loss": losses[0], "lr": lr, "grad_norm": norm, "tokens": tokens, "tokens_per_s": round(rate, 1)}
+        tokens, seconds = sum(x.numel() for x, _ in groups), time.perf_counter() - start
+        rate, mfu = tokens / seconds, utilisation(self.model.config, [x.shape for x, _ in groups], seconds, self.device)
+        row = {
+            "step": self.step, "loss": losses[0], "lr": lr, "grad_norm": norm, "tokens": tokens, "tokens_per_s": round(rate, 1),
+            "mfu": mfu, "peak_memory_mib": peak_memory_mib(self.device),
+        }  # fmt: skip
         self.log.add("train", {**row, **{f"{task}_loss": loss for task, loss in zip(self.config.tasks, losses[1:])}})
         bar.set_postfix(loss=f"{losses[0]:.3f}", val=f"{self.val_loss:.3f}", tokens_s=f"{rate:,.0f}", refresh=False)
         bar.update()

@@ -7,7 +7,7 @@ import pytest
 import sisa_model as sm
 from sisa_model.cli import main
 from sisa_model.compare import CompareConfig, compare
-from sisa_model.train import read_rows
+from sisa_model.runlog import read_rows
 
 
 @pytest.fixture
@@ -36,7 +36,7 @@ def test_compare_trains_alike_and_reports(small, capsys, monkeypatch):
 
     with pytest.raises(FileExistsError, match="continue its comparison with --resume"):
         compare(CompareConfig(**small))
-    monkeypatch.setattr("sisa_model.compare.train", None)  # finished runs are not trained again
+    monkeypatch.setattr("sisa_model.train.train", None)  # finished runs are not trained again
     compare(CompareConfig(**small, resume=True))
     with pytest.raises(ValueError, match=r"steps must stay 4, as the run in .* has it, got 9"):
         compare(CompareConfig(**{**small, "steps": 9}, resume=True))
@@ -66,7 +66,7 @@ def test_info_lists_every_preset(capsys):
     assert "d_model            512" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("command", ["train", "compare", "generate", "info"])
+@pytest.mark.parametrize("command", ["train", "compare", "study", "plot", "generate", "info"])
 def test_help_explains_every_flag(command, capsys):
     with pytest.raises(SystemExit) as done:
         main([command, "--help"])

@@ -21,7 +21,8 @@ import sisa_model as sm
 from sisa_model.checkpoint import make_folder_atomically, write_atomically
 from sisa_model.cli import main
 from sisa_model.presets import preset_config
-from sisa_model.train import TrainConfig, learning_rate, make_optimizer, read_rows, resolve, train
+from sisa_model.runlog import read_rows
+from sisa_model.train import TrainConfig, learning_rate, make_optimizer, resolve, train
 
 COMMAND = [sys.executable, "-c", "import sys; from sisa_model.cli import main; sys.exit(main(sys.argv[1:]))"]
 
@@ -107,7 +108,7 @@ def test_a_run_folder_holds_the_whole_record(corpus, tmp_path, capsys):
     assert {"sisa", "commit", "torch", "python"} <= record["versions"].keys()
     assert "held out" in record["corpus"]["split"]
     row = read_rows(result.folder / "train.jsonl")[-1]
-    assert {"step", "loss", "lr", "grad_norm", "tokens", "tokens_per_s", "needle_loss"} <= row.keys()
+    assert {"step", "loss", "lr", "grad_norm", "tokens", "tokens_per_s", "mfu", "peak_memory_mib", "needle_loss"} <= row.keys()
     val = read_rows(result.folder / "val.jsonl")
     assert [row["step"] for row in val] == [0, 3, 6]
     assert {"lam", "half_life", "g_range", "clamped"} <= val[-1]["layers"][1].keys()
@@ -130,7 +131,7 @@ CHANGES = {
 # What changes no weight is tested by name elsewhere in this file or in test_data.py.
 ELSEWHERE = {
     "data", "val_data", "tokenizer", "out", "mode", "val_every", "val_blocks", "save_every", "sample_tokens", "device", "stop_at",
-    "resume",
+    "resume", "log",
 }  # fmt: skip
 
 
@@ -175,6 +176,7 @@ def test_paper_presets_train_with_the_papers_settings(preset, lr):
     c = resolve(TrainConfig(preset=preset))
     assert (c.steps, c.batch_size * c.seq_len, c.seq_len, c.lr, c.warmup_steps) == (9536, 524_288, 2048, lr, 500)
     assert (c.beta1, c.beta2, c.weight_decay, c.clip, c.lambda_lr_scale) == (0.9, 0.95, 0.1, 1.0, 0.1)
+    assert (c.val_every, c.save_every) == (1000, 500)
     assert preset_config(preset).vocab_size == 50277
 
 

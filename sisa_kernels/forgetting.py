@@ -12,7 +12,6 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention.bias import causal_lower_right
 
 from . import sdpa
 from .augment import cumulative_decay, no_second_derivative, refuse_forward_mode, work_dtype
@@ -107,11 +106,17 @@ def half_document(q: Tensor, k: Tensor, v: Tensor, log_forget: Tensor) -> Tensor
             rest = (rest - parts[-1]).detach()
             parts.append(rest.to(q.dtype))
         key = _padded(torch.cat((k[:, :end], *parts), 3), width).transpose(1, 2)
-        # SDPA's own is_causal aligns the first query with the first key.
-        causal = {"attn_mask": causal_lower_right(end - start, end)} if start else {"is_causal": True}
+        causal = {"attn_mask": _lower_right(end - start, end)} if start else {"is_causal": True}
         rows = query[:, :, start:end], key, value[:, :, :end]
         pieces.append(F.scaled_dot_product_attention(*rows, scale=Dh**-0.5, enable_gqa=H != G, **causal))
     return torch.cat(pieces, 2)[..., :Dv].transpose(1, 2)
+
+
+def _lower_right(queries: int, keys: int) -> Tensor:
+    """The causal mask that aligns the last query with the last key, where SDPA's is_causal aligns the first ones."""
+    from torch.nn.attention.bias import causal_lower_right  # here: it loads TorchDynamo, 4 seconds
+
+    return causal_lower_right(queries, keys)
 
 
 def _padded(x: Tensor, width: int) -> Tensor:

@@ -78,9 +78,9 @@ def test_exact(L, decay):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("decay", [-6.0, -4.0, -1.0, 1.0])
+@pytest.mark.parametrize("decay", [-6.0, -1.0, 1.0])
 def test_exact_at_length(decay):
-    check_exact(*problem(L=6144, decay=decay))
+    check_exact(*problem(L=6144, H=1, decay=decay))
 
 
 @pytest.mark.parametrize("decay", [-4.0, 1.0])
@@ -124,7 +124,7 @@ def test_autocast_does_not_reach_inside():
 
 @pytest.mark.parametrize("decay", [-3.0, 6.0])
 def test_fp64_and_its_gradcheck(decay):
-    inputs, _ = problem(L=20, H=2, G=1, Dh=4, Dv=12, decay=decay, dtype=torch.float64)
+    inputs, _ = problem(L=12, H=2, G=1, Dh=4, Dv=6, decay=decay, dtype=torch.float64)
     expected = sk.reference.forgetting_attention(**inputs)
     torch.testing.assert_close(sk.forgetting_attention(**inputs), expected, rtol=1e-11, atol=1e-11)
     assert torch.autograd.gradcheck(sk.forgetting_attention, tuple(inputs.values()), nondet_tol=1e-12)

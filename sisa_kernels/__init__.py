@@ -3,6 +3,7 @@
 from . import reference
 from .attention import backends, sisa_attention
 from .augment import augment_qk
+from .forgetting import alibi_slopes, forgetting_attention
 from .version import __version__
 
-__all__ = ["__version__", "augment_qk", "backends", "reference", "sisa_attention"]
+__all__ = ["__version__", "alibi_slopes", "augment_qk", "backends", "forgetting_attention", "reference", "sisa_attention"]

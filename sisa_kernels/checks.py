@@ -58,6 +58,37 @@ def check_documents(cu_seqlens: Tensor | None, q: Tensor) -> None:
             raise ValueError(f"cu_seqlens must rise strictly from 0 to the length {L}, got {bounds}")
 
 
+def check_queries(q: Tensor, k: Tensor) -> tuple[torch.dtype, ...]:
+    """Check q [B, L, H, Dh] and k's rank and heads; returns the dtypes that the fp32 inputs beside them may have."""
+    if not isinstance(q, Tensor):
+        raise TypeError(f"q must be a torch.Tensor, got {type(q).__name__}")
+    if q.ndim != 4 or 0 in q.shape:
+        raise ValueError(f"q must be [batch, length, heads, channels] with every size >= 1, got {list(q.shape)}")
+    if q.dtype not in DTYPES:
+        raise TypeError(f"q must be one of {', '.join(map(str, DTYPES))}, got {q.dtype}")
+    if not isinstance(k, Tensor) or k.ndim != 4:
+        raise ValueError(f"k must be a 4-d tensor [batch, length, key heads, channels], got {_given(k)}")
+    H, G = q.shape[2], k.shape[2]
+    if G == 0 or H % G:
+        raise ValueError(f"the number of key heads must divide the number of query heads, got k with {G} heads and q with {H}")
+    return (torch.float32, torch.float64) if q.dtype == torch.float64 else (torch.float32,)
+
+
+def check_values(v: Tensor, k: Tensor) -> None:
+    """Check v [B, L, G, Dv] beside keys that are checked already."""
+    if not isinstance(v, Tensor) or v.ndim != 4 or v.shape[3] == 0:
+        raise ValueError(f"v must be [batch, length, key heads, Dv] with Dv >= 1, got {_given(v)}")
+    check_tensor("v", v, (*k.shape[:3], v.shape[3]), (k.dtype,), k.device)
+
+
+def check_log(name: str, x: Tensor, meaning: str) -> None:
+    """Refuse a log of a factor above 1 (or NaN) in a CPU tensor; on a GPU the check would stall the device."""
+    if x.device.type == "cpu" and not torch.compiler.is_compiling():
+        worst = x.detach().max().item()
+        if not worst <= 0:
+            raise ValueError(f"{name} must be <= 0 everywhere (log of a {meaning} in (0, 1]), got a maximum of {worst:g}")
+
+
 def check_operands(
     q: Tensor, k: Tensor, b: Tensor, c: Tensor, log_decay: Tensor, theta: Tensor, lam: Tensor, rotary: Rotary | None
 ) -> None:
@@ -66,22 +97,11 @@ def check_operands(
     The two checks of values, ``log_decay <= 0`` and ``lam > 0``, run for CPU tensors; on a GPU they would stall the
     device, and are the caller's duty.
     """
-    if not isinstance(q, Tensor):
-        raise TypeError(f"q must be a torch.Tensor, got {type(q).__name__}")
-    if q.ndim != 4 or 0 in q.shape:
-        raise ValueError(f"q must be [batch, length, heads, channels] with every size >= 1, got {list(q.shape)}")
-    if q.dtype not in DTYPES:
-        raise TypeError(f"q must be one of {', '.join(map(str, DTYPES))}, got {q.dtype}")
-    B, L, H, Dh = q.shape
-    if not isinstance(k, Tensor) or k.ndim != 4:
-        raise ValueError(f"k must be a 4-d tensor [batch, length, key heads, channels], got {_given(k)}")
-    G = k.shape[2]
-    if G == 0 or H % G:
-        raise ValueError(f"the number of key heads must divide the number of query heads, got k with {G} heads and q with {H}")
+    wide = check_queries(q, k)
+    (B, L, H, Dh), G = q.shape, k.shape[2]
     if not isinstance(b, Tensor) or b.ndim != 4 or b.shape[3] < 2 or b.shape[3] % 2:
         raise ValueError(f"b must be [batch, length, key heads, Ds] with Ds even and >= 2, got {_given(b)}")
     Ds = b.shape[3]
-    wide = (torch.float32, torch.float64) if q.dtype == torch.float64 else (torch.float32,)
     check_tensor("k", k, (B, L, G, Dh), (q.dtype,), q.device)
     check_tensor("b", b, (B, L, G, Ds), (q.dtype,), q.device)
     check_tensor("c", c, (B, L, H, Ds), (q.dtype,), q.device)
@@ -89,10 +109,8 @@ def check_operands(
     check_tensor("theta", theta, (B, L, G, Ds // 2), wide, q.device)
     check_tensor("lam", lam, (H,), wide, q.device)
     check_rotary(rotary, q, wide)
+    check_log("log_decay", log_decay, "decay")
     if q.device.type == "cpu" and not torch.compiler.is_compiling():
-        worst = log_decay.detach().max().item()
-        if not worst <= 0:
-            raise ValueError(f"log_decay must be <= 0 everywhere (log of a decay in (0, 1]), got a maximum of {worst:g}")
         least, most = (x.item() for x in lam.detach().aminmax())
         if not 0 < least <= most < math.inf:
             raise ValueError(f"lam must be finite and > 0 for every head, got {lam.detach().tolist()}")
@@ -103,8 +121,17 @@ def check_attention(q, k, v, b, c, log_decay, theta, lam, rotary, mode, cu_seqle
     if mode not in MODES:
         raise ValueError(f"mode must be one of {', '.join(MODES)}, got {mode!r}")
     check_operands(q, k, b, c, log_decay, theta, lam, rotary)
-    if not isinstance(v, Tensor) or v.ndim != 4 or v.shape[3] == 0:
-        raise ValueError(f"v must be [batch, length, key heads, Dv] with Dv >= 1, got {_given(v)}")
-    B, L = q.shape[:2]
-    check_tensor("v", v, (B, L, k.shape[2], v.shape[3]), (q.dtype,), q.device)
+    check_values(v, k)
+    check_documents(cu_seqlens, q)
+
+
+def check_forgetting(q, k, v, log_forget, rotary, cu_seqlens) -> None:
+    """Check every argument of :func:`sisa_kernels.forgetting_attention`."""
+    wide = check_queries(q, k)
+    B, L, H, Dh = q.shape
+    check_tensor("k", k, (B, L, k.shape[2], Dh), (q.dtype,), q.device)
+    check_values(v, k)
+    check_tensor("log_forget", log_forget, (B, L, H), wide, q.device)
+    check_rotary(rotary, q, wide)
+    check_log("log_forget", log_forget, "forget gate")
     check_documents(cu_seqlens, q)

@@ -1,4 +1,4 @@
-"""The oracle: SISA attention (arXiv 2606.02332, Eq. 2) written densely in fp64, with no trick of numerics or speed.
+"""The oracles: SISA attention (arXiv 2606.02332, Eq. 2) and its rival's, densely in fp64, with no trick of numerics or speed.
 
 Every other path of this package is measured against this file, and this file is checked by ``torch.autograd.gradcheck``.
 """
@@ -9,7 +9,7 @@ from itertools import repeat, starmap
 import torch
 from torch import Tensor
 
-from .checks import Rotary, check_attention
+from .checks import Rotary, check_attention, check_forgetting
 
 CLAMP = 11.0  # the authors' bound on the exponent g - c
 LOWEST_LOG_DECAY = -1e3  # exp of it is 0 in fp64: a bound that changes nothing, but keeps the digits of the running sum
@@ -60,5 +60,35 @@ def _document(q, k, v, b, c, log_decay, theta, lam: Tensor, mode: str) -> Tensor
     decay = (g[..., :, None] - g[..., None, :]).masked_fill(~causal, -math.inf).exp()
     score = torch.einsum("bihd,bjhd->bhij", q, k) / math.sqrt(Dh)
     score = score + lam[:, None, None] * decay * torch.einsum("bihd,bjhd->bhij", c, b)
+    weight = score.masked_fill(~causal, -math.inf).softmax(-1)
+    return torch.einsum("bhij,bjhd->bihd", weight, v)
+
+
+def forgetting_attention(
+    q: Tensor, k: Tensor, v: Tensor, log_forget: Tensor, *, rotary: Rotary | None = None, cu_seqlens: Tensor | None = None
+) -> Tensor:
+    """Forgetting attention (arXiv 2503.02130, section 3), O(L^2) memory, computed in fp64 whatever comes in.
+
+    ``s_ij = q_i.k_j / sqrt(Dh) + F_i - F_j`` for i >= j, ``y_i = sum_j softmax_j(s_ij) v_j``, with F the running sum of
+    ``log_forget``. Arguments, shapes and errors are those of :func:`sisa_kernels.forgetting_attention`; returns y [B, L, H, Dv] in
+    q's dtype.
+    """
+    check_forgetting(q, k, v, log_forget, rotary, cu_seqlens)
+    dtype = q.dtype
+    q, k, v, log_forget = (x.double() for x in (q, k, v, log_forget))
+    if rotary is not None:
+        cos, sin = (table.double()[:, None] for table in rotary)
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+    lengths = [q.shape[1]] if cu_seqlens is None else cu_seqlens.diff().tolist()
+    documents = zip(*(x.split(lengths, 1) for x in (q, k, v, log_forget)))
+    return torch.cat(list(starmap(_forgetting_document, documents)), 1).to(dtype)
+
+
+def _forgetting_document(q: Tensor, k: Tensor, v: Tensor, log_forget: Tensor) -> Tensor:
+    L, H, Dh = q.shape[1:]
+    F = log_forget.clamp(min=LOWEST_LOG_DECAY).cumsum(1).transpose(1, 2)
+    k, v = (x.repeat_interleave(H // k.shape[2], 2) for x in (k, v))
+    causal = torch.ones(L, L, dtype=torch.bool, device=q.device).tril()
+    score = torch.einsum("bihd,bjhd->bhij", q, k) / math.sqrt(Dh) + F[..., :, None] - F[..., None, :]
     weight = score.masked_fill(~causal, -math.inf).softmax(-1)
     return torch.einsum("bhij,bjhd->bihd", weight, v)

@@ -75,6 +75,13 @@ def attend_backward(
     return dq, torch.einsum("bgrij,bigrw->bjgw", dscore, q), torch.einsum("bgrij,bigrw->bjgw", weight, dout)
 
 
+def merge(part: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """The attention over two sets of keys from that over each, all as :func:`attend` returns it."""
+    total = torch.logaddexp(part[1], other[1])
+    share, share_other = ((lse - total).exp().transpose(1, 2)[..., None] for lse in (part[1], other[1]))
+    return part[0] * share + other[0] * share_other, total
+
+
 def _dense_score(q: Tensor, k: Tensor, causal: bool, scale: float) -> Tensor:
     score = torch.einsum("bigrw,bjgw->bgrij", q.unflatten(2, (k.shape[2], -1)), k) * scale
     if causal:
@@ -132,14 +139,11 @@ def sdpa_exact(
     lse = torch.empty(q.shape[0], q.shape[2], q.shape[1], dtype=q_aug.dtype, device=q.device)
     for start, end, past, _, scale_q in _chunks(k_aug, g, middle, bounds, importance):
         chunk = slice(start, end)
-        out, merged = attend(q_aug[:, chunk], k_aug[:, chunk], value[:, chunk], True, scale)
+        part = attend(q_aug[:, chunk], k_aug[:, chunk], value[:, chunk], True, scale)
         if start:
             q_past = _scaled(q_aug[:, chunk], scale_q, importance)
-            out_past, lse_past = attend(q_past, past, value[:, :start], False, scale)
-            total = torch.logaddexp(merged, lse_past)
-            share, share_past = ((part - total).exp().transpose(1, 2)[..., None] for part in (merged, lse_past))
-            out, merged = out * share + out_past * share_past, total
-        y[:, chunk], lse[..., chunk] = out[..., :Dv], merged
+            part = merge(part, attend(q_past, past, value[:, :start], False, scale))
+        y[:, chunk], lse[..., chunk] = part[0][..., :Dv], part[1]
     return y, lse
 
 

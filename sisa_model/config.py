@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from sisa_kernels.attention import BACKENDS
 from sisa_kernels.checks import MODES
 
-FAMILIES = ("sisa", "transformer")
+FAMILIES = ("sisa", "transformer", "fox", "alibi")
 LAMBDAS = ("per-head", "shared", "zero")
 
 
@@ -18,7 +18,7 @@ class ModelConfig:
     """
 
     family: str
-    """ "sisa" or "transformer": the attention of every layer."""
+    """ "sisa", "transformer", "fox" or "alibi": the attention of every layer."""
     d_model: int
     """Width of the residual stream."""
     n_heads: int
@@ -32,7 +32,7 @@ class ModelConfig:
     max_seq_len: int
     """Longest sequence the model accepts."""
     d_state: int = 0
-    """Width of the importance channel a head (even); 0 for a Transformer, which has none."""
+    """Width of the importance channel a head (even); 0 for every family but "sisa", which have none."""
     n_kv_heads: int = 0
     """Key/value heads, shared by equal groups of query heads; 0: as many as query heads."""
     d_ff: int = 0
@@ -69,12 +69,11 @@ class ModelConfig:
         require("lam", self.lam in LAMBDAS, f"one of {', '.join(LAMBDAS)}")
         require("mode", self.mode in MODES, f"one of {', '.join(MODES)}")
         require("backend", self.backend in BACKENDS, f"one of {', '.join(BACKENDS)}")
-        if self.family == "transformer":
+        if self.family != "sisa":
+            model = f"{'an' if self.family == 'alibi' else 'a'} {self.family}"
             for field, default in {"d_state": 0, "decay": True, "rotation": True, "lam": "per-head", "mode": "exact"}.items():
-                require(
-                    field, getattr(self, field) == default, f"left at {default!r} for a transformer, which has no importance term"
-                )
-            require("backend", self.backend == "auto", "left at 'auto' for a transformer, which runs on stock attention")
+                require(field, getattr(self, field) == default, f"left at {default!r} for {model}, which has no importance term")
+            require("backend", self.backend == "auto", f"left at 'auto' for {model}, which runs on stock attention")
         else:
             if self.lam == "zero":
                 require("mode", self.mode == "exact", "left at 'exact' with lam 'zero', which has no importance term")
@@ -98,8 +97,12 @@ def importance_parameters(config: ModelConfig) -> int:
     return d * G * Ds + d * H * Ds + (d * G + G) + d * G * Ds // 2 + H
 
 
+def forget_parameters(config: ModelConfig) -> int:
+    """Parameters a layer of FoX's forget gate: w_f and b_f (arXiv 2503.02130, section 3)."""
+    return (config.d_model + 1) * config.n_heads
+
+
 def matched_d_ff(config: ModelConfig) -> int:
     """The SwiGLU width that brings a layer closest to the Transformer's parameters; controls keep the full model's width."""
-    if config.family == "transformer":
-        return config.d_ff_transformer
-    return config.d_ff_transformer - round(importance_parameters(config) / (3 * config.d_model))
+    extra = {"sisa": importance_parameters, "fox": forget_parameters}.get(config.family, lambda _: 0)(config)
+    return config.d_ff_transformer - round(extra / (3 * config.d_model))

@@ -1,5 +1,6 @@
 """The language model: embedding, layers, tied output; and build(), which makes one from a preset."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,8 +12,13 @@ from sisa_kernels.checks import check_documents
 from .config import ModelConfig
 from .layers import Context, Layer, PackedLinear, rotary_tables
 from .presets import preset_config
+from .rivals import AlibiAttention, ForgettingAttention
 from .sisa import SisaAttention
 from .transformer import TransformerAttention
+
+ATTENTION: dict[str, Callable[[ModelConfig], nn.Module]] = {
+    "sisa": SisaAttention, "transformer": TransformerAttention, "fox": ForgettingAttention, "alibi": AlibiAttention
+}  # fmt: skip
 
 
 class LanguageModel(nn.Module):
@@ -28,21 +34,21 @@ class LanguageModel(nn.Module):
         self.config = config
         self.embed = nn.Embedding(config.vocab_size, config.d_model)
         # With lambda = 0 the importance term is gone, and with it every parameter it had: a Transformer of SISA's d_ff.
-        attention = SisaAttention if config.family == "sisa" and config.lam != "zero" else TransformerAttention
-        self.layers = nn.ModuleList(Layer(attention(config), config.d_model, config.d_ff) for _ in range(config.n_layers))
+        family = "transformer" if config.lam == "zero" else config.family
+        self.layers = nn.ModuleList(Layer(ATTENTION[family](config), config.d_model, config.d_ff) for _ in range(config.n_layers))
         self.final_norm = nn.RMSNorm(config.d_model, eps=1e-6)
         self.reset_parameters()
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Draw the initial values: std ``init_std`` for every matrix and the embedding, and SISA's own (paper, section 4)."""
+        """Draw the initial values: std ``init_std`` for every matrix and the embedding, and a family's own (paper, section 4)."""
         for module in self.modules():
             if isinstance(module, (nn.Embedding, nn.Linear, PackedLinear)):
                 nn.init.normal_(module.weight, std=self.config.init_std)
             elif isinstance(module, nn.RMSNorm):
                 nn.init.ones_(module.weight)
         for module in self.modules():
-            if isinstance(module, SisaAttention):
+            if isinstance(module, (SisaAttention, ForgettingAttention)):
                 module.reset_parameters()
 
     def forward(self, input_ids: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:

@@ -40,6 +40,8 @@ def _table() -> dict[str, dict[str, Any]]:
         table[f"transformer-{scale}"] = {"family": "transformer", **sizes}
         # SISA's narrower SwiGLU without the importance term that pays for it.
         table[f"transformer-{scale}-reduced"] = {"family": "transformer", **sizes, "d_ff": ModelConfig(**sisa).d_ff}
+        for rival in ("fox", "alibi"):
+            table[f"{rival}-{scale}"] = {"family": rival, **sizes}
     return table
 
 

@@ -13,12 +13,18 @@ from sisa_model.config import ModelConfig
 from sisa_model.layers import linear
 from sisa_model.model import LanguageModel
 
-# The paper's tables: preset -> (parameters, d_ff).
+# The paper's tables, and the rivals' own: preset -> (parameters, d_ff).
 COUNTS = {
     "transformer-50m": (50_914_304, 2048),
     "transformer-152m": (151_878_144, 3072),
     "transformer-369m": (369_252_352, 2944),
     "transformer-152m-reduced": (142_920_192, 2748),
+    "fox-50m": (50_911_280, 2045),
+    "fox-152m": (151_878_288, 3068),
+    "fox-369m": (369_277_312, 2939),
+    "alibi-50m": (50_914_304, 2048),
+    "alibi-152m": (151_878_144, 3072),
+    "alibi-369m": (369_252_352, 2944),
     "sisa-50m-ds16": (None, 1939),
     "sisa-50m-ds32": (50_914_400, 1832),
     "sisa-50m-ds64": (None, 1619),
@@ -55,16 +61,19 @@ def test_parameter_counts(preset):
 
 
 @pytest.mark.parametrize("scale", ["tiny", "50m", "152m", "369m"])
-def test_a_sisa_layer_is_as_close_to_the_transformer_as_an_integer_d_ff_allows(scale):
+def test_a_layer_is_as_close_to_the_transformer_as_an_integer_d_ff_allows(scale):
     with torch.device("meta"):
         target = sum(p.numel() for p in sm.build(f"transformer-{scale}").layers[0].parameters())
-        for d_state in (16, 32, 64, 128):
-            model = sm.build(f"sisa-{scale}-ds{d_state}")
+        for preset in (*(f"sisa-{scale}-ds{d_state}" for d_state in (16, 32, 64, 128)), f"fox-{scale}", f"alibi-{scale}"):
+            model = sm.build(preset)
             difference = sum(p.numel() for p in model.layers[0].parameters()) - target
             assert abs(difference) <= 3 * model.config.d_model / 2
 
 
-@pytest.mark.parametrize("preset", ["sisa-tiny-ds16", "transformer-tiny"])
+FAMILIES = ["sisa-tiny-ds16", "transformer-tiny", "fox-tiny", "alibi-tiny"]
+
+
+@pytest.mark.parametrize("preset", FAMILIES)
 def test_packed_documents_do_not_see_each_other(preset):
     model, ids = tiny(preset, n_layers=2), tokens(1, 60)
     packed = model(ids, torch.tensor([0, 1, 23, 60], dtype=torch.int32))
@@ -161,6 +170,10 @@ def test_max_seq_len_bounds_the_input():
         ("transformer-tiny", {"mode": "clamped"}, "mode must be left at 'exact' for a transformer"),
         ("sisa-tiny-ds32-lambda0", {"mode": "clamped"}, "mode must be left at 'exact' with lam 'zero'"),
         ("transformer-tiny", {"backend": "sdpa"}, "backend must be left at 'auto' for a transformer"),
+        ("fox-tiny", {"d_state": 16}, "d_state must be left at 0 for a fox, which has no importance term, got 16"),
+        ("fox-tiny", {"decay": False}, "decay must be left at True for a fox"),
+        ("alibi-tiny", {"lam": "zero"}, "lam must be left at 'per-head' for an alibi"),
+        ("alibi-tiny", {"backend": "triton"}, "backend must be left at 'auto' for an alibi"),
     ],
 )
 def test_bad_configurations_are_named(preset, overrides, message):
@@ -199,7 +212,7 @@ def test_causal_end_to_end():
     torch.testing.assert_close(model(ids)[:, :25], model(changed)[:, :25], rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("preset", ["sisa-tiny-ds16", "transformer-tiny"])
+@pytest.mark.parametrize("preset", FAMILIES)
 def test_packed_projections_are_the_separate_ones(preset):
     """The state dict names every matrix by itself, and each acts as a plain linear layer of its own."""
     model = tiny(preset)
@@ -239,7 +252,7 @@ def test_meta_model_can_be_materialised():
     assert torch.equal(model(tokens()), plain(tokens()))
 
 
-@pytest.mark.parametrize("preset", ["sisa-tiny-ds16", "sisa-tiny-ds32-bilinear", "transformer-tiny"])
+@pytest.mark.parametrize("preset", [*FAMILIES, "sisa-tiny-ds32-bilinear"])
 def test_save_and_load(tmp_path, preset):
     model = tiny(preset, n_kv_heads=1)
     sm.save(model, tmp_path / "model")
@@ -326,7 +339,7 @@ def test_model_is_a_plain_module():
     assert isinstance(tiny(), torch.nn.Module)
 
 
-@pytest.mark.parametrize("preset", ["sisa-tiny-ds16", "transformer-tiny"])
+@pytest.mark.parametrize("preset", ["sisa-tiny-ds16", "transformer-tiny", "fox-tiny"])
 def test_models_compile_whole(preset):
     """torch.compile(fullgraph=True) gives the eager loss and gradients."""
     torch._dynamo.reset()

@@ -1,0 +1,223 @@
+"""Forgetting attention, the additive score bias of FoX and ALiBi, exact at any length and decay on stock attention kernels.
+
+``s_ij = q_i.k_j / sqrt(Dh) + g_i - g_j``. The softmax of a row forgets a constant of the row, so that ``ref - g_j`` does, on the
+keys alone: a channel for each query head of the key's group, against a constant in the query. A bias is rounded in proportion to
+its size; hence queries are cut into chunks over which g falls by at most ``sdpa.MAX_RANGE``, ref in the middle of a chunk's range.
+The keys that a chunk can see have small biases, old keys large negative ones whose rounding nothing sees; nothing overflows.
+The Triton kernel could add g_i - g_j to its fp32 scores as it multiplies by the decay; that is not built.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import sdpa
+from .augment import cumulative_decay, no_second_derivative, refuse_forward_mode, work_dtype
+from .checks import Rotary, check_forgetting
+from .reference import rotate
+
+HALF_CHUNK = 2048  # queries a call in half precision: over them g falls by less than 2^14 unless its mean step passes -8
+HALF_UNIT = 256.0  # the query's constant there: keeps a bias of 10^6 within fp16
+HALF_PARTS = 3  # bf16 numbers that together hold a bias to fp32
+
+
+def alibi_slopes(heads: int, device: torch.device | str | None = None) -> Tensor:
+    """ALiBi's slopes (arXiv 2108.12409, section 3), [heads] fp32: ``log_forget = -slopes`` at every token is ALiBi.
+
+    For a power of two of heads ``2^(-8h/heads)``, h = 1 .. heads; for other numbers those of the power of two below, then every
+    other one of twice that power's. Raises ValueError for less than one head.
+    """
+    if heads < 1:
+        raise ValueError(f"heads must be at least 1, got {heads}")
+    power = 2 ** (heads.bit_length() - 1)
+    steps = torch.arange(1, power + 1, device=device) * (8 / power)
+    between = (2 * torch.arange(heads - power, device=device) + 1) * (4 / power)
+    return torch.cat((steps, between)).neg().exp2()
+
+
+def forgetting_attention(
+    q: Tensor, k: Tensor, v: Tensor, log_forget: Tensor, *, rotary: Rotary | None = None, cu_seqlens: Tensor | None = None
+) -> Tensor:
+    """Causal softmax attention with a forget gate (FoX, arXiv 2503.02130, section 3); ALiBi with :func:`alibi_slopes`.
+
+    ``s_ij = q_i.k_j / sqrt(Dh) + g_i - g_j`` for i >= j, ``y_i = sum_j softmax_j(s_ij) v_j``; g is the running sum of
+    ``log_forget``. With fewer key heads than query heads, head h uses key head h // (H/G).
+
+    Args:
+        q: queries [B, L, H, Dh], fp32, bf16, fp16 or fp64.
+        k: keys [B, L, G, Dh] in q's dtype; G divides H.
+        v: values [B, L, G, Dv] in q's dtype.
+        log_forget: natural log of each query head's forget gate, [B, L, H] fp32, <= 0; below -1000 it counts as -1000, whose
+            exp is 0 (-inf: the token forgets all before it).
+        rotary: (cos, sin) of the positions, each [L, Dh/2] fp32, applied to q and k inside; None (as in FoX and ALiBi): no RoPE.
+        cu_seqlens: [documents + 1] int32, rising from 0 to L: documents packed into one sequence (B = 1), where g and
+            attention restart at each.
+
+    Returns:
+        y [B, L, H, Dv] in q's dtype, differentiable in q, k, v and log_forget. For fp64, pass log_forget and rotary in fp64 or
+        fp32. On a CPU half precision is computed in fp32; on a GPU by stock flash kernels (:func:`half_document`).
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type, shape, dtype, device or range; the message names it. The range of
+            log_forget is checked for CPU tensors only (on a GPU the check would stall the device).
+    """
+    check_forgetting(q, k, v, log_forget, rotary, cu_seqlens)
+    refuse_forward_mode(q, k, v, log_forget)
+    if q.device.type != "meta" and torch.is_autocast_enabled(q.device.type):
+        with torch.autocast(q.device.type, enabled=False):
+            return _documents(q, k, v, log_forget, rotary, cu_seqlens)
+    return _documents(q, k, v, log_forget, rotary, cu_seqlens)
+
+
+def _documents(q, k, v, log_forget, rotary, cu_seqlens) -> Tensor:
+    dtype = q.dtype
+    half = q.device.type == "cuda" and dtype in (torch.bfloat16, torch.float16)
+    if rotary is not None:
+        cos, sin = (table[:, None] for table in rotary)
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+    q, k, v = (x.to(dtype if half else work_dtype(x)) for x in (q, k, v))
+    lengths = [q.shape[1]] if cu_seqlens is None else cu_seqlens.diff().tolist()
+    documents = zip(*(x.split(lengths, 1) for x in (q, k, v, log_forget)))
+    return torch.cat([half_document(*x) if half else forgetting(*x)[0] for x in documents], 1).to(dtype)
+
+
+def half_document(q: Tensor, k: Tensor, v: Tensor, log_forget: Tensor) -> Tensor:
+    """Forgetting attention of one document by stock SDPA in half precision, each bias in ``HALF_PARTS`` channels: y [B, L, H, Dv].
+
+    No value is read from the device: chunks have a fixed length. A bias is off by 2^-24 of its size, which is the rounding of a
+    logit of 1 in bf16 where g falls by 2^15 in a chunk. The gradient of log_forget is a running sum over tokens in which the
+    rounding of y inside any half-precision flash backward adds up: in bf16 0.7 % at half-lives of 100 tokens, 14 % at one token
+    (L = 257 and 2,500, against 0.6 % and 10 % for exact arithmetic on a rounded y).
+    """
+    (L, H, Dh), G, Dv = q.shape[1:], k.shape[2], v.shape[3]
+    g = cumulative_decay(log_forget)
+    width = -(-max(Dh + HALF_PARTS * H // G, Dv) // 8) * 8  # flash kernels take one width, a multiple of 8
+    unit = (HALF_UNIT * _head_channels(q, G)).repeat(1, HALF_PARTS).expand(*q.shape[:2], -1, -1)
+    query, value = (_padded(x, width).transpose(1, 2) for x in (torch.cat((q, unit), 3), v))
+    pieces = []
+    for start in range(0, L, HALF_CHUNK):
+        end = min(start + HALF_CHUNK, L)
+        bias = (_middle(g, start, end) - g[:, :end]).unflatten(2, (G, -1)) * (math.sqrt(Dh) / HALF_UNIT)
+        rest = bias.clamp(min=-6e4).float()  # fp16's lowest; in the score -2e6
+        parts = [rest.to(q.dtype)]  # this one carries the gradient, the others make up for its rounding
+        for _ in range(1, HALF_PARTS):
+            rest = (rest - parts[-1]).detach()
+            parts.append(rest.to(q.dtype))
+        key = _padded(torch.cat((k[:, :end], *parts), 3), width).transpose(1, 2)
+        causal = {"attn_mask": _lower_right(end - start, end)} if start else {"is_causal": True}
+        rows = query[:, :, start:end], key, value[:, :, :end]
+        pieces.append(F.scaled_dot_product_attention(*rows, scale=Dh**-0.5, enable_gqa=H != G, **causal))
+    return torch.cat(pieces, 2)[..., :Dv].transpose(1, 2)
+
+
+def _lower_right(queries: int, keys: int) -> Tensor:
+    """The causal mask that aligns the last query with the last key, where SDPA's is_causal aligns the first ones."""
+    from torch.nn.attention.bias import causal_lower_right  # here: it loads TorchDynamo, 4 seconds
+
+    return causal_lower_right(queries, keys)
+
+
+def _padded(x: Tensor, width: int) -> Tensor:
+    return F.pad(x, (0, width - x.shape[3]))
+
+
+def _head_channels(q: Tensor, G: int) -> Tensor:
+    """[H, H/G]: 1 in the channel that holds the query head's bias among those of its key head's group."""
+    return torch.eye(q.shape[2] // G, dtype=q.dtype, device=q.device).repeat(G, 1)
+
+
+def _middle(g: Tensor, start: int, end: int) -> Tensor:
+    """The middle of each head's range of g over a chunk, [B, 1, H]; a constant of the backward."""
+    return ((g[:, start : start + 1] + g[:, end - 1 : end]) / 2).detach()
+
+
+def _operands(q: Tensor, k: Tensor, v: Tensor, log_forget: Tensor) -> tuple[Tensor, Tensor, Tensor, slice]:
+    """Queries with their constants, keys with room for biases and values, of one width; and the bias channels."""
+    (H, Dh), G, Dv = q.shape[2:], k.shape[2], v.shape[3]
+    bias = slice(Dh, Dh + H // G)
+    width = max(bias.stop, Dv)
+    q_aug, k_aug, value = (_padded(x, width) for x in (q, k, v))
+    q_aug[..., bias] = math.sqrt(Dh) * _head_channels(q, G)
+    return q_aug, k_aug, value, bias
+
+
+def _chunks(k_aug: Tensor, log_forget: Tensor, bias: slice):
+    """Yield (start, end) of each chunk of queries, the keys up to its end holding their biases relative to it."""
+    g = cumulative_decay(log_forget)
+    for start, end in sdpa.chunk_bounds(g, g.shape[1] if sdpa.has_flash(g.device) else sdpa.MAX_DENSE_CHUNK):
+        k_aug[:, :end, :, bias] = (_middle(g, start, end) - g[:, :end]).unflatten(2, (k_aug.shape[2], -1)).to(k_aug.dtype)
+        yield start, end
+
+
+@torch.library.custom_op("sisa::forgetting", mutates_args=())
+def forgetting(q: Tensor, k: Tensor, v: Tensor, log_forget: Tensor) -> tuple[Tensor, Tensor]:
+    """Forgetting attention of one document in fp32 or fp64: (y [B, L, H, Dv], log-sum-exp [B, H, L] relative to its chunk)."""
+    scale, Dv = q.shape[3] ** -0.5, v.shape[3]
+    q_aug, k_aug, value, bias = _operands(q, k, v, log_forget)
+    y = q.new_empty(*q.shape[:3], Dv)
+    lse = q.new_empty(q.shape[0], q.shape[2], q.shape[1])
+    for start, end in _chunks(k_aug, log_forget, bias):
+        chunk = slice(start, end)
+        part = sdpa.attend(q_aug[:, chunk], k_aug[:, chunk], value[:, chunk], True, scale)
+        if start:
+            part = sdpa.merge(part, sdpa.attend(q_aug[:, chunk], k_aug[:, :start], value[:, :start], False, scale))
+        y[:, chunk], lse[..., chunk] = part[0][..., :Dv], part[1]
+    return y, lse
+
+
+@forgetting.register_fake
+def _(q, k, v, log_forget):
+    B, L, H, _ = q.shape
+    return q.new_empty(B, L, H, v.shape[3]), q.new_empty(B, H, L)
+
+
+@torch.library.custom_op("sisa::forgetting_backward", mutates_args=())
+def forgetting_backward(
+    dy: Tensor, y: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, log_forget: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of :func:`forgetting` for q, k, v and log_forget, from its inputs and outputs alone.
+
+    With dS = dL/ds, ``dL/d log_forget_t`` is the sum of dS_ij over i >= t > j. A row of dS sums to 0, so that all rows i of a
+    chunk may be counted: a running sum, over the chunk's keys, of the gradients of their biases. It starts at the oldest keys,
+    which have none, and ends with the chunk, so that rounding errors stay where they were made.
+    """
+    scale, Dh, Dv = q.shape[3] ** -0.5, q.shape[3], v.shape[3]
+    q_aug, k_aug, value, bias = _operands(q, k, v, log_forget)
+    dout, out = (_padded(x, value.shape[3]) for x in (dy, y))
+    dq_aug, dk_aug, dv = (torch.zeros_like(x) for x in (q_aug, k_aug, value))
+    dlog_forget = torch.zeros_like(log_forget, dtype=torch.float64)
+    for start, end in _chunks(k_aug, log_forget, bias):
+        chunk = slice(start, end)
+        query, softmax = q_aug[:, chunk], (dout[:, chunk], out[:, chunk], lse[..., chunk], scale)
+        parts = [sdpa.attend_backward(query, k_aug[:, chunk], value[:, chunk], True, *softmax)]
+        if start:
+            parts.insert(0, sdpa.attend_backward(query, k_aug[:, :start], value[:, :start], False, *softmax))
+        for dq, _, _ in parts:
+            dq_aug[:, chunk] += dq
+        dk, dv_keys = (torch.cat([part[n] for part in parts], 1) for n in (1, 2))
+        dk_aug[:, :end] += dk
+        dv[:, :end] += dv_keys
+        dlog_forget[:, 1:end] += dk[:, :-1, :, bias].flatten(2).double().cumsum(1)
+    # contiguous(): an op's results are no views of wider tensors.
+    dq, dk, dv = (x.contiguous() for x in (dq_aug[..., :Dh], dk_aug[..., :Dh], dv[..., :Dv]))
+    return dq, dk, dv, dlog_forget.to(log_forget.dtype)
+
+
+@forgetting_backward.register_fake
+def _(dy, y, lse, q, k, v, log_forget):
+    return tuple(x.new_empty(x.shape) for x in (q, k, v, log_forget))
+
+
+def _save(ctx, inputs, output):
+    ctx.save_for_backward(*output, *inputs)
+    ctx.mark_non_differentiable(output[1])
+
+
+def _backward(ctx, dy, _dlse):
+    return forgetting_backward(dy, *ctx.saved_tensors)
+
+
+forgetting.register_autograd(_backward, setup_context=_save)
+forgetting_backward.register_autograd(no_second_derivative)

@@ -9,7 +9,9 @@ from torch import Tensor, nn
 from sisa_kernels.checks import check_documents
 
 from .config import ModelConfig
-from .layers import Context, Layer, PackedLinear, rotary_tables
+from .hybrid import make_layer
+from .layers import Context, PackedLinear, rotary_tables
+from .mamba import Mixer
 from .presets import preset_config
 from .sisa import SisaAttention
 from .transformer import TransformerAttention
@@ -29,20 +31,20 @@ class LanguageModel(nn.Module):
         self.embed = nn.Embedding(config.vocab_size, config.d_model)
         # With lambda = 0 the importance term is gone, and with it every parameter it had: a Transformer of SISA's d_ff.
         attention = SisaAttention if config.family == "sisa" and config.lam != "zero" else TransformerAttention
-        self.layers = nn.ModuleList(Layer(attention(config), config.d_model, config.d_ff) for _ in range(config.n_layers))
+        self.layers = nn.ModuleList(make_layer(kind, attention, config) for kind in config.layer_kinds)
         self.final_norm = nn.RMSNorm(config.d_model, eps=1e-6)
         self.reset_parameters()
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Draw the initial values: std ``init_std`` for every matrix and the embedding, and SISA's own (paper, section 4)."""
+        """Draw the initial values: std ``init_std`` for matrices and the embedding, SISA's and Mamba's own (paper, section 4)."""
         for module in self.modules():
             if isinstance(module, (nn.Embedding, nn.Linear, PackedLinear)):
                 nn.init.normal_(module.weight, std=self.config.init_std)
             elif isinstance(module, nn.RMSNorm):
                 nn.init.ones_(module.weight)
         for module in self.modules():
-            if isinstance(module, SisaAttention):
+            if isinstance(module, (SisaAttention, Mixer)):
                 module.reset_parameters()
 
     def forward(self, input_ids: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:

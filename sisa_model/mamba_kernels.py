@@ -68,8 +68,8 @@ def _import(name: str) -> types.ModuleType:
         return importlib.import_module(name)
     except ImportError:
         package, _, _ = name.partition(".")
-        spec = importlib.util.find_spec(package)
-        if spec is None or package in sys.modules:
+        spec = None if package in sys.modules else importlib.util.find_spec(package)
+        if spec is None:
             raise
         bare = types.ModuleType(package)
         bare.__path__ = list(spec.submodule_search_locations or ())

@@ -1,6 +1,7 @@
 """Mamba-2 and Mamba-3: the chunked scan and both mixers against step-by-step fp64 recurrences, the package's names, its kernels."""
 
 import math
+import sys
 
 import pytest
 import torch
@@ -173,6 +174,26 @@ def test_a_mixer_is_its_recurrence(family, L, monkeypatch):
 
 
 @pytest.mark.parametrize("family", MIXERS)
+def test_memory_is_linear_in_the_length(family):
+    """What a mixer keeps for its backward, each storage once."""
+    module = mixer(family)
+
+    def kept(L):
+        storages = {}
+
+        def keep(x):
+            storages[x.untyped_storage().data_ptr()] = x.untyped_storage()
+            return x
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+            y = module(torch.randn(1, L, 32), context())
+        assert y.requires_grad
+        return sum(storage.nbytes() for storage in storages.values())
+
+    assert kept(1024) < 2.02 * kept(512)
+
+
+@pytest.mark.parametrize("family", MIXERS)
 def test_the_state_begins_anew_at_each_document(family):
     model, ids = sm.build(f"{family}-tiny"), torch.randint(257, (1, 90))
     packed = model(ids, torch.tensor([0, 1, 3, 70, 90], dtype=torch.int32))
@@ -249,6 +270,37 @@ def test_names_and_shapes_are_the_packages(family):
     ours.load_state_dict(theirs.state_dict())
     undecayed = {name for name, p in theirs.named_parameters() if getattr(p, "_no_weight_decay", False)}
     assert set(ours.no_weight_decay) == undecayed
+
+
+@pytest.fixture
+def package(tmp_path, monkeypatch):
+    """A mamba-ssm without Mamba-1's CUDA extension: write(module, source) fills it in."""
+    theirs = {name: sys.modules.pop(name) for name in list(sys.modules) if name.partition(".")[0] == "mamba_ssm"}
+    monkeypatch.syspath_prepend(tmp_path)
+
+    def write(module, source):
+        path = tmp_path.joinpath("mamba_ssm", *module.split("."))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.with_suffix(".py").write_text(source)
+
+    write("__init__", "import selective_scan_cuda_is_not_here")
+    write("ops.triton.ssd_combined", "def mamba_chunk_scan_combined(): return 2")
+    yield write
+    for name in [name for name in sys.modules if name.partition(".")[0] == "mamba_ssm"]:
+        del sys.modules[name]
+    sys.modules.update(theirs)
+
+
+def test_the_kernels_load_without_the_packages_extension(package):
+    package("ops.triton.mamba3.mamba3_siso_combined", "def mamba3_siso_combined(): return 3")
+    found = mamba_kernels.load_kernels.__wrapped__()
+    assert (found.mamba2(), found.mamba3()) == (2, 3)
+
+
+def test_what_keeps_the_kernels_from_loading_is_said(package):
+    package("ops.triton.mamba3.mamba3_siso_combined", "import triton_is_not_here")
+    reason = mamba_kernels.load_kernels.__wrapped__()
+    assert reason == ("mamba-ssm 2.3.2.post1 cannot be imported (ModuleNotFoundError: No module named 'triton_is_not_here')")
 
 
 @pytest.mark.parametrize("family", MIXERS)

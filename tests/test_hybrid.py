@@ -57,9 +57,9 @@ def test_a_tiny_mamba_is_as_large_as_the_transformer(family):
     """Of all layer counts and all multiples of 4 state channels, at the Transformer's head width."""
     target = sm.count_parameters(on_meta("transformer-tiny"))
     best = abs(COUNTS[f"{family}-tiny"] - target)
-    for n_layers in (3, 4, 5):
-        for state in range(4, 129, 4):
-            assert abs(sm.count_parameters(on_meta(f"{family}-tiny", n_layers=n_layers, mamba_state=state)) - target) >= best
+    for n_layers in (3, 4, 5):  # parameters are linear in the state size: two sizes give all
+        least, second = (sm.count_parameters(on_meta(f"{family}-tiny", n_layers=n_layers, mamba_state=n)) for n in (4, 8))
+        assert all(abs(least + k * (second - least) - target) >= best for k in range(32))
 
 
 @pytest.mark.parametrize(
@@ -197,11 +197,12 @@ def test_they_train(preset, tmp_path):
     assert result.val_loss < result.unigram
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("preset", ["mamba2-tiny", "mamba3-tiny"])
 def test_models_compile_whole(preset):
     torch._dynamo.reset()
     model, ids = build(preset, n_layers=1), tokens()
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")  # traced whole; Inductor's C++ takes minutes
+    compiled = torch.compile(model, fullgraph=True)
     results = []
     for forward in (model, compiled):
         model.zero_grad()

@@ -72,12 +72,14 @@ def run_info(config: InfoConfig) -> None:
             print(f"{name:18} {value}")
         return
     print(f"sisa {sk.__version__}")
-    print(f"{'preset':30} {'parameters':>12}  {'d_model':>7} {'heads':>5} {'layers':>6} {'d_state':>7} {'d_ff':>5}")
+    columns = f"{'d_model':>7} {'heads':>5} {'layers':>6} {'d_state':>7} {'mamba_state':>11} {'d_ff':>5}"
+    print(f"{'preset':30} {'parameters':>12}  {columns}")
     for name in presets():
         with torch.device("meta"):
             model = LanguageModel(preset_config(name))
         c = model.config
-        print(f"{name:30} {count_parameters(model):12,}  {c.d_model:7} {c.n_heads:5} {c.n_layers:6} {c.d_state:7} {c.d_ff:5}")
+        sizes = f"{c.d_model:7} {c.n_heads:5} {c.n_layers:6} {c.d_state:7} {c.mamba_state:11} {c.d_ff:5}"
+        print(f"{name:30} {count_parameters(model):12,}  {sizes}")
 
 
 COMMANDS: dict[str, Any] = {

@@ -5,6 +5,7 @@ from collections.abc import Iterable
 import torch
 
 from .config import ModelConfig
+from .mamba import CONV
 
 # Dense bf16 matrix products with fp32 accumulation, 1e12 FLOP/s, of NVIDIA's data sheets (which print twice that, "with sparsity",
 # from Hopper on): A100 80GB; H100 SXM, PCIe and NVL; H200 SXM; HGX B200 (a GPU of it); L40S. RTX 4090: the Ada whitepaper, table 2.
@@ -37,22 +38,43 @@ DEVICE_NAMES = {
 def forward_flops(config: ModelConfig, seq_len: int, *, causal: bool = True) -> float:
     """FLOPs a token of a forward pass over sequences of ``seq_len`` tokens, two a multiplication with addition.
 
-    Counted are the matrix products: projections, SwiGLU, the output matrix, scores and weighted values. ``causal`` counts half of
-    the seq_len^2 pairs, else all. Looking up the embedding is free. Not counted, as under 1 % of it: norms, softmax, RoPE, and
-    SISA's decay, phase and rotation (about 20 d_state a head, against 4 seq_len head_dim of attention).
+    Counted are the matrix products: projections, SwiGLU, the output matrix, scores and weighted values, Mamba's convolution and
+    state. ``causal`` counts half of the seq_len^2 pairs, else all. Looking up the embedding is free. Not counted, as under 1 % of
+    the whole: norms, softmax, RoPE, and SISA's decay, phase and rotation (about 20 d_state a head, against 4 seq_len head_dim of
+    attention).
     """
-    layer = {"sisa": _attention_layer, "transformer": _attention_layer}[config.family]
     pairs = seq_len / 2 if causal else seq_len
-    return 2 * (config.n_layers * layer(config, pairs) + config.d_model * config.vocab_size)
+    layers = config.layer_kinds
+    products = config.d_model * config.vocab_size + layers.count("m") * _mamba(config, expand=2)
+    if attention := len(layers) - layers.count("m"):
+        products += attention * _attention(config, pairs)
+    if both := layers.count("h"):  # one output matrix serves both kinds of heads
+        products += both * (_mamba(config, expand=1) - config.d_model**2)
+    return 2 * products
 
 
-def _attention_layer(config: ModelConfig, pairs: float) -> float:
+def _mamba(config: ModelConfig, expand: int) -> float:
+    """Multiplications a token of a Mamba mixer, its inner width ``expand`` times d_model.
+
+    Of the recurrence the state's update and its reading, whatever the chunks by which an implementation runs it.
+    """
+    E, N = expand * config.d_model, config.mamba_state
+    H = E // config.head_dim
+    if config.family == "mamba3":
+        sizes, convolution = 2 * E + 2 * N + 3 * H + N // 4, 0
+    else:
+        sizes, convolution = 2 * E + 2 * N + H, CONV * (E + 2 * N)
+    return config.d_model * sizes + convolution + 2 * E * N + E * config.d_model
+
+
+def _attention(config: ModelConfig, pairs: float) -> float:
     """Multiplications a token of a layer of attention and SwiGLU, a token attending to ``pairs`` keys on average."""
     d, H, G, E, Ds = config.d_model, config.n_heads, config.n_kv_heads, config.head_dim, config.d_state
     outputs, score = H * E + 2 * G * E, E
     if config.family == "sisa" and config.lam != "zero":  # without an importance term the layer is a Transformer's
         outputs += H * Ds + G * Ds + G * config.decay + G * Ds // 2 * config.rotation
         score += Ds
+    outputs += H if config.family == "fox" else 0
     return d * outputs + pairs * H * (score + E) + H * E * d + 3 * d * config.d_ff
 
 

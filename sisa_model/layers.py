@@ -103,6 +103,21 @@ class PackedLinear(nn.Module):
                     matrix.copy_(given)
 
 
+class Fp32Parameters(nn.Module):
+    """A module whose parameters named in ``fp32`` stay fp32 and keep their bits, whatever the module is cast to."""
+
+    fp32: tuple[str, ...] = ()
+
+    def _apply(self, fn, recurse=True):
+        kept = {name: getattr(self, name).detach() for name in self.fp32}
+        super()._apply(fn, recurse)
+        for name, before in kept.items():
+            parameter = getattr(self, name)
+            if parameter.dtype != torch.float32:
+                parameter.data = before.to(parameter.device)
+        return self
+
+
 class SwiGLU(nn.Module):
     """``w_down(silu(w_gate x) * w_up x)``, [B, L, D] -> [B, L, D]; gate and up are one packed product."""
 

@@ -10,7 +10,9 @@ from torch import Tensor, nn
 from sisa_kernels.checks import check_documents
 
 from .config import ModelConfig
-from .layers import Context, Layer, PackedLinear, rotary_tables
+from .hybrid import make_layer
+from .layers import Context, PackedLinear, rotary_tables
+from .mamba import Mixer
 from .presets import preset_config
 from .rivals import AlibiAttention, ForgettingAttention
 from .sisa import SisaAttention
@@ -35,20 +37,21 @@ class LanguageModel(nn.Module):
         self.embed = nn.Embedding(config.vocab_size, config.d_model)
         # With lambda = 0 the importance term is gone, and with it every parameter it had: a Transformer of SISA's d_ff.
         family = "transformer" if config.lam == "zero" else config.family
-        self.layers = nn.ModuleList(Layer(ATTENTION[family](config), config.d_model, config.d_ff) for _ in range(config.n_layers))
+        attention = ATTENTION.get(family, TransformerAttention)  # Mamba's layers have none
+        self.layers = nn.ModuleList(make_layer(kind, attention, config) for kind in config.layer_kinds)
         self.final_norm = nn.RMSNorm(config.d_model, eps=1e-6)
         self.reset_parameters()
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Draw the initial values: std ``init_std`` for every matrix and the embedding, and a family's own (paper, section 4)."""
+        """Draw the initial values: std ``init_std`` for matrices and the embedding, and a family's own (paper, section 4)."""
         for module in self.modules():
             if isinstance(module, (nn.Embedding, nn.Linear, PackedLinear)):
                 nn.init.normal_(module.weight, std=self.config.init_std)
             elif isinstance(module, nn.RMSNorm):
                 nn.init.ones_(module.weight)
         for module in self.modules():
-            if isinstance(module, (SisaAttention, ForgettingAttention)):
+            if isinstance(module, (SisaAttention, ForgettingAttention, Mixer)):
                 module.reset_parameters()
 
     def forward(self, input_ids: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:

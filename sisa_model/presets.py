@@ -27,6 +27,25 @@ _CONTROLS: dict[str, dict[str, Any]] = {
     "lambda0": {"lam": "zero"},
     "lambdashared": {"lam": "shared"},
 }
+# The paper's layer counts. Tiny: heads as wide as the Transformer's (32), then the layers and the multiple of 4 of state channels
+# that come closest to its 147,840 parameters: 147,920 and 147,744.
+_MAMBA_LAYERS = {
+    "mamba2": {"tiny": 4, "50m": 14, "152m": 31, "369m": 49},
+    "mamba3": {"tiny": 4, "50m": 14, "152m": 30, "369m": 48},
+}
+_MAMBA_TINY_STATE = {"mamba2": 52, "mamba3": 48}
+_MAMBA_STATE = 64
+# sisa_model/hybrid.py says which papers these follow. The 3309 brings hybrid-block-152m closest to transformer-152m.
+_HYBRIDS: dict[str, dict[str, Any]] = {
+    "transformer-tiny": {"n_layers": 3, "pattern": "mma"},
+    "sisa-tiny": {"n_layers": 3, "pattern": "mma", "family": "sisa", "d_state": 32},
+    "block-tiny": {"n_layers": 3, "pattern": "mam"},
+    "head-tiny": {"pattern": "h"},
+    "transformer-152m": {"n_layers": 24, "pattern": "m" * 20 + "a" * 4},
+    "sisa-152m": {"n_layers": 24, "pattern": "m" * 20 + "a" * 4, "family": "sisa", "d_state": 32},
+    "block-152m": {"n_layers": 24, "pattern": "mmmamm", "d_ff": 3309},
+    "head-152m": {"pattern": "h"},
+}
 
 
 def _table() -> dict[str, dict[str, Any]]:
@@ -42,6 +61,14 @@ def _table() -> dict[str, dict[str, Any]]:
         table[f"transformer-{scale}-reduced"] = {"family": "transformer", **sizes, "d_ff": ModelConfig(**sisa).d_ff}
         for rival in ("fox", "alibi"):
             table[f"{rival}-{scale}"] = {"family": rival, **sizes}
+        for family, layers in _MAMBA_LAYERS.items():
+            state = _MAMBA_TINY_STATE[family] if scale == "tiny" else _MAMBA_STATE
+            mamba = {"family": family, "n_layers": layers[scale], "d_ff_transformer": 0, "mamba_state": state}
+            table[f"{family}-{scale}"] = {**sizes, **mamba}
+    for name, change in _HYBRIDS.items():
+        scale = name.split("-")[1]
+        base = {**table[f"transformer-{scale}"], "mamba_state": table[f"mamba2-{scale}"]["mamba_state"]}
+        table[f"hybrid-{name}"] = {**base, **change}
     return table
 
 

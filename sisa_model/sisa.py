@@ -12,14 +12,14 @@ import sisa_kernels as sk
 from sisa_kernels.reference import CLAMP
 
 from .config import ModelConfig
-from .layers import Context, PackedLinear
+from .layers import Context, Fp32Parameters, PackedLinear
 
 LAMBDA_RAW_INIT = -1.0  # softplus(-1) = 0.3133
 DECAY_BIAS_INIT = -5.0  # a half-life of about 103 tokens
 THETA_INIT_STD = 0.01
 
 
-class SisaAttention(nn.Module):
+class SisaAttention(Fp32Parameters):
     """Softmax attention with the importance term inside the score (paper, section 3), [B, L, D] -> [B, L, D].
 
     q, k, v, b, c, theta and the decay come from one packed product in the compute dtype; ``log_decay = -softplus(w_a.x + b_a)``
@@ -27,6 +27,8 @@ class SisaAttention(nn.Module):
     in bf16 it would never move.
     Controls drop the parameters that they make idle: without decay g = 0, without rotation Phi = 0.
     """
+
+    fp32 = ("lambda_raw",)
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -51,13 +53,6 @@ class SisaAttention(nn.Module):
             nn.init.constant_(self.decay_bias, DECAY_BIAS_INIT)
         if self.rotation:
             nn.init.normal_(self.proj.matrices()["W_theta"].detach(), std=THETA_INIT_STD)
-
-    def _apply(self, fn, recurse=True):
-        raw = self.lambda_raw.detach()
-        super()._apply(fn, recurse)
-        if self.lambda_raw.dtype != torch.float32:
-            self.lambda_raw.data = raw.to(self.lambda_raw.device)
-        return self
 
     def lam(self) -> Tensor:
         """lambda of each head, [H] fp32, > 0."""

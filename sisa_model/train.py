@@ -137,7 +137,7 @@ def resolve(config: TrainConfig) -> TrainConfig:
     """Fill in the preset's values and check every field; ValueError names the first bad one."""
     preset_config(config.preset)
     config = _absolute(config)
-    defaults = dict(DEFAULTS[config.preset.split("-")[1]])
+    defaults = dict(next(DEFAULTS[part] for part in config.preset.split("-") if part in DEFAULTS))
     if config.steps is not None:
         defaults["warmup_steps"] = min(defaults["warmup_steps"], config.steps // 10)
     config = dataclasses.replace(config, **{name: value for name, value in defaults.items() if getattr(config, name) is None})
@@ -193,11 +193,17 @@ def learning_rate(step: int, config: TrainConfig) -> float:
 
 
 def make_optimizer(model: LanguageModel, config: TrainConfig) -> torch.optim.AdamW:
-    """AdamW with lambda_raw in a group of its own: a tenth of the learning rate and no decay (paper, section 4)."""
+    """AdamW with lambda_raw in a group of its own: a tenth of the learning rate and no decay (paper, section 4).
+
+    Nor is there decay on what a module names in ``no_weight_decay``: Mamba's steps, decay rates and D.
+    """
     lambdas = [p for name, p in model.named_parameters() if name.endswith("lambda_raw")]
-    rest = [p for name, p in model.named_parameters() if not name.endswith("lambda_raw")]
+    undecayed = [getattr(m, name) for m in model.modules() for name in getattr(m, "no_weight_decay", ())]
+    apart = {id(p) for p in (*lambdas, *undecayed)}
+    rest = [p for p in model.parameters() if id(p) not in apart]
     groups = [
         {"params": rest, "weight_decay": config.weight_decay, "lr_scale": 1.0},
+        {"params": undecayed, "weight_decay": 0.0, "lr_scale": 1.0},
         {"params": lambdas, "weight_decay": 0.0, "lr_scale": config.lambda_lr_scale},
     ]
     return torch.optim.AdamW([g for g in groups if g["params"]], lr=0.0, betas=(config.beta1, config.beta2))

@@ -60,7 +60,7 @@ def test_dry_run_lists_every_section_path_and_bound(capsys):
     assert "setup.py build_ext --inplace" in sections["build"]
     assert "-m sisa_kernels" in sections["build"]
     files = [line.split()[-1] for line in sections["tests"].strip().splitlines()[1:]]
-    assert files == ["tests/test_augment_cuda.py", "tests/test_flash.py", "tests/test_triton_attention.py"]
+    assert files == [f"tests/test_{name}.py" for name in ("augment_cuda", "flash", "mamba", "triton_attention")]
     for widths in ("64/64", "80/64", "80/80", "96/64", "96/96", "128/64", "128/128", "192/64", "192/192", "192/128"):
         assert f"16x2048x12 {widths} fwd+bwd: cudnn " in sections["stock"]
     for length, ds, passes in itertools.product((1024, 2048, 4096, 8192, 16384, 32768), (16, 32, 64, 128), ("fwd", "fwd+bwd")):

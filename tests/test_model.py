@@ -119,7 +119,7 @@ def test_controls_are_the_operator_without_decay_or_rotation(monkeypatch):
 CHANGES = {
     "d_model": 128, "n_heads": 4, "n_kv_heads": 1, "n_layers": 2, "d_ff_transformer": 300, "d_ff": 100, "d_state": 32,
     "vocab_size": 300, "init_std": 0.2, "decay": False, "rotation": False, "lam": "shared", "family": None, "max_seq_len": None,
-    "mode": "clamped", "backend": "reference",
+    "mode": "clamped", "backend": "reference", "pattern": None, "mamba_state": None,
 }  # fmt: skip
 
 

@@ -1,0 +1,191 @@
+"""Mamba-2 (arXiv 2405.21060) and Mamba-3 (SISO) mixers, [B, L, D] -> [B, L, D], as mamba-ssm 2.3.2.post1 has them.
+
+Parameters have the package's names and shapes, so that weights move between the two. On CUDA in bf16 its kernels run where it is
+installed (:mod:`mamba_kernels`); elsewhere the same mathematics in plain PyTorch, between the projections in fp32 (fp64 for fp64
+weights). E = expand * D inner channels, P = head_dim, H = E / P heads, N = mamba_state, one group of B and C.
+"""
+
+import contextlib
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sisa_kernels.reference import rotate
+
+from .config import ModelConfig
+from .layers import Context, Fp32Parameters, linear
+from .mamba_kernels import kernels_for
+from .scan import decayed_scan
+
+CONV = 4  # tokens that Mamba-2's causal convolution sees
+NORM_EPS = 1e-5
+DT_RANGE = (1e-3, 0.1)  # initial steps
+A_RANGE = (1.0, 16.0)  # initial decay rates of Mamba-2
+A_FLOOR = 1e-4  # least decay rate of Mamba-3
+
+
+def wide(x: Tensor) -> Tensor:
+    """x in fp32, or fp64 if it has that."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+class Mixer(Fp32Parameters):
+    """What Mamba-2 and Mamba-3 share: a projection in, each document for itself, a projection out; the step's bias and D."""
+
+    def __init__(self, config: ModelConfig, expand: int, **sizes: int):
+        super().__init__()
+        self.d_inner, self.d_state, self.head_dim = expand * config.d_model, config.mamba_state, config.head_dim
+        self.n_heads = self.d_inner // self.head_dim
+        self.sizes = sizes
+        self.in_proj = nn.Linear(config.d_model, sum(sizes.values()), bias=False)
+        self.dt_bias = nn.Parameter(torch.empty(self.n_heads, dtype=torch.float32))
+        self.D = nn.Parameter(torch.empty(self.n_heads, dtype=torch.float32))
+        self.out_proj = nn.Linear(self.d_inner, config.d_model, bias=False)
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """The package's initial values; the matrices of every family are set by the model."""
+        # softplus(dt_bias), the step before any input, is log-uniform.
+        step = self.dt_bias.uniform_(*map(math.log, DT_RANGE)).exp()
+        self.dt_bias.copy_(step + torch.log(-torch.expm1(-step)))
+        nn.init.ones_(self.D)
+
+    def forward(self, x: Tensor, context: Context) -> Tensor:
+        projected = linear(x, self.in_proj.weight)
+        lengths = [x.shape[1]] if context.cu_seqlens is None else context.cu_seqlens.diff().tolist()
+        device = x.device.type
+        lowered = device != "meta" and torch.is_autocast_enabled(device)  # autocast would round what the mixers keep in fp32
+        with torch.autocast(device, enabled=False) if lowered else contextlib.nullcontext():
+            y = torch.cat([self.mix(document) for document in projected.split(lengths, 1)], 1)
+        return self.out_proj(y.to(projected.dtype))
+
+    def mix(self, projected: Tensor) -> Tensor:
+        """The gated output [B, L, E] of one document's projections [B, L, sum(sizes)]."""
+        raise NotImplementedError
+
+    def parts(self, projected: Tensor) -> tuple[Tensor, ...]:
+        """The projections apart, in the order of ``sizes``."""
+        return projected.split(list(self.sizes.values()), -1)
+
+    def heads(self, x: Tensor) -> Tensor:
+        """[B, L, E] -> [B, L, H, P]."""
+        return x.unflatten(-1, (self.n_heads, self.head_dim))
+
+
+class Mamba2(Mixer):
+    """``h_t = exp(dt_t A) h_{t-1} + dt_t x_t B_t^T``, ``y_t = h_t C_t + D x_t``, then ``out_proj(RMSNorm(y silu(z)))``.
+
+    A = -exp(A_log), one decay rate a head; x, B and C have passed a causal depthwise convolution over 4 tokens and silu.
+    """
+
+    fp32 = no_weight_decay = ("dt_bias", "A_log", "D")
+
+    def __init__(self, config: ModelConfig, expand: int = 2):
+        E, N = expand * config.d_model, config.mamba_state
+        super().__init__(config, expand, z=E, xBC=E + 2 * N, dt=E // config.head_dim)
+        channels = self.sizes["xBC"]
+        self.conv1d = nn.Conv1d(channels, channels, CONV, groups=channels)
+        self.A_log = nn.Parameter(torch.empty(self.n_heads, dtype=torch.float32))
+        self.norm = nn.RMSNorm(E, eps=NORM_EPS)
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        self.conv1d.reset_parameters()
+        self.A_log.uniform_(*A_RANGE).log_()
+
+    def mix(self, projected: Tensor) -> Tensor:
+        z, xBC, dt = self.parts(projected)
+        kernels = kernels_for(projected)
+        xBC = F.silu(self.convolve(xBC if kernels else wide(xBC)))
+        x, B, C = xBC.split([self.d_inner, self.d_state, self.d_state], -1)
+        dt, A = F.softplus(wide(dt) + self.dt_bias), -self.A_log.exp()
+        x, B, C = self.heads(x), B[:, :, None], C[:, :, None]
+        y = kernels.mamba2(x, dt, A, B, C, chunk_size=256, D=self.D) if kernels else ssd(x, dt, A, B, C, self.D)
+        return F.rms_norm(wide(y).flatten(2) * F.silu(wide(z)), (self.d_inner,), wide(self.norm.weight), NORM_EPS)
+
+    def convolve(self, x: Tensor) -> Tensor:
+        """Each channel of x [B, L, channels] over its last 4 tokens, zeros before the first."""
+        weight, bias = (p.to(x.dtype) for p in self.conv1d.parameters())
+        return F.conv1d(F.pad(x.transpose(1, 2), (CONV - 1, 0)), weight, bias, groups=x.shape[-1]).transpose(1, 2)
+
+
+class Mamba3(Mixer):
+    """``h_t = alpha_t h_{t-1} + beta_t x_{t-1} k_{t-1}^T + gamma_t x_t k_t^T``, ``y_t = h_t q_t + D x_t``; ``out_proj(y silu(z))``.
+
+    alpha = exp(dt A), beta = (1 - lam) dt alpha, gamma = lam dt: the trapezoidal rule, lam = sigmoid(trap); A <= -1e-4 is each
+    token's own. q and k are C and B, normed and biased, half of their channels rotated by the running sum of dt pi tanh(angle):
+    a complex state. The decay rate is -softplus, as released; later versions of the package have another.
+    """
+
+    fp32 = ("dt_bias", "B_bias", "C_bias", "D")
+    no_weight_decay = ("dt_bias", "D")
+
+    def __init__(self, config: ModelConfig, expand: int = 2):
+        E, N = expand * config.d_model, config.mamba_state
+        H = E // config.head_dim
+        super().__init__(config, expand, z=E, x=E, B=N, C=N, dt=H, A=H, trap=H, angle=N // 4)
+        self.B_bias = nn.Parameter(torch.empty(H, 1, N, dtype=torch.float32))
+        self.C_bias = nn.Parameter(torch.empty(H, 1, N, dtype=torch.float32))
+        self.B_norm = nn.RMSNorm(N, eps=NORM_EPS)
+        self.C_norm = nn.RMSNorm(N, eps=NORM_EPS)
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        nn.init.ones_(self.B_bias)
+        nn.init.ones_(self.C_bias)
+
+    def mix(self, projected: Tensor) -> Tensor:
+        z, x, B, C, dt, A, trap, angle = self.parts(projected)
+        z, x = self.heads(z), self.heads(x)
+        dt, A = F.softplus(wide(dt) + self.dt_bias), (-F.softplus(wide(A))).clamp(max=-A_FLOOR)
+        B, C = (
+            F.rms_norm(wide(t), (self.d_state,), wide(norm.weight), NORM_EPS)[:, :, None]
+            for t, norm in ((B, self.B_norm), (C, self.C_norm))
+        )
+        B_bias, C_bias = self.B_bias.squeeze(1), self.C_bias.squeeze(1)
+        if kernels := kernels_for(projected, powers_of_two=(self.d_state, self.head_dim)):
+            angles = angle.float()[:, :, None].expand(-1, -1, self.n_heads, -1)
+            steps = ((A * dt).transpose(1, 2), dt.transpose(1, 2), trap.transpose(1, 2))
+            y = kernels.mamba3(C, B, x, *steps, C_bias, B_bias, angles, D=self.D, Z=z, chunk_size=64)
+        else:
+            y = siso(C + C_bias, B + B_bias, wide(x), A * dt, dt, wide(trap), wide(angle), self.D) * F.silu(wide(z))
+        return y.flatten(2)
+
+
+class MambaBlock(nn.Module):
+    """``x + mixer(norm(x))``, RMSNorm eps 1e-6, without an MLP: the layer of the Mamba models."""
+
+    def __init__(self, mixer: nn.Module, d_model: int):
+        super().__init__()
+        self.norm = nn.RMSNorm(d_model, eps=1e-6)
+        self.mixer = mixer
+
+    def forward(self, x: Tensor, context: Context) -> Tensor:
+        return x + self.mixer(self.norm(x), context)
+
+
+def ssd(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor) -> Tensor:
+    """Mamba-2's recurrence: x [B, L, H, P], dt [B, L, H] > 0, A [H] < 0, B and C [B, L, 1, N], D [H] -> [B, L, H, P]."""
+    now = dt * (C * B).sum(-1) + D
+    return decayed_scan(C, B, dt[..., None] * x, dt * A) + now[..., None] * x
+
+
+def siso(q: Tensor, k: Tensor, x: Tensor, log_decay: Tensor, dt: Tensor, trap: Tensor, angle: Tensor, D: Tensor) -> Tensor:
+    """Mamba-3's recurrence: q, k [B, L, H, N] unrotated, x [B, L, H, P] -> [B, L, H, P].
+
+    log_decay, dt and trap (before its sigmoid) [B, L, H]; angle (before pi tanh) [B, L, S], shared by the heads; D [H].
+    """
+    lam = trap.sigmoid()
+    now = lam * dt
+    # Token s enters the state twice: by its own step, and by the next token's, whose trapezoid begins at s.
+    weight = now + F.pad(((1 - lam) * dt)[:, 1:], (0, 0, 0, 1))
+    skip = now * (q * k).sum(-1) + D  # a token's own product is free of the rotation
+    # Summed in fp64 and wrapped to one turn, so that the phase keeps its bits at any length.
+    phase = (dt[..., None].double() * (math.pi * angle.tanh())[:, :, None]).cumsum(1).remainder(2 * math.pi).to(x.dtype)
+    width, cos, sin = 2 * angle.shape[-1], phase.cos(), phase.sin()
+    q, k = (torch.cat((rotate(t[..., :width], cos, sin), t[..., width:]), -1) for t in (q, k))
+    return decayed_scan(q, k, weight[..., None] * x, log_decay) + skip[..., None] * x

@@ -1,8 +1,7 @@
 // One new token a row over its cache of keys (sisa_kernels/decode.py), in three passes.
 //
 // The token's key, value, state and g are written into its slot, and its queries rotated. Then the slots are cut into splits of
-// kSplit, which run in parallel: scores by blocks, an online softmax, the split's share of the result. Last the shares of a head
-// are merged. The cut depends on the length alone: the result is the same bits for any number of threads.
+// kSplit, which run in parallel: scores, their softmax, the split's share of the result. Last the shares of a head are merged. The cut depends on the length alone: the result is the same bits for any number of threads.
 
 #include <ATen/Parallel.h>
 
@@ -22,11 +21,11 @@ namespace sisa::cpu {
 
 namespace {
 
-constexpr int64_t kSplit = 512;         // slots
-constexpr int64_t kBlock = 64;          // slots whose scores are held, a multiple of V
-constexpr int64_t kTogether = 4;        // slots whose products run side by side, a divisor of kBlock
+constexpr int64_t kSplit = 512;         // slots, a multiple of V
+constexpr int64_t kTogether = 4;        // slots whose products run side by side
 constexpr int64_t kSerialWork = 32768;  // multiply-adds that are not worth a second thread
-constexpr double kForgotten = -104;     // exp of less is 0 in fp32
+constexpr float kForgotten = -104;      // exp of less is 0 in fp32
+constexpr float kNever = -std::numeric_limits<float>::infinity();
 
 int64_t padded(int64_t channels) {
   return (channels + V - 1) / V * V;
@@ -113,7 +112,9 @@ template <int64_t N, class T>
 void add_products(const float* x, const T* rows, int64_t stride, int64_t channels, Vec* sums) {
   for_channels(channels, [&](int64_t i, auto count) {
     const Vec own = load(x + i);
-    for (int64_t n = 0; n < N; ++n) sums[n] = at::vec::fmadd(load(rows + n * stride + i, count), own, sums[n]);
+    for (int64_t n = 0; n < N; ++n) {
+      sums[n] = at::vec::fmadd(load(rows + n * stride + i, count), own, sums[n]);
+    }
   });
 }
 
@@ -132,16 +133,18 @@ void score(
   for (int64_t n = 0; n < N; ++n) out[n] = sum(sums[n]);
 }
 
-// acc = acc * keep + sum_j weight[j] v_j for N vectors of channels.
+// out = sum_j weight[j] v_j for N vectors of channels, the last of them of count.
 template <int64_t N, class T, class Count>
-void add_values(const float* weight, const T* v, int64_t stride, int64_t slots, float keep, float* acc, Count count) {
+void weigh_values(const float* weight, const T* v, int64_t stride, int64_t slots, float* out, Count count) {
   Vec sums[N];
-  for (int64_t n = 0; n < N; ++n) sums[n] = load(acc + n * V) * Vec(keep);
+  for (int64_t n = 0; n < N; ++n) sums[n] = Vec(0.f);
   for (int64_t j = 0; j < slots; ++j) {
     const Vec share(weight[j]);
-    for (int64_t n = 0; n < N; ++n) sums[n] = at::vec::fmadd(load(v + j * stride + n * V, count), share, sums[n]);
+    for (int64_t n = 0; n < N; ++n) {
+      sums[n] = at::vec::fmadd(load(v + j * stride + n * V, count), share, sums[n]);
+    }
   }
-  for (int64_t n = 0; n < N; ++n) sums[n].store(acc + n * V);
+  for (int64_t n = 0; n < N; ++n) sums[n].store(out + n * V);
 }
 
 // What a split gives to a head: the largest score, the sum of exp(score - largest), and that of v with these weights, padded.
@@ -153,63 +156,49 @@ struct Share {
 };
 
 template <class T>
-void attend(const DecodeParams& p, const Queries& queries, int64_t row, int64_t g, int64_t begin, int64_t end, float* shares,
+void attend(const DecodeParams& p, const Queries& queries, int64_t row, int64_t g, int64_t begin, int64_t count, float* shares,
     int64_t share_stride) {
-  const auto slots = [&](const Rows& cache, int64_t slot) {
-    return static_cast<const T*>(cache.data) + row * cache.batch + g * cache.head + slot * cache.token;
+  const auto slots = [&](const Rows& cache) {
+    return static_cast<const T*>(cache.data) + row * cache.batch + g * cache.head + begin * cache.token;
   };
-  const double* decay = p.g_cache + row * p.g_batch + g * p.g_head;
-  const double now = decay[p.lengths[row]];
-  const int64_t shared = p.heads / p.key_heads;
-  const float lowest = -std::numeric_limits<float>::infinity();
-  for (int64_t r = 0; r < shared; ++r) Share{shares + r * share_stride}.largest() = lowest;
-  alignas(64) float weight[kBlock], scores[kBlock];
-  for (int64_t from = begin; from < end; from += kBlock) {
-    const int64_t count = std::min(kBlock, end - from);
-    // g falls along the slots: the last one is the least forgotten.
-    const bool felt = !(now - decay[from + count - 1] < kForgotten);
-    if (felt) {
-      for (int64_t j = 0; j < count; ++j) weight[j] = static_cast<float>(now - decay[from + j]);
-      for (int64_t j = count; j < kBlock; ++j) weight[j] = 0;
-      for (int64_t j = 0; j < count; j += V) load(weight + j).exp().store(weight + j);
-    }
-    const T *k = slots(p.k_cache, from), *b = slots(p.b_cache, from), *v = slots(p.v_cache, from);
-    const int64_t k_stride = p.k_cache.token, b_stride = p.b_cache.token, v_stride = p.v_cache.token;
-    for (int64_t r = 0; r < shared; ++r) {
-      const int64_t head = row * p.heads + g * shared + r;
-      const float *q = queries.q + head * queries.width, *c = queries.c + head * queries.state_width;
-      int64_t j = 0;
-      for (; j + kTogether <= count; j += kTogether) {
-        const float* w = felt ? weight + j : nullptr;
-        score<kTogether>(q, c, k + j * k_stride, k_stride, b + j * b_stride, b_stride, w, p, scores + j);
-      }
-      for (; j < count; ++j) {
-        score<1>(q, c, k + j * k_stride, k_stride, b + j * b_stride, b_stride, felt ? weight + j : nullptr, p, scores + j);
-      }
-      for (; j < kBlock; ++j) scores[j] = lowest;
+  const T *k = slots(p.k_cache), *b = slots(p.b_cache), *v = slots(p.v_cache);
+  const int64_t k_stride = p.k_cache.token, b_stride = p.b_cache.token, v_stride = p.v_cache.token;
+  const int64_t shared = p.heads / p.key_heads, vectors = padded(count);
+  alignas(64) float weight[kSplit] = {}, scores[kSplit];
+  const double *decay = p.g_cache + row * p.g_batch + g * p.g_head, now = decay[p.lengths[row]];
+  for (int64_t j = 0; j < count; ++j) weight[j] = static_cast<float>(now - decay[begin + j]);
+  // g falls along the slots: the last one is the least forgotten.
+  const bool felt = !(weight[count - 1] < kForgotten);
+  for (int64_t j = 0; j < vectors; j += V) load(weight + j).exp().store(weight + j);
 
-      const Share share{shares + r * share_stride};
-      Vec most(share.largest());
-      for (j = 0; j < count; j += V) most = at::vec::maximum(most, load(scores + j));
-      const float largest = at::vec::vec_reduce_all<float>([](const Vec& x, const Vec& y) { return at::vec::maximum(x, y); }, most);
-      const float keep = std::exp(share.largest() - largest);
-      Vec total(0.f);
-      for (j = 0; j < count; j += V) {
-        const Vec x = (load(scores + j) - Vec(largest)).exp();
-        x.store(scores + j);
-        total = total + x;
-      }
-      share.largest() = largest;
-      share.total() = share.total() * keep + sum(total);
-      int64_t i = 0;
-      for (; i + 4 * V <= p.value_width; i += 4 * V) {
-        add_values<4>(scores, v + i, v_stride, count, keep, share.values() + i, Whole());
-      }
-      for (; i + V <= p.value_width; i += V) add_values<1>(scores, v + i, v_stride, count, keep, share.values() + i, Whole());
-      if (i < p.value_width) {
-        add_values<1>(scores, v + i, v_stride, count, keep, share.values() + i, p.value_width - i);
-      }
+  for (int64_t r = 0; r < shared; ++r) {
+    const int64_t head = row * p.heads + g * shared + r;
+    const float *q = queries.q + head * queries.width, *c = queries.c + head * queries.state_width;
+    int64_t j = 0;
+    for (; j + kTogether <= count; j += kTogether) {
+      const float* w = felt ? weight + j : nullptr;
+      score<kTogether>(q, c, k + j * k_stride, k_stride, b + j * b_stride, b_stride, w, p, scores + j);
     }
+    for (; j < count; ++j) {
+      score<1>(q, c, k + j * k_stride, k_stride, b + j * b_stride, b_stride, felt ? weight + j : nullptr, p, scores + j);
+    }
+    std::fill(scores + count, scores + vectors, kNever);
+
+    const Share share{shares + r * share_stride};
+    Vec most(kNever), total(0.f);
+    for (j = 0; j < vectors; j += V) most = at::vec::maximum(most, load(scores + j));
+    share.largest() = at::vec::vec_reduce_all<float>([](const Vec& x, const Vec& y) { return at::vec::maximum(x, y); }, most);
+    for (j = 0; j < vectors; j += V) {
+      const Vec x = (load(scores + j) - Vec(share.largest())).exp();
+      x.store(scores + j);
+      total = total + x;
+    }
+    share.total() = sum(total);
+    int64_t i = 0;
+    for (; i + 4 * V <= p.value_width; i += 4 * V) weigh_values<4>(scores, v + i, v_stride, count, share.values() + i, Whole());
+    for_channels(p.value_width - i, [&](int64_t n, auto channels) {
+      weigh_values<1>(scores, v + i + n, v_stride, count, share.values() + i + n, channels);
+    });
   }
 }
 
@@ -240,8 +229,8 @@ void decode(const DecodeParams& p) {
     with_type(p.k_cache.dtype, [&]<class T>(std::type_identity<T>) {
       for (int64_t i = lo; i < hi; ++i) {
         const auto [row, begin] = splits[i / G];
-        const int64_t end = std::min(begin + kSplit, p.lengths[row] + 1);
-        attend<T>(p, queries, row, i % G, begin, end, shares + i * shared * stride, stride);
+        const int64_t slots = std::min(kSplit, p.lengths[row] + 1 - begin);
+        attend<T>(p, queries, row, i % G, begin, slots, shares + i * shared * stride, stride);
       }
     });
   });
@@ -251,7 +240,7 @@ void decode(const DecodeParams& p) {
     for (int64_t i = lo; i < hi; ++i) {
       const int64_t row = i / p.heads, head = i % p.heads;
       const auto share = [&](int64_t split) { return Share{shares + (split * p.heads + head) * stride}; };
-      float largest = -std::numeric_limits<float>::infinity(), total = 0;
+      float largest = kNever, total = 0;
       for (int64_t n = first[row]; n < first[row + 1]; ++n) largest = std::max(largest, share(n).largest());
       std::fill_n(static_cast<float*>(merged), p.value_width, 0.f);
       for (int64_t n = first[row]; n < first[row + 1]; ++n) {

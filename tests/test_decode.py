@@ -6,6 +6,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import in_fp64, problem, relative, worst_row
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from test_augment_fuzz import laid_out
 
 import sisa_kernels as sk
 from sisa_kernels import _extension
@@ -231,6 +234,67 @@ def test_compiled_step_changes_what_the_eager_one_does(dtype, lengths):
     tolerance = {"rtol": 1e-5, "atol": 1e-6} if dtype == torch.float32 else {"rtol": 2e-2, "atol": 2e-2}
     torch.testing.assert_close(y, y_eager, **tolerance)
     torch.testing.assert_close(compiled[10:15], eager[10:15], **tolerance)
+
+
+@st.composite
+def calls(draw):
+    """Arguments of the op: random shapes, dtypes and strides, lengths on both sides of a split's 512 slots."""
+    B, G = draw(st.integers(1, 3)), draw(st.integers(1, 2))
+    H, Dh, Dv, Ds = G * draw(st.integers(1, 3)), draw(st.integers(1, 70)), draw(st.integers(1, 70)), 2 * draw(st.integers(1, 20))
+    dtype = draw(st.sampled_from((torch.float32, torch.bfloat16, torch.float16)))
+    lengths = [draw(st.sampled_from((1, 2, 15, 16, 17, 100, 510, 511, 512, 1024))) for _ in range(B)]
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=generator)
+
+    decay = 10.0 ** draw(st.integers(-4, 3))
+    wide = [normal(B, 1, heads, width).to(dtype) for heads, width in ((H, Dh), (G, Dh), (G, Dv), (G, Ds), (H, Ds))]
+    inputs = [*wide, -decay * normal(B, 1, G).abs(), 100 * normal(B, 1, G, Ds // 2), 0.05 + normal(H).abs()]
+    rotary = [normal(draw(st.sampled_from((1, B))), 1, Dh // 2) for _ in range(2)] if Dh % 2 == 0 and draw(st.booleans()) else []
+    capacity = max(lengths) + draw(st.integers(1, 20))
+    caches = [normal(B, G, capacity, width).to(dtype) for width in (Dh, Dv, Ds)]
+    caches += [-decay * normal(B, G, capacity).abs().double().cumsum(-1), normal(B, G, Ds // 2).double()]
+    return [
+        *(laid_out(draw, x) for x in inputs),
+        *(laid_out(draw, x) for x in rotary or ()),
+        *[None] * (2 - len(rotary)),
+        *caches,
+        lengths,
+    ]
+
+
+def with_rest(args, value):
+    """The arguments with copies of the caches, whose slots past each row's length hold ``value``."""
+    args = [x.clone() if 10 <= n < 15 else x for n, x in enumerate(args)]
+    for cache in args[10:14]:
+        for row, length in zip(cache, args[15]):
+            row[:, length:] = value
+    return args
+
+
+@pytest.mark.skipif(not COMPILED, reason=f"the extension is {_extension.STATE}, without this op")
+@settings(max_examples=50, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@given(calls())
+def test_any_call_matches_fp64_and_reads_no_slot_past_the_length(args):
+    compiled, eager = with_rest(args, math.nan), with_rest(args, 0.0)
+    exact = [x.double() if isinstance(x, torch.Tensor) else x for x in with_rest(args, 0.0)]
+    found, plain, right = (op(*x) for op, x in ((torch.ops.sisa.decode, compiled), (decode_eager, eager), (decode_eager, exact)))
+    for x, y, z in zip((found, *compiled[10:14]), (plain, *eager[10:14]), (right, *exact[10:14])):
+        x = x if x is found else torch.where(x.isnan(), y, x)
+        error, allowed = ((each.double() - z).abs().max() for each in (x, y))
+        assert error <= 3 * allowed + 2e-6 * (1 + z.abs().max())
+    for cache in compiled[10:14]:
+        for row, length in zip(cache, args[15]):
+            assert row[:, length].isfinite().all()
+            assert row[:, length + 1 :].isnan().all(), "nor writes one"
+    one_thread = with_rest(args, math.nan)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        assert torch.equal(torch.ops.sisa.decode(*one_thread), found), "the same bits for any number of threads"
+    finally:
+        torch.set_num_threads(threads)
 
 
 ARGUMENTS = (

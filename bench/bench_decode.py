@@ -1,7 +1,7 @@
 """One token over a cache on the CPU, a 152M SISA layer beside the Transformer's (``python bench/bench_decode.py``).
 
-The layers take turns, each appending a token to its cache at every step; times are medians, of the attention op alone (on
-operands made before) and of the whole layer. The step is checked against the fp64 oracle first: one that fails prints no number.
+The layers take turns, each appending a token to its cache at every step; times are medians, of the attention module with its
+projections and of the whole layer. The step is checked against the fp64 oracle first: one that fails prints no number.
 """
 
 import argparse

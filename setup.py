@@ -5,6 +5,7 @@ CUDA kernels; no GPU is needed. TORCH_CUDA_ARCH_LIST: the architectures to build
 SISA_CPU_ISA: "avx512", "avx2" or "default", the vector instructions to build for; without it, the building machine's best.
 """
 
+import glob
 import os
 import shutil
 import sys
@@ -84,8 +85,8 @@ def extension() -> dict:
     cxx = [*flags, *defines, *(["-DSISA_WITH_CUDA"] if cuda else [])]
     module = (CUDAExtension if cuda else CppExtension)(
         "sisa_kernels._C",
-        ["csrc/sisa.cpp", "csrc/cpu/augment.cpp", *(["csrc/cuda/augment.cu"] if cuda else [])],
-        depends=["csrc/sisa.h", "csrc/augment_math.h", "csrc/cpu/vector.h", "csrc/cuda/augment.h", "csrc/cuda/device.cuh"],
+        ["csrc/sisa.cpp", "csrc/cpu/augment.cpp", "csrc/cpu/decode.cpp", *(["csrc/cuda/augment.cu"] if cuda else [])],
+        depends=glob.glob("csrc/**/*.h", recursive=True) + glob.glob("csrc/**/*.cuh", recursive=True),
         extra_compile_args={"cxx": cxx, "nvcc": ["-O3", "-std=c++20"]},
         extra_link_args=["-fopenmp"],
         optional=wanted != "1",

@@ -6,6 +6,7 @@
 #include <pybind11/pybind11.h>
 #include <torch/library.h>
 
+#include <algorithm>
 #include <optional>
 #include <sstream>
 #include <string>
@@ -218,6 +219,71 @@ Gradients augment_backward(
   return {dq, dk, db, dc, dlog_decay, dtheta, dlam};
 }
 
+Tensor decode(
+    const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& b, const Tensor& c, const Tensor& log_decay,
+    const Tensor& theta, const Tensor& lam, const OptionalTensor& cos, const OptionalTensor& sin, const Tensor& k_cache,
+    const Tensor& v_cache, const Tensor& b_cache, const Tensor& g_cache, const Tensor& phase, IntArrayRef lengths) {
+  check_floating("q", q.scalar_type());
+  if (q.scalar_type() == at::kDouble) {
+    return in_python<decltype(decode)>(
+        "sisa::decode_eager", q, k, v, b, c, log_decay, theta, lam, cos, sin, k_cache, v_cache, b_cache, g_cache, phase, lengths);
+  }
+  TORCH_CHECK_VALUE(
+      q.dim() == 4 && q.numel() > 0 && q.size(1) == 1, "q must be [batch, 1, heads, channels], each >= 1, got ", q.sizes());
+  TORCH_CHECK_VALUE(k.dim() == 4, "k must be [batch, 1, key heads, channels], got ", k.sizes());
+  TORCH_CHECK_VALUE(v.dim() == 4 && v.size(3) > 0, "v must be [batch, 1, key heads, Dv] with Dv >= 1, got ", v.sizes());
+  TORCH_CHECK_VALUE(b.dim() == 4, "b must be [batch, 1, key heads, Ds], got ", b.sizes());
+  TORCH_CHECK_VALUE(k_cache.dim() == 4, "k_cache must be [batch, key heads, capacity, channels], got ", k_cache.sizes());
+  const int64_t B = q.size(0), H = q.size(2), Dh = q.size(3), G = k.size(2), Dv = v.size(3), Ds = b.size(3);
+  const int64_t capacity = k_cache.size(2);
+  TORCH_CHECK_VALUE(G > 0 && H % G == 0, "the heads of k must divide those of q, got ", G, " and ", H);
+  TORCH_CHECK_VALUE(Ds > 0 && Ds % 2 == 0, "b must have an even number of channels >= 2, got ", Ds);
+  const auto dtype = q.scalar_type();
+  const auto device = q.device();
+  check_tensor("q", q, {B, 1, H, Dh}, dtype, device);
+  check_tensor("k", k, {B, 1, G, Dh}, dtype, device);
+  check_tensor("v", v, {B, 1, G, Dv}, dtype, device);
+  check_tensor("b", b, {B, 1, G, Ds}, dtype, device);
+  check_tensor("c", c, {B, 1, H, Ds}, dtype, device);
+  check_tensor("log_decay", log_decay, {B, 1, G}, at::kFloat, device);
+  check_tensor("theta", theta, {B, 1, G, Ds / 2}, at::kFloat, device);
+  check_tensor("lam", lam, {H}, at::kFloat, device);
+  check_tensor("k_cache", k_cache, {B, G, capacity, Dh}, dtype, device);
+  check_tensor("v_cache", v_cache, {B, G, capacity, Dv}, dtype, device);
+  check_tensor("b_cache", b_cache, {B, G, capacity, Ds}, dtype, device);
+  check_tensor("g_cache", g_cache, {B, G, capacity}, at::kDouble, device);
+  check_tensor("phase", phase, {B, G, Ds / 2}, at::kDouble, device);
+  for (const Tensor* x : {&k_cache, &v_cache, &b_cache, &g_cache}) {
+    TORCH_CHECK_VALUE(x->stride(-1) == 1, "the caches' last axis must have stride 1, got strides ", x->strides());
+  }
+  TORCH_CHECK_VALUE(phase.is_contiguous(), "phase must be contiguous, got strides ", phase.strides());
+  TORCH_CHECK_VALUE(cos.has_value() == sin.has_value(), "cos and sin must be given together");
+  if (cos) {
+    TORCH_CHECK_VALUE(Dh % 2 == 0, "cos and sin need an even head width, got q with ", Dh, " channels");
+    for (const auto& [name, table] : {std::pair("cos", *cos), std::pair("sin", *sin)}) {
+      check_tensor(name, table, {table.dim() > 0 && table.size(0) == 1 ? 1 : B, 1, Dh / 2}, at::kFloat, device);
+    }
+  }
+  const bool fits = std::all_of(lengths.begin(), lengths.end(), [&](int64_t n) { return 1 <= n && n < capacity; });
+  TORCH_CHECK_VALUE(
+      static_cast<int64_t>(lengths.size()) == B && fits, "lengths must be ", B, " integers from 1 to the capacity ", capacity,
+      " less 1, got ", lengths);
+
+  const Tensor y = at::empty({B, 1, H, Dv}, q.options()), lam_row = lam.contiguous();
+  const auto slots = [](const Tensor& cache) { return rows(cache.transpose(1, 2)); };
+  sisa::DecodeParams p{};
+  p.batch = B, p.heads = H, p.key_heads = G, p.head_width = Dh, p.state_width = Ds, p.value_width = Dv;
+  p.q = rows(q), p.k = rows(k), p.v = rows(v), p.b = rows(b), p.c = rows(c), p.log_decay = rows(log_decay), p.theta = rows(theta);
+  if (cos) p.cos = rows(cos->expand({B, 1, Dh / 2}).unsqueeze(2)), p.sin = rows(sin->expand({B, 1, Dh / 2}).unsqueeze(2));
+  p.k_cache = slots(k_cache), p.v_cache = slots(v_cache), p.b_cache = slots(b_cache);
+  p.g_cache = g_cache.mutable_data_ptr<double>(), p.g_batch = g_cache.stride(0), p.g_head = g_cache.stride(1);
+  p.phase = phase.mutable_data_ptr<double>();
+  p.lam = lam_row.const_data_ptr<float>(), p.lengths = lengths.data();
+  p.y = rows(y);
+  sisa::cpu::decode(p);
+  return y;
+}
+
 }  // namespace
 
 TORCH_LIBRARY(sisa, m) {
@@ -230,11 +296,17 @@ TORCH_LIBRARY(sisa, m) {
       "Tensor lam, Tensor? cos, Tensor? sin, SymInt[] starts, float clamp, Tensor? decay_flux, Tensor? phase_flux) "
       "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
       {at::Tag::pt2_compliant_tag});
+  m.def(
+      "decode(Tensor q, Tensor k, Tensor v, Tensor b, Tensor c, Tensor log_decay, Tensor theta, Tensor lam, Tensor? cos, "
+      "Tensor? sin, Tensor(a10!) k_cache, Tensor(a11!) v_cache, Tensor(a12!) b_cache, Tensor(a13!) g_cache, Tensor(a14!) phase, "
+      "SymInt[] lengths) -> Tensor",
+      {at::Tag::pt2_compliant_tag});
 }
 
 TORCH_LIBRARY_IMPL(sisa, CPU, m) {
   m.impl("augment", &augment);
   m.impl("augment_backward", &augment_backward);
+  m.impl("decode", &decode);
 }
 
 #ifdef SISA_WITH_CUDA

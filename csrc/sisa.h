@@ -32,9 +32,24 @@ struct AugmentBackwardParams : AugmentParams {
   const double *decay_flux, *phase_flux;  // [batch, segments, key_heads(, state_width / 2)] contiguous, or null
 };
 
+// sisa::decode: one token a row, whose inputs have no more than that token.
+struct DecodeParams {
+  int64_t batch, heads, key_heads, head_width, state_width, value_width;
+  Rows q, k, v, b, c, log_decay, theta;
+  Rows cos, sin;                   // [batch, 1, 1, head_width / 2]
+  Rows k_cache, v_cache, b_cache;  // a token is a slot; channels lie side by side
+  double* g_cache;                 // slots lie side by side
+  int64_t g_batch, g_head;
+  double* phase;           // [batch, key_heads, state_width / 2] contiguous
+  const float* lam;        // [heads]
+  const int64_t* lengths;  // [batch], each >= 1 and below the caches' capacity
+  Rows y;
+};
+
 namespace cpu {
 void augment(const AugmentParams& params);
 void augment_backward(const AugmentBackwardParams& params);
+void decode(const DecodeParams& params);
 const char* vector_isa();
 }  // namespace cpu
 

@@ -3,7 +3,20 @@
 from . import reference
 from .attention import backends, sisa_attention
 from .augment import augment_qk
+from .cache import TokenCache
+from .decode import SisaCache, sisa_decode
 from .forgetting import alibi_slopes, forgetting_attention
 from .version import __version__
 
-__all__ = ["__version__", "alibi_slopes", "augment_qk", "backends", "forgetting_attention", "reference", "sisa_attention"]
+__all__ = [
+    "SisaCache",
+    "TokenCache",
+    "__version__",
+    "alibi_slopes",
+    "augment_qk",
+    "backends",
+    "forgetting_attention",
+    "reference",
+    "sisa_attention",
+    "sisa_decode",
+]

@@ -240,21 +240,29 @@ def no_second_derivative(ctx, *grads) -> NoReturn:
 _library = torch.library.Library("sisa", "FRAGMENT")
 
 
-def _register(name: str, eager: Callable, fake: Callable, backward: Callable, setup_context: Callable | None) -> Any:
+def register(
+    name: str, eager: Callable, fake: Callable, backward: Callable | None = None, setup_context: Callable | None = None,
+    mutates: tuple[str, ...] = (),
+) -> Any:  # fmt: skip
     """The op sisa::``name``: compiled for the devices the loaded extension was built for, ``eager`` on every other."""
-    schema = torch.library.infer_schema(eager, mutates_args=())
+    schema = torch.library.infer_schema(eager, mutates_args=mutates)
+    compiled = hasattr(torch.ops.sisa, name)
+    if _extension.LOADED and not compiled:
+        message = f"sisa_kernels runs sisa::{name} in plain PyTorch: its compiled extension is of older sources. To build it: "
+        warnings.warn(message + _extension.REBUILD, RuntimeWarning, stacklevel=3)
     # The compiled op hands fp64 to sisa::<name>_eager.
-    for op in [f"{name}_eager"] if _extension.LOADED else [name]:
+    for op in [f"{name}_eager"] if compiled else [name]:
         _library.define(op + schema, tags=(torch.Tag.pt2_compliant_tag,))
-    for op in {name, f"{name}_eager"} if _extension.LOADED else {name}:
+    for op in {name, f"{name}_eager"} if compiled else {name}:
         _library.impl(op, eager, "CompositeExplicitAutograd")
     torch.library.register_fake(f"sisa::{name}", fake, lib=_library)
-    torch.library.register_autograd(f"sisa::{name}", backward, setup_context=setup_context, lib=_library)
+    if backward is not None:
+        torch.library.register_autograd(f"sisa::{name}", backward, setup_context=setup_context, lib=_library)
     return getattr(torch.ops.sisa, name).default
 
 
-augment = _register("augment", augment_eager, _augment_fake, _backward, _save)
-augment_backward = _register("augment_backward", augment_backward_eager, _augment_backward_fake, no_second_derivative, None)
+augment = register("augment", augment_eager, _augment_fake, _backward, _save)
+augment_backward = register("augment_backward", augment_backward_eager, _augment_backward_fake, no_second_derivative)
 
 
 _out: set[str] = set()  # kinds of device whose compiled augmentation was found wrong

@@ -59,9 +59,12 @@ def run_generate(config: GenerateConfig) -> None:
     prompt = encoder.encode([config.prompt])[:-1].tolist() if config.prompt else []
     ids = torch.tensor([[encoder.end_of_text, *prompt]], device=device)
     generator = torch.Generator(device).manual_seed(config.seed)
+    if why := model.cache_refusal():
+        print(f"sisa: every token runs all before it again: {why}", file=sys.stderr)
     out = generate(
-        model, ids, config.max_new_tokens, config.temperature, top_k=config.top_k, top_p=config.top_p, generator=generator
-    )
+        model, ids, config.max_new_tokens, config.temperature, why is None,
+        top_k=config.top_k, top_p=config.top_p, generator=generator,
+    )  # fmt: skip
     print(encoder.decode(out[0, 1:].tolist()))
 
 

@@ -1,6 +1,7 @@
 """Layers that every family shares. Shapes: B batch, L length, D d_model, H query heads, G key heads, E head width."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -12,15 +13,39 @@ class Context:
     """What a layer must know of its tokens beyond their states: where they stand, and which belong together."""
 
     rotary: tuple[Tensor, Tensor]
-    """RoPE's (cos, sin) of the tokens' positions, each [L, E / 2] fp32."""
+    """RoPE's (cos, sin) of the tokens' positions, each [L, E / 2] fp32; [B, L, E / 2] behind caches of unequal length."""
     cu_seqlens: Tensor | None = None
     """[documents + 1] int32, rising from 0 to L: documents packed into one sequence (B = 1) that do not see each other."""
+    lengths: list[int] | None = None
+    """Of the first tokens of a cache: how many of each row are real, the rest being padding on the right (None: all)."""
+
+
+@dataclass
+class ModelCache:
+    """What a model keeps of the tokens so far, so that each more costs one step; made by ``model.make_cache(batch)``.
+
+    A mixer (``Layer.mixer``) that can decode has ``make_cache(batch) -> cache``, empty, taking device and dtype from what comes,
+    and ``forward(x, context, cache=None)``. Given a cache, x [B, T, D] are tokens that follow those in the cache: the mixer
+    returns what it would for them at the end of the whole sequence, and appends them to the cache in place. Where
+    ``context.lengths`` is given (with the first tokens only) row r goes on from its own token ``lengths[r] - 1``. A mixer that
+    cannot decode raises ValueError in ``make_cache``, saying why, or has none.
+    """
+
+    layers: list[Any]
+    """One mixer's cache a layer."""
+    lengths: list[int]
+    """Tokens held, and so the next token's position, of each row."""
 
 
 def rotary_tables(length: int, head_dim: int, device: torch.device, base: float = 10000.0) -> tuple[Tensor, Tensor]:
-    """RoPE's (cos, sin), each [length, head_dim / 2] fp32, for interleaved channel pairs; angles are formed in fp64."""
-    frequency = base ** (-torch.arange(0, head_dim, 2, dtype=torch.float64, device=device) / head_dim)
-    angle = torch.arange(length, dtype=torch.float64, device=device)[:, None] * frequency
+    """RoPE's (cos, sin) of the first ``length`` positions, each [length, head_dim / 2] fp32, for interleaved channel pairs."""
+    return rotary_at(torch.arange(length, device=device), head_dim, base)
+
+
+def rotary_at(positions: Tensor, head_dim: int, base: float = 10000.0) -> tuple[Tensor, Tensor]:
+    """RoPE's (cos, sin) of any positions [...], each [..., head_dim / 2] fp32; angles are formed in fp64."""
+    frequency = base ** (-torch.arange(0, head_dim, 2, dtype=torch.float64, device=positions.device) / head_dim)
+    angle = positions.double()[..., None] * frequency
     return angle.cos().float(), angle.sin().float()
 
 
@@ -141,6 +166,12 @@ class Layer(nn.Module):
         self.ffn_norm = nn.RMSNorm(d_model, eps=1e-6)
         self.ffn = SwiGLU(d_model, d_ff)
 
-    def forward(self, x: Tensor, context: Context) -> Tensor:
-        x = x + self.attn(self.attn_norm(x), context)
+    @property
+    def mixer(self) -> nn.Module:
+        """What mixes the tokens, as a Mamba block names it."""
+        return self.attn
+
+    def forward(self, x: Tensor, context: Context, cache: Any = None) -> Tensor:
+        normed = self.attn_norm(x)
+        x = x + (self.attn(normed, context) if cache is None else self.attn(normed, context, cache))
         return x + self.ffn(self.ffn_norm(x))

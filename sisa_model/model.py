@@ -7,11 +7,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sisa_kernels.cache import check_lengths, uniform
 from sisa_kernels.checks import check_documents
 
 from .config import ModelConfig
 from .hybrid import make_layer
-from .layers import Context, PackedLinear, rotary_tables
+from .layers import Context, ModelCache, PackedLinear, rotary_at, rotary_tables
 from .mamba import Mixer
 from .presets import preset_config
 from .rivals import AlibiAttention, ForgettingAttention
@@ -27,8 +28,10 @@ class LanguageModel(nn.Module):
     """A causal language model: ``model(input_ids [B, L] int64) -> logits [B, L, V]``.
 
     ``cu_seqlens`` [documents + 1] int32, rising from 0 to L, packs documents into one sequence (B = 1): none sees another.
+    ``cache`` (:meth:`make_cache`) holds the tokens before these, which are appended to it; ``lengths``, with the first of them,
+    are the real tokens of each row, whose rest is padding on the right. A cache is for inference, under ``torch.no_grad()``.
     Works under ``torch.device("meta")``; after ``to_empty`` call :meth:`reset_parameters`. Raises ValueError for a sequence
-    longer than ``config.max_seq_len`` and, on the CPU, for a token outside the vocabulary.
+    longer than ``config.max_seq_len`` (with what the cache holds) and, on the CPU, for a token outside the vocabulary.
     """
 
     def __init__(self, config: ModelConfig):
@@ -54,26 +57,77 @@ class LanguageModel(nn.Module):
             if isinstance(module, (SisaAttention, ForgettingAttention, Mixer)):
                 module.reset_parameters()
 
-    def forward(self, input_ids: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
-        return F.linear(self.hidden(input_ids, cu_seqlens), self.embed.weight)
+    def make_cache(self, batch: int) -> ModelCache:
+        """An empty cache of ``batch`` sequences; ValueError where a layer cannot decode with one, saying why."""
+        mixers: list[Any] = [layer.mixer for layer in self.layers]
+        for mixer in mixers:
+            if not hasattr(mixer, "make_cache"):
+                raise ValueError(f"{type(mixer).__name__} has no cache")
+        return ModelCache([mixer.make_cache(batch) for mixer in mixers], [0] * batch)
 
-    def hidden(self, input_ids: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
+    def cache_refusal(self) -> str | None:
+        """Why the model cannot decode with a cache, or None."""
+        try:
+            self.make_cache(1)
+        except ValueError as error:
+            return str(error)
+        return None
+
+    def forward(
+        self, input_ids: Tensor, cu_seqlens: Tensor | None = None, cache: ModelCache | None = None, lengths: list[int] | None = None
+    ) -> Tensor:
+        return F.linear(self.hidden(input_ids, cu_seqlens, cache, lengths), self.embed.weight)
+
+    def hidden(
+        self, input_ids: Tensor, cu_seqlens: Tensor | None = None, cache: ModelCache | None = None, lengths: list[int] | None = None
+    ) -> Tensor:
         """The final normed states [B, L, D], before the output matrix."""
         if input_ids.ndim != 2 or input_ids.dtype not in (torch.int64, torch.int32):
             raise ValueError(f"input_ids must be int64 [batch, length], got {input_ids.dtype} {list(input_ids.shape)}")
         length, config = input_ids.shape[1], self.config
-        if not 1 <= length <= config.max_seq_len:
-            raise ValueError(f"input_ids must be 1 to {config.max_seq_len} (max_seq_len) tokens long, got {length}")
+        held = max(cache.lengths) if cache is not None else 0
+        if not 1 <= length <= config.max_seq_len - held:
+            behind = f" behind {held} in the cache" if held else ""
+            raise ValueError(f"input_ids must be 1 to {config.max_seq_len} (max_seq_len) tokens long, got {length}{behind}")
         if input_ids.device.type == "cpu" and not torch.compiler.is_compiling():
             lo, hi = (int(x) for x in torch.aminmax(input_ids))
             if lo < 0 or hi >= config.vocab_size:
                 raise ValueError(f"input_ids must lie in [0, {config.vocab_size}), got {lo} to {hi}")
         check_documents(cu_seqlens, input_ids)
+        if cache is None:
+            if lengths is not None:
+                raise ValueError("lengths needs a cache: without one, padding on the right changes no token before it")
+            x = self.embed(input_ids)
+            context = Context(rotary_tables(length, config.head_dim, input_ids.device), cu_seqlens)
+            for layer in self.layers:
+                x = layer(x, context)
+            return self.final_norm(x)
+        self._check_cache(input_ids, cu_seqlens, cache, lengths)
         x = self.embed(input_ids)
-        context = Context(rotary_tables(length, config.head_dim, input_ids.device), cu_seqlens)
-        for layer in self.layers:
-            x = layer(x, context)
+        start = uniform(cache.lengths)
+        positions = torch.arange(length, device=x.device)
+        positions = positions + (torch.tensor(cache.lengths, device=x.device)[:, None] if start is None else start)
+        rotary = rotary_at(positions, config.head_dim)
+        for layer, held_by_layer in zip(self.layers, cache.layers):
+            x = layer(x, Context(rotary, lengths=lengths), held_by_layer)
+        cache.lengths = [n + new for n, new in zip(cache.lengths, lengths or [length] * len(cache.lengths))]
         return self.final_norm(x)
+
+    def _check_cache(self, input_ids: Tensor, cu_seqlens: Tensor | None, cache: ModelCache, lengths: list[int] | None) -> None:
+        """Refuse what the layers could not append, before the first of them does."""
+        batch, length = input_ids.shape
+        if torch.is_grad_enabled():
+            raise ValueError("a cache is for inference: call the model under torch.no_grad()")
+        if cu_seqlens is not None:
+            raise ValueError("cu_seqlens cannot be combined with a cache, whose rows are one document each")
+        if len(cache.layers) != len(self.layers):
+            raise ValueError(
+                f"cache must be one of this model's make_cache: it has {len(cache.layers)} layers, the model {len(self.layers)}"
+            )
+        if batch != len(cache.lengths):
+            raise ValueError(f"input_ids must have the cache's batch of {len(cache.lengths)}, got {batch}")
+        if lengths is not None:
+            check_lengths(lengths, cache.lengths, length)
 
 
 def build(preset: str, **overrides: Any) -> LanguageModel:

@@ -74,8 +74,20 @@ class SisaAttention(Fp32Parameters):
             theta = x.new_zeros(*shape, self.d_state // 2, dtype=torch.float32)
         return q, k, v, b, c, log_decay, theta
 
-    def forward(self, x: Tensor, context: Context) -> Tensor:
+    def make_cache(self, batch: int) -> sk.SisaCache:
+        """An empty cache of ``batch`` sequences; ValueError in mode "clamped"."""
+        if self.mode == "clamped":
+            raise ValueError("SISA in mode 'clamped' has no cache: what it clamps depends on the whole sequence")
+        return sk.SisaCache(batch)
+
+    def forward(self, x: Tensor, context: Context, cache: sk.SisaCache | None = None) -> Tensor:
         q, k, v, b, c, log_decay, theta = self.operands(x)
+        if cache is not None:
+            y = sk.sisa_decode(
+                q, k, v, b, c, log_decay, theta, self.lam(), cache,
+                rotary=context.rotary, lengths=context.lengths, backend=self.backend,
+            )  # fmt: skip
+            return self.W_O(y.flatten(2))
         y = sk.sisa_attention(
             q, k, v, b, c, log_decay, theta, self.lam(),
             rotary=context.rotary, mode=self.mode, backend=self.backend, cu_seqlens=context.cu_seqlens,

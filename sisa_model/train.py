@@ -512,7 +512,8 @@ class _Run:
             return
         start = torch.tensor([[self.encoder.end_of_text]], device=self.device)
         generator = torch.Generator(self.device).manual_seed(self.config.seed)
-        ids = generate(self.model, start, self.config.sample_tokens, temperature=0.8, generator=generator)
+        use_cache = self.model.cache_refusal() is None
+        ids = generate(self.model, start, self.config.sample_tokens, 0.8, use_cache, generator=generator)
         text = self.encoder.decode(ids[0, 1:].tolist())
         write_text(self.folder / "sample.txt", text + "\n")
         print(f"a sample at temperature 0.8 ({self.folder / 'sample.txt'}):\n{text}\n")

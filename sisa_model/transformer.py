@@ -4,6 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sisa_kernels import TokenCache
+from sisa_kernels.cache import uniform, visible
 from sisa_kernels.reference import rotate
 
 from .config import ModelConfig
@@ -20,14 +22,30 @@ class TransformerAttention(nn.Module):
         self.proj = PackedLinear(config.d_model, {"W_Q": width_q, "W_K": width_kv, "W_V": width_kv})
         self.W_O = nn.Linear(config.d_model, config.d_model, bias=False)
 
-    def forward(self, x: Tensor, context: Context) -> Tensor:
+    def make_cache(self, batch: int) -> TokenCache:
+        """An empty cache of ``batch`` sequences: k (with RoPE) and v."""
+        return TokenCache(batch)
+
+    def forward(self, x: Tensor, context: Context, cache: TokenCache | None = None) -> Tensor:
         q, k, v = (t.unflatten(-1, (-1, self.head_dim)) for t in self.proj(x))
-        cos, sin = (table[:, None] for table in context.rotary)
+        cos, sin = (table.unsqueeze(-2) for table in context.rotary)
         # Rotated in fp32 whatever the compute dtype, as SISA's operator does.
         q, k = (rotate(t, cos, sin).to(t.dtype) for t in (q, k))
+        gqa = q.shape[2] != k.shape[2]
+        if cache is not None:
+            held = cache.append(context.lengths, k=k, v=v)
+            if any(held):
+                return self.W_O(self._attend(q, cache, held, gqa).flatten(2))
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))
         lengths = [x.shape[1]] if context.cu_seqlens is None else context.cu_seqlens.diff().tolist()
         documents = zip(*(t.split(lengths, 2) for t in (q, k, v)))
-        gqa = q.shape[1] != k.shape[1]
         y = torch.cat([F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=gqa) for q, k, v in documents], 2)
         return self.W_O(y.transpose(1, 2).flatten(2))
+
+    @staticmethod
+    def _attend(q: Tensor, cache: TokenCache, held: list[int], gqa: bool) -> Tensor:
+        """New tokens, the last T in the cache behind the ``held``, over all of it: [B, T, H, E]."""
+        T = q.shape[1]
+        keys, values = (cache.buffers[name][:, :, : max(held) + T] for name in ("k", "v"))
+        mask = None if T == 1 and uniform(held) is not None else visible(held, T, q.device)
+        return F.scaled_dot_product_attention(q.transpose(1, 2), keys, values, attn_mask=mask, enable_gqa=gqa).transpose(1, 2)

@@ -10,16 +10,13 @@
 #include <ATen/Parallel.h>
 
 #include <algorithm>
-#include <cstdlib>
-#include <cstring>
-#include <memory>
-#include <new>
 #include <type_traits>
 #include <utility>
 #include <vector>
 
 #include "../augment_math.h"
 #include "../sisa.h"
+#include "scratch.h"
 #include "vector.h"
 
 namespace sisa::cpu {
@@ -28,25 +25,6 @@ namespace {
 
 constexpr int64_t kPiece = 32;               // tokens
 constexpr int64_t kStreamedBytes = 1 << 20;  // about a core's second-level cache
-
-// Zeroed scratch, aligned to cache lines and padded so that vector loops may run over its end.
-template <class T>
-class Buffer {
- public:
-  explicit Buffer(int64_t size) {
-    const size_t bytes = (size * sizeof(T) + 2 * sizeof(Vec) + 63) / 64 * 64;
-    data_.reset(static_cast<T*>(std::aligned_alloc(64, bytes)));
-    if (!data_) throw std::bad_alloc();
-    std::memset(data_.get(), 0, bytes);
-  }
-  operator T*() const { return data_.get(); }
-
- private:
-  struct Free {
-    void operator()(T* p) const { std::free(p); }
-  };
-  std::unique_ptr<T[], Free> data_;
-};
 
 // ---- A token's rows, one a head ------------------------------------------------------------------------------------------------
 
@@ -74,15 +52,6 @@ struct Heads {
     store(x, data + i, count, streamed);
   }
 };
-
-template <class F>
-void with_type(DType dtype, F f) {
-  switch (dtype) {
-    case DType::float32: return f(std::type_identity<float>());
-    case DType::bfloat16: return f(std::type_identity<at::BFloat16>());
-    case DType::float16: return f(std::type_identity<at::Half>());
-  }
-}
 
 // A token's rows of an input, in place where the last stride is 1, else gathered into scratch.
 template <class T>

@@ -168,6 +168,17 @@ inline void add_even(Vec x, double* sums) {
 #endif
 }
 
+inline float sum(Vec x) {
+#if defined(CPU_CAPABILITY_AVX512)
+  return _mm512_reduce_add_ps(x);
+#else
+  float all[V], total = 0;
+  x.store(all);
+  for (int64_t i = 0; i < V; ++i) total += all[i];
+  return total;
+#endif
+}
+
 // A dot product kept in fp64: exact products, V / 2 running sums in each half.
 class Dot {
  public:

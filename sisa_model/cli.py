@@ -1,4 +1,4 @@
-"""The command ``sisa``: train, compare, generate, info."""
+"""The command ``sisa``: train, compare, generate, convert, info."""
 
 import sys
 from dataclasses import dataclass
@@ -10,10 +10,11 @@ import tyro
 
 import sisa_kernels as sk
 
-from .checkpoint import load
+from .checkpoint import load, make_folder_atomically, save
 from .compare import CompareConfig, compare
 from .generate import check_sampling, generate
 from .model import LanguageModel, count_parameters
+from .paper_checkpoint import load_paper_checkpoint
 from .presets import preset_config, presets
 from .train import TrainConfig, find_device, newest_weights, read_encoder, train
 
@@ -41,6 +42,20 @@ class GenerateConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ConvertConfig:
+    """Turn a checkpoint of the paper's authors into this package's format: config.json and model.safetensors."""
+
+    checkpoint: tyro.conf.Positional[Path]
+    """The authors' .pt file."""
+    preset: str
+    """Model it holds; `sisa info` lists them."""
+    out: Path
+    """Folder to make."""
+    mode: str = "clamped"
+    """SISA's numerics: clamped, what the authors trained with, or exact."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class InfoConfig:
     """List the presets with their sizes."""
 
@@ -63,6 +78,15 @@ def run_generate(config: GenerateConfig) -> None:
     print(encoder.decode(out[0, 1:].tolist()))
 
 
+def run_convert(config: ConvertConfig) -> None:
+    """Write the authors' model as a folder that :func:`sisa_model.load` reads."""
+    if config.out.exists():
+        raise FileExistsError(f"out {config.out} exists; choose another folder")
+    model = load_paper_checkpoint(config.checkpoint, config.preset, config.mode)
+    make_folder_atomically(config.out, lambda folder: save(model, folder))
+    print(f"{config.preset}, {count_parameters(model):,} parameters, mode {model.config.mode}: {config.out}")
+
+
 def run_info(config: InfoConfig) -> None:
     """Print the presets, or one preset's fields."""
     if config.preset is not None:
@@ -78,8 +102,12 @@ def run_info(config: InfoConfig) -> None:
         print(f"{name:30} {count_parameters(model):12,}  {c.d_model:7} {c.n_heads:5} {c.n_layers:6} {c.d_state:7} {c.d_ff:5}")
 
 
-COMMANDS: dict[str, Any] = {"train": TrainConfig, "compare": CompareConfig, "generate": GenerateConfig, "info": InfoConfig}
-RUNNERS: dict[type, Any] = {TrainConfig: train, CompareConfig: compare, GenerateConfig: run_generate, InfoConfig: run_info}
+COMMANDS: dict[str, Any] = {
+    "train": TrainConfig, "compare": CompareConfig, "generate": GenerateConfig, "convert": ConvertConfig, "info": InfoConfig,
+}  # fmt: skip
+RUNNERS: dict[type, Any] = {
+    TrainConfig: train, CompareConfig: compare, GenerateConfig: run_generate, ConvertConfig: run_convert, InfoConfig: run_info,
+}  # fmt: skip
 
 
 def main(args: list[str] | None = None) -> int:

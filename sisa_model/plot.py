@@ -78,13 +78,14 @@ def plot_compare(path: Path, runs: dict[str, list[Rows]], title: str) -> None:
         depth = np.array([rows[-1]["needle_accuracy_by_depth"] for rows in seeds])
         place = np.arange(DEPTHS) + 0.8 * ((number + 0.5) / len(runs) - 0.5)
         spread = np.abs(np.stack((depth.min(0), depth.max(0))) - depth.mean(0))
-        axes[1, 1].bar(place, depth.mean(0), 0.8 / len(runs), color=color, yerr=spread, error_kw={"lw": 1}, label=name)
+        axes[1, 1].bar(place, depth.mean(0), 0.8 / len(runs), color=color, yerr=spread, error_kw={"lw": 1, "ecolor": "0.5"})
     for axis, field, label in panels:
         axis.set(xlabel="step", title=label)
         if field != "loss":
             chance = next(iter(runs.values()))[0][0][field.replace("accuracy", "chance")]
             axis.axhline(chance, label="chance", **CHANCE)
             axis.set_ylim(-0.03, 1.03)
+    axes[1, 1].axhline(next(iter(runs.values()))[0][0]["needle_chance"], **CHANCE)
     quarters = [f"{math.floor(100 * d / DEPTHS)}-{math.floor(100 * (d + 1) / DEPTHS)} %" for d in range(DEPTHS)]
     axes[1, 1].set_xticks(range(DEPTHS), quarters)
     axes[1, 1].set(xlabel="place of the needle in the text", title="final needle accuracy by depth", ylim=(-0.03, 1.03))

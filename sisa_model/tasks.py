@@ -16,6 +16,7 @@ POOL = 16
 RECALL_KEYS = 4
 RECALL_LENGTH = 64  # tokens of a recall sequence that is mixed into text
 IGNORE_SHARE = 0.8  # of a flip-flop's instructions; the rest are writes and reads in equal parts (Liu et al.'s FFL(0.8))
+TOGETHER = 64  # sequences drawn at once: one by one takes ten times as long
 LENGTHS = (1, 2, 4)  # of the exams of a task trained alone, in lengths of training
 DEPTHS = 4  # accuracy is reported by quarter of the sequence, first to last
 IGNORE = -100  # targets of positions that are not scored
@@ -83,7 +84,9 @@ def recall(top: int, seq_len: int, count: int, rng: np.random.Generator) -> Samp
     key, value = _pairs(rng, count, RECALL_KEYS, top)
     pick = rng.integers(RECALL_KEYS, size=(count, pairs))
     tokens = np.stack([np.take_along_axis(x, pick, 1) for x in (key, value)], 2).reshape(count, -1)
-    latest = np.where(np.tril(pick[:, :, None] == pick[:, None, :], -1), np.arange(pairs), -1).max(-1)
+    seen = np.maximum.accumulate(np.where(pick[:, :, None] == np.arange(RECALL_KEYS), np.arange(pairs)[:, None], -1), 1)
+    before = np.concatenate((np.full_like(seen[:, :1], -1), seen[:, :-1]), 1)  # where each key last stood before each pair
+    latest = np.take_along_axis(before, pick[:, :, None], 2)[:, :, 0]
     values_in_sight = np.cumsum(latest < 0, 1)
     return _instructions(tokens, latest >= 0, latest, 1 / values_in_sight)
 
@@ -123,8 +126,9 @@ def _short_recall(text: np.ndarray, top: int, seq_len: int, count: int, rng: np.
     return recall(top, min(RECALL_LENGTH, seq_len), count, rng)
 
 
-# Mixed into text, of which the needle's haystacks are made; and trained alone.
+# Mixed into text, of which a needle's haystack is made: (text, top, seq_len, count, rng), top the vocabulary's last token.
 TASKS: dict[str, Callable[[np.ndarray, int, int, int, np.random.Generator], Sample]] = {"needle": needle, "recall": _short_recall}
+# Trained alone: (top, seq_len, count, rng).
 Task = Callable[[int, int, int, np.random.Generator], Sample]
 ALONE: dict[str, Task] = {
     "parity": functools.partial(addition, modulus=2), "addition": addition, "flipflop": flipflop, "recall": recall,
@@ -153,8 +157,10 @@ class TaskBlocks:
 
     def take(self, ids: list[int]) -> tuple[Tensor, Tensor]:
         """Inputs and targets of sequences, each [len(ids), seq_len] int64 (one less for tasks of pairs)."""
-        samples = [self.task(self.top, self.seq_len, 1, np.random.default_rng([self.seed, n])) for n in ids]
-        return torch.cat([sample.inputs for sample in samples]), torch.cat([sample.targets for sample in samples])
+        wanted = {n // TOGETHER for n in ids}
+        drawn = {n: self.task(self.top, self.seq_len, TOGETHER, np.random.default_rng([self.seed, n])) for n in wanted}
+        rows = [(drawn[n // TOGETHER], n % TOGETHER) for n in ids]
+        return torch.stack([sample.inputs[n] for sample, n in rows]), torch.stack([sample.targets[n] for sample, n in rows])
 
 
 def exams(task: Task, top: int, seq_len: int, count: int, seed: int) -> dict[int, Sample]:

@@ -104,7 +104,7 @@ class TrainConfig:
     val_every: int = 50
     """Steps between evaluations on held-out data."""
     val_blocks: int = 64
-    """Held-out blocks of an evaluation."""
+    """Held-out blocks of text of an evaluation."""
     save_every: int = 200
     """Steps between checkpoints; the two newest are kept."""
     sample_tokens: int = 200

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from sisa_model.compare import CompareConfig, compare
+import sisa_model as sm
+from sisa_model.compare import CompareConfig, compare, resolve
 from sisa_model.tasks import ALONE, DEPTHS, IGNORE, POOL, TASKS, TaskBlocks, accuracy, exams, find_task, flipflop, needle, recall
 from sisa_model.train import TrainConfig, read_rows, train
 
@@ -195,6 +196,21 @@ def test_a_task_alone_resumes_bit_for_bit_and_needs_no_text(tmp_path, monkeypatc
     assert sorted(p.name for p in (tmp_path / "a").iterdir()) == [
         "checkpoints", "final", "loss.png", "run.json", "train.jsonl", "val.jsonl",
     ]  # fmt: skip
+
+
+def test_the_longest_exam_fits_the_model(tmp_path, monkeypatch):
+    monkeypatch.setattr("sisa_model.train.TASK_EXAM", 2)
+    settings = {"steps": 1, "seq_len": 300, "batch_size": 1, "sample_tokens": 5}
+    result = train(TrainConfig(task="parity", preset="transformer-tiny", out=tmp_path / "run", **settings))
+    assert {"parity_accuracy", "parity_x2_accuracy", "parity_x4_accuracy"} <= read_rows(result.folder / "val.jsonl")[-1].keys()
+    assert sm.load(result.folder / "final").config.max_seq_len == 1200, "the preset's is 1,024"
+    assert not (result.folder / "sample.txt").exists(), "a task has no text"
+
+
+def test_a_task_has_defaults_of_its_own():
+    text, parity = resolve(CompareConfig()), resolve(CompareConfig(task="parity", steps=7))
+    assert (text.out, text.steps, text.seq_len, text.batch_size) == (Path("runs/compare"), 2500, 128, 8)
+    assert (parity.out, parity.steps, parity.seq_len, parity.batch_size) == (Path("runs/compare-parity"), 7, 64, 64)
 
 
 def test_a_tiny_sisa_learns_the_flipflop(tmp_path):

@@ -32,7 +32,7 @@ def test_compare_trains_alike_and_reports(small, capsys, monkeypatch):
     assert table in capsys.readouterr().out
     mean = sum(rows[-1]["loss"] for rows in results["sisa-tiny-ds16"]) / 2
     assert f"| sisa-tiny-ds16 | {mean:.3f} (" in table
-    assert "| chance | | 6.2 % | 28" in table
+    assert "| chance | | 6.2 % | 27.8 % | | |" in table
     assert (folder / "compare.png").read_bytes().startswith(b"\x89PNG")
 
     with pytest.raises(FileExistsError, match="continue its comparison with --resume"):

@@ -41,7 +41,8 @@ def load_paper_checkpoint(
     Args:
         path: what their ``torch.save`` wrote: a dictionary whose "model" is a state dict, of a compiled model or not. It is read
             with ``weights_only``: no code in it is run.
-        preset: the model it holds (:func:`sisa_model.presets`); ``overrides`` are fields of its configuration.
+        preset: the model it holds (:func:`sisa_model.presets`); ``overrides`` are fields of its configuration. A Transformer's
+            number of heads is taken on trust: no shape in the file shows it.
         mode: SISA's numerics: "clamped", what it was trained with, or "exact". A Transformer has neither.
 
     Raises FileNotFoundError if ``path`` is no file, and ValueError for one that is truncated, foreign or without "model", for a

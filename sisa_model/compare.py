@@ -94,7 +94,8 @@ def compare(config: CompareConfig) -> Path:
     folders = {preset: [out / f"{preset}-seed{seed}" for seed in config.seeds] for preset in config.presets}
     runs = {preset: [read_rows(folder / "val.jsonl") for folder in seeds] for preset, seeds in folders.items()}
     training = {preset: [read_rows(folder / "train.jsonl") for folder in seeds] for preset, seeds in folders.items()}
-    title = f"{config.steps} steps, {len(config.seeds)} seeds: mean, minimum to maximum"
+    seeds_of = f"{len(config.seeds)} seeds: mean, minimum to maximum" if len(config.seeds) > 1 else "1 seed"
+    title = f"{config.steps} steps, {seeds_of}"
     if config.task == "text":
         table = summary(runs, training)
         plot_compare(out / "compare.png", runs, title)
@@ -151,4 +152,6 @@ def _rate(seeds: list[Rows]) -> float:
 
 
 def _spread(values: list[float], form: str) -> str:
+    if len(values) == 1:
+        return form.format(values[0])
     return f"{form.format(np.mean(values))} ({form.format(min(values))} to {form.format(max(values))})"

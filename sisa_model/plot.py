@@ -113,7 +113,8 @@ def plot_task(path: Path, runs: dict[str, list[Rows]], exams: dict[str, str], ti
     axes[1].axhline(rows[0][f"{first}_chance"], label="chance", **CHANCE)
     chances = [rows[0][f"{exam}_chance"] for exam in exams]
     axes[2].hlines(chances, np.arange(len(exams)) - 0.45, np.arange(len(exams)) + 0.45, **CHANCE)
-    axes[0].set(xlabel="step", title="held-out loss, nats an answer", yscale="log")
+    axes[0].set(xlabel="step", title="held-out loss, nats an answer")
+    axes[0].set_ylim(0, 1.05 * axes[0].get_ylim()[1])
     axes[1].set(xlabel="step", title="accuracy at the length of training", ylim=(-0.03, 1.03))
     axes[2].set(xlabel="position of the answer, tokens", title="final accuracy by length", ylim=(-0.03, 1.03))
     axes[2].set_xticks(range(len(exams)), list(exams.values()))

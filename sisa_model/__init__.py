@@ -3,7 +3,8 @@
 from .checkpoint import load, save
 from .generate import generate
 from .model import build, count_parameters
+from .paper_checkpoint import load_paper_checkpoint
 from .presets import presets
 from .sisa import health
 
-__all__ = ["build", "count_parameters", "generate", "health", "load", "presets", "save"]
+__all__ = ["build", "count_parameters", "generate", "health", "load", "load_paper_checkpoint", "presets", "save"]

@@ -1,4 +1,4 @@
-"""The command ``sisa``: train, compare, study, plot, generate, info."""
+"""The command ``sisa``: train, compare, study, plot, generate, convert, info."""
 
 import sys
 from dataclasses import dataclass
@@ -10,10 +10,11 @@ import tyro
 
 import sisa_kernels as sk
 
-from .checkpoint import load
+from .checkpoint import load, make_folder_atomically, save
 from .compare import CompareConfig, compare
 from .generate import check_sampling, generate
 from .model import LanguageModel, count_parameters
+from .paper_checkpoint import load_paper_checkpoint
 from .plot_runs import PlotConfig, plot_runs
 from .presets import preset_config, presets
 from .study import StudyConfig, run_study
@@ -43,6 +44,20 @@ class GenerateConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ConvertConfig:
+    """Turn a checkpoint of the paper's authors into this package's format: config.json and model.safetensors."""
+
+    checkpoint: tyro.conf.Positional[Path]
+    """The authors' .pt file."""
+    preset: str
+    """Model it holds; `sisa info` lists them."""
+    out: Path
+    """Folder to make."""
+    mode: str = "clamped"
+    """SISA's numerics: clamped, what the authors trained with, or exact."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class InfoConfig:
     """List the presets with their sizes."""
 
@@ -68,6 +83,15 @@ def run_generate(config: GenerateConfig) -> None:
     print(encoder.decode(out[0, 1:].tolist()))
 
 
+def run_convert(config: ConvertConfig) -> None:
+    """Write the authors' model as a folder that :func:`sisa_model.load` reads."""
+    if config.out.exists():
+        raise FileExistsError(f"out {config.out} exists; choose another folder")
+    model = load_paper_checkpoint(config.checkpoint, config.preset, config.mode)
+    make_folder_atomically(config.out, lambda folder: save(model, folder))
+    print(f"{config.preset}, {count_parameters(model):,} parameters, mode {model.config.mode}: {config.out}")
+
+
 def run_info(config: InfoConfig) -> None:
     """Print the presets, or one preset's fields."""
     if config.preset is not None:
@@ -91,6 +115,7 @@ COMMANDS: dict[str, Any] = {
     "study": StudyConfig,
     "plot": PlotConfig,
     "generate": GenerateConfig,
+    "convert": ConvertConfig,
     "info": InfoConfig,
 }
 RUNNERS: dict[type, Any] = {
@@ -99,6 +124,7 @@ RUNNERS: dict[type, Any] = {
     StudyConfig: run_study,
     PlotConfig: plot_runs,
     GenerateConfig: run_generate,
+    ConvertConfig: run_convert,
     InfoConfig: run_info,
 }
 

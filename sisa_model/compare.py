@@ -8,33 +8,39 @@ from typing import Any
 import numpy as np
 
 from .checkpoint import write_json, write_text
-from .needle import TASKS
-from .plot import Rows, plot_compare
+from .plot import Rows, plot_compare, plot_task
 from .presets import preset_config
 from .runlog import read_rows
-from .train import TrainConfig, continue_run
+from .tasks import LENGTHS, TASKS
+from .train import TrainConfig, continue_run, exam_name
+
+# A few minutes a pair of tiny models, of text and of a task.
+DEFAULTS = {"text": {"steps": 2500, "seq_len": 128, "batch_size": 8}, "task": {"steps": 1000, "seq_len": 64, "batch_size": 64}}
 
 
 @dataclass(frozen=True, kw_only=True)
 class CompareConfig:
-    """Compare models trained alike: every preset with every seed, with needle and recall tasks mixed into the text."""
+    """Compare models trained alike, every preset with every seed: on text with needles and recall in it, or on one task alone."""
 
     presets: tuple[str, ...] = ("sisa-tiny-ds16", "transformer-tiny")
     """Models to compare; `sisa info` lists them."""
+    task: str = "text"
+    """What to train on: text, or one task alone: parity, addition (modulo 5; addition-7 for another modulus), flipflop, recall."""
     seeds: tuple[int, ...] = (0,)
     """A run of every preset for each: its initial weights, its order of the data, its tasks."""
     data: tuple[Path, ...] = ()
     """Text files or folders. Default: Python's standard library."""
     tokenizer: Path | None = None
     """A `tokenizers` JSON file. Default: bytes."""
-    out: Path = Path("runs/compare")
-    """Folder to make: one run folder a preset and seed, compare.png, table.md, results.json."""
-    steps: int = 2500
-    """Optimizer steps of each run."""
-    seq_len: int = 128
-    """Tokens a sequence."""
-    batch_size: int | None = 8
-    """Text sequences a step; each task adds its own."""
+    out: Path | None = None
+    """Folder to make: one run folder a preset and seed, compare.png, table.md, results.json. Default: runs/compare or
+    runs/compare-TASK."""
+    steps: int | None = None
+    """Optimizer steps of each run. Default: 2500 on text, 1000 on a task."""
+    seq_len: int | None = None
+    """Tokens a sequence. Default: 128 of text, 64 of a task, which is evaluated at 2 and 4 times that too."""
+    batch_size: int | None = None
+    """Sequences a step. Default: 8 of text, to which each of its tasks adds its own; 64 of a task."""
     lr: float | None = None
     """Peak learning rate. Default: the presets'."""
     val_every: int = 50
@@ -45,38 +51,58 @@ class CompareConfig:
     """Continue a comparison that was stopped: finished runs are kept, the one under way is resumed."""
 
 
-def compare(config: CompareConfig) -> Path:
-    """Train every preset with every seed, and write compare.png, table.md and results.json into ``config.out``.
-
-    Returns the folder. Raises as :func:`sisa_model.train.train` does, and ValueError for fewer than two presets or no seed.
-    """
+def resolve(config: CompareConfig) -> CompareConfig:
+    """Fill in the defaults of text or of a task; ValueError for presets or seeds that cannot be compared."""
     if len(set(config.presets)) < 2 or len(set(config.presets)) < len(config.presets):
         raise ValueError(f"presets must name at least two different models, got {', '.join(config.presets)}")
     if not config.seeds or len(set(config.seeds)) < len(config.seeds):
         raise ValueError(f"seeds must be at least one and all different, got {config.seeds}")
     for preset in config.presets:
         preset_config(preset)
-    if config.out.exists() and not config.resume:
-        raise FileExistsError(f"out {config.out} exists; choose another folder, or continue its comparison with --resume")
-    shared = ("data", "tokenizer", "steps", "seq_len", "batch_size", "lr", "val_every", "device")
+    text = config.task == "text"
+    defaults: dict[str, Any] = {
+        **DEFAULTS["text" if text else "task"],
+        "out": Path("runs/compare" if text else f"runs/compare-{config.task}"),
+    }
+    return dataclasses.replace(config, **{name: value for name, value in defaults.items() if getattr(config, name) is None})
+
+
+def compare(config: CompareConfig) -> Path:
+    """Train every preset with every seed, and write compare.png, table.md and results.json into ``config.out``.
+
+    Returns the folder. Raises as :func:`sisa_model.train.train` does, and ValueError for fewer than two presets or no seed.
+    """
+    config = resolve(config)
+    out = config.out
+    assert out is not None, "resolve() fills it in"
+    if out.exists() and not config.resume:
+        raise FileExistsError(f"out {out} exists; choose another folder, or continue its comparison with --resume")
+    shared = ("task", "data", "tokenizer", "steps", "seq_len", "batch_size", "lr", "val_every", "device")
     settings: dict[str, Any] = {name: getattr(config, name) for name in shared}
+    settings["tasks"] = tuple(TASKS) if config.task == "text" else ()
     # Seeds outermost: a comparison that is cut short still holds whole pairs.
     for seed in config.seeds:
         for preset in config.presets:
-            folder = config.out / f"{preset}-seed{seed}"
-            identity: dict[str, Any] = {"preset": preset, "seed": seed, "out": folder}
-            if not continue_run(TrainConfig(tasks=tuple(TASKS), sample_tokens=0, **identity, **settings)):
-                print(f"stopped; continue the comparison with: sisa compare --out {config.out} --resume (and the same flags)")
-                return config.out
-    folders = {preset: [config.out / f"{preset}-seed{seed}" for seed in config.seeds] for preset in config.presets}
+            identity: dict[str, Any] = {"preset": preset, "seed": seed, "out": out / f"{preset}-seed{seed}"}
+            if not continue_run(TrainConfig(sample_tokens=0, **identity, **settings)):
+                print(f"stopped; continue the comparison with: sisa compare --out {out} --resume (and the same flags)")
+                return out
+    folders = {preset: [out / f"{preset}-seed{seed}" for seed in config.seeds] for preset in config.presets}
     runs = {preset: [read_rows(folder / "val.jsonl") for folder in seeds] for preset, seeds in folders.items()}
-    table = summary(runs, {preset: [read_rows(folder / "train.jsonl") for folder in seeds] for preset, seeds in folders.items()})
-    title = f"{config.steps} steps, {len(config.seeds)} seeds: mean, minimum to maximum"
-    plot_compare(config.out / "compare.png", runs, title)
-    write_text(config.out / "table.md", table)
-    write_json(config.out / "results.json", {"config": dataclasses.asdict(config), "val": runs})
-    print(f"\n{table}\nfigure: {config.out / 'compare.png'}")
-    return config.out
+    training = {preset: [read_rows(folder / "train.jsonl") for folder in seeds] for preset, seeds in folders.items()}
+    seeds_of = f"{len(config.seeds)} seeds: mean, minimum to maximum" if len(config.seeds) > 1 else "1 seed"
+    title = f"{config.steps} steps, {seeds_of}"
+    if config.task == "text":
+        table = summary(runs, training)
+        plot_compare(out / "compare.png", runs, title)
+    else:
+        exams = {exam_name(config.task, factor): _lengths(factor, config.seq_len) for factor in LENGTHS}
+        table = task_summary(runs, training, exams)
+        plot_task(out / "compare.png", runs, exams, f"{config.task}: {title}")
+    write_text(out / "table.md", table)
+    write_json(out / "results.json", {"config": dataclasses.asdict(config), "val": runs})
+    print(f"\n{table}\nfigure: {out / 'compare.png'}")
+    return out
 
 
 def summary(runs: dict[str, list[Rows]], training: dict[str, list[Rows]]) -> str:
@@ -88,11 +114,40 @@ def summary(runs: dict[str, list[Rows]], training: dict[str, list[Rows]]) -> str
     for name, seeds in runs.items():
         cells = [_spread([rows[-1]["loss"] for rows in seeds], "{:.3f}")]
         cells += [_spread([100 * rows[-1][f"{task}_accuracy"] for rows in seeds], "{:.1f} %") for task in TASKS]
-        reached = [next((str(r["step"]) for r in rows if r["needle_accuracy"] >= 0.9), "never") for rows in seeds]
-        rate = np.median([row["tokens_per_s"] for rows in training[name] for row in rows])
-        lines.append(f"| {name} | {' | '.join(cells)} | {', '.join(reached)} | {rate:,.0f} |")
-    return "\n".join(lines) + "\n"
+        lines.append(f"| {name} | {' | '.join(cells)} | {_reached(seeds, 'needle', 0.9)} | {_rate(training[name]):,.0f} |")
+    chances = " | ".join(f"{100 * next(iter(runs.values()))[0][0][f'{task}_chance']:.1f} %" for task in TASKS)
+    return "\n".join([*lines, f"| chance | | {chances} | | |"]) + "\n"
+
+
+def task_summary(runs: dict[str, list[Rows]], training: dict[str, list[Rows]], exams: dict[str, str]) -> str:
+    """As :func:`summary`, of a task trained alone: its accuracy by the position of the answer, ``exams`` name -> in words."""
+    first = next(iter(exams))
+    titles = [f"accuracy at {lengths}" for lengths in exams.values()]
+    lines = [f"| model | {' | '.join(titles)} | first step with >= 95 % | tokens/s |", "|---" * (len(exams) + 3) + "|"]
+    for name, seeds in runs.items():
+        cells = " | ".join(_spread([100 * rows[-1][f"{exam}_accuracy"] for rows in seeds], "{:.1f} %") for exam in exams)
+        lines.append(f"| {name} | {cells} | {_reached(seeds, first, 0.95)} | {_rate(training[name]):,.0f} |")
+    chances = " | ".join(f"{100 * next(iter(runs.values()))[0][0][f'{exam}_chance']:.1f} %" for exam in exams)
+    return "\n".join([*lines, f"| chance | {chances} | | |"]) + "\n"
+
+
+def _lengths(factor: int, seq_len: int | None) -> str:
+    """The positions that an exam asks, in words."""
+    assert seq_len is not None, "resolve() fills it in"
+    return f"1 to {seq_len}" if factor == 1 else f"{factor * seq_len // 2 + 1} to {factor * seq_len}"
+
+
+def _reached(seeds: list[Rows], exam: str, level: float) -> str:
+    """The first step of each seed whose accuracy is at least ``level``."""
+    return ", ".join(next((str(row["step"]) for row in rows if row[f"{exam}_accuracy"] >= level), "never") for rows in seeds)
+
+
+def _rate(seeds: list[Rows]) -> float:
+    """The median training throughput, tokens/s."""
+    return float(np.median([row["tokens_per_s"] for rows in seeds for row in rows]))
 
 
 def _spread(values: list[float], form: str) -> str:
+    if len(values) == 1:
+        return form.format(values[0])
     return f"{form.format(np.mean(values))} ({form.format(min(values))} to {form.format(max(values))})"

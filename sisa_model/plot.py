@@ -11,26 +11,28 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from .checkpoint import write_atomically
-from .needle import DEPTHS
+from .tasks import DEPTHS
 
 Rows = list[dict[str, Any]]
 # Okabe and Ito's palette: distinguishable to colour-blind readers.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")  # eight to seven colours: a pair repeats after 56 models
+CHANCE: dict[str, Any] = {"color": "0.3", "ls": ":", "lw": 1.5}
 plt.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.25})
 
 
 def _finish(figure: Any, path: Path) -> None:
     figure.tight_layout()
-    write_atomically(path, lambda aside: figure.savefig(aside, dpi=130, format="png"))
+    write_atomically(path, lambda aside: figure.savefig(aside, dpi=130, format="png", bbox_inches="tight"))
     plt.close(figure)
 
 
 def plot_losses(path: Path, title: str, train: Rows, val: Rows, unigram: float, bigram: float) -> None:
-    """Training and held-out loss against step, with the n-gram models' loss as level lines."""
+    """Training and held-out loss against step, with the n-gram models' loss as level lines (of text; nan for a task)."""
     figure, axis = plt.subplots(figsize=(6.4, 4))
     axis.plot([r["step"] for r in train], [r["loss"] for r in train], color=COLORS[0], alpha=0.35, lw=0.8, label="training")
     axis.plot([r["step"] for r in val], [r["loss"] for r in val], color=COLORS[1], marker="o", ms=3, label="held out")
-    for name, level, style in (("unigram", unigram, ":"), ("bigram", bigram, "--")):
+    for name, level, style in (("unigram", unigram, ":"), ("bigram", bigram, "--")) if math.isfinite(unigram) else ():
         axis.axhline(level, color="0.4", ls=style, lw=1, label=f"{name} model, {level:.2f}")
     axis.set(xlabel="step", ylabel="loss, nats a token", title=title)
     axis.legend(frameon=False)
@@ -72,25 +74,67 @@ def plot_compare(path: Path, runs: dict[str, list[Rows]], title: str) -> None:
     for number, (name, seeds) in enumerate(runs.items()):
         color = COLORS[number % len(COLORS)]
         for axis, field, _ in panels:
-            values = np.array([[row[field] for row in rows] for rows in seeds])
-            steps = [row["step"] for row in seeds[0]]
-            first = 1 if field == "loss" else 0  # the untrained loss would flatten the rest
-            axis.fill_between(steps[first:], values.min(0)[first:], values.max(0)[first:], color=color, alpha=0.2, lw=0)
-            axis.plot(steps[first:], values.mean(0)[first:], color=color, label=name)
+            _curve(axis, number, name, seeds, field)
         depth = np.array([rows[-1]["needle_accuracy_by_depth"] for rows in seeds])
         place = np.arange(DEPTHS) + 0.8 * ((number + 0.5) / len(runs) - 0.5)
         spread = np.abs(np.stack((depth.min(0), depth.max(0))) - depth.mean(0))
-        axes[1, 1].bar(place, depth.mean(0), 0.8 / len(runs), color=color, yerr=spread, error_kw={"lw": 1}, label=name)
+        axes[1, 1].bar(place, depth.mean(0), 0.8 / len(runs), color=color, yerr=spread, error_kw={"lw": 1, "ecolor": "0.5"})
     for axis, field, label in panels:
         axis.set(xlabel="step", title=label)
         if field != "loss":
             chance = next(iter(runs.values()))[0][0][field.replace("accuracy", "chance")]
-            axis.axhline(chance, color="0.4", ls=":", lw=1, label="chance")
+            axis.axhline(chance, label="chance", **CHANCE)
             axis.set_ylim(-0.03, 1.03)
+    axes[1, 1].axhline(next(iter(runs.values()))[0][0]["needle_chance"], **CHANCE)
     quarters = [f"{math.floor(100 * d / DEPTHS)}-{math.floor(100 * (d + 1) / DEPTHS)} %" for d in range(DEPTHS)]
     axes[1, 1].set_xticks(range(DEPTHS), quarters)
     axes[1, 1].set(xlabel="place of the needle in the text", title="final needle accuracy by depth", ylim=(-0.03, 1.03))
-    axes[0, 0].legend(frameon=False)
-    axes[0, 1].legend(frameon=False)
-    figure.suptitle(title)
+    _legend(figure, axes[0, 1], title)
     _finish(figure, path)
+
+
+def plot_task(path: Path, runs: dict[str, list[Rows]], exams: dict[str, str], title: str) -> None:
+    """A task trained alone: loss and accuracy against step, and the final accuracy by length, with the level of chance.
+
+    ``runs`` is as :func:`plot_compare`'s; ``exams`` maps a name in the rows, that of the training's length first, to its lengths in
+    words. Lines and points are means over seeds, bands and bars their minimum to maximum.
+    """
+    figure, axes = plt.subplots(1, 3, figsize=(13, 4))
+    first, rows = next(iter(exams)), next(iter(runs.values()))[0]
+    for number, (name, seeds) in enumerate(runs.items()):
+        _curve(axes[0], number, name, seeds, "loss")
+        _curve(axes[1], number, name, seeds, f"{first}_accuracy")
+        final = np.array([[run[-1][f"{exam}_accuracy"] for exam in exams] for run in seeds])
+        place = np.arange(len(exams)) + 0.6 * ((number + 0.5) / len(runs) - 0.5)
+        spread = np.abs(np.stack((final.min(0), final.max(0))) - final.mean(0))
+        axes[2].errorbar(
+            place, final.mean(0), spread, color=COLORS[number % len(COLORS)], marker=MARKERS[number % len(MARKERS)], ls=""
+        )
+    axes[1].axhline(rows[0][f"{first}_chance"], label="chance", **CHANCE)
+    chances = [rows[0][f"{exam}_chance"] for exam in exams]
+    axes[2].hlines(chances, np.arange(len(exams)) - 0.45, np.arange(len(exams)) + 0.45, **CHANCE)
+    axes[0].set(xlabel="step", title="held-out loss, nats an answer")
+    axes[0].set_ylim(0, 1.05 * axes[0].get_ylim()[1])
+    axes[1].set(xlabel="step", title="accuracy at the length of training", ylim=(-0.03, 1.03))
+    axes[2].set(xlabel="position of the answer, tokens", title="final accuracy by length", ylim=(-0.03, 1.03))
+    axes[2].set_xticks(range(len(exams)), list(exams.values()))
+    axes[2].grid(axis="x", visible=False)
+    _legend(figure, axes[1], title)
+    _finish(figure, path)
+
+
+def _curve(axis: Any, number: int, name: str, seeds: list[Rows], field: str) -> None:
+    """The ``number``-th model's mean of ``field`` over seeds against step, in a band from minimum to maximum."""
+    values = np.array([[row[field] for row in rows] for rows in seeds])
+    steps, start = [row["step"] for row in seeds[0]], int(field == "loss")  # the untrained loss would flatten the rest
+    color, marker = COLORS[number % len(COLORS)], MARKERS[number % len(MARKERS)]
+    axis.fill_between(steps[start:], values.min(0)[start:], values.max(0)[start:], color=color, alpha=0.15, lw=0)
+    few = max(1, len(steps) // 6)  # markers: colour alone does not tell many models apart
+    axis.plot(steps[start:], values.mean(0)[start:], color=color, marker=marker, ms=4, markevery=(number % few, few), label=name)
+
+
+def _legend(figure: Any, axis: Any, title: str) -> None:
+    """One legend for all panels, of the lines in ``axis``, above them."""
+    handles, names = axis.get_legend_handles_labels()
+    figure.suptitle(title, y=1.0)
+    figure.legend(handles, names, frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=min(4, len(names)))

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import functools
+import hashlib
 import json
 import math
 import platform
@@ -30,11 +31,11 @@ from .data import Blocks, Encoder, load_corpus, ngram_losses
 from .flops import utilisation
 from .generate import generate
 from .model import LanguageModel, count_parameters
-from .needle import IGNORE, TASKS, Sample, accuracy
 from .plot import plot_health, plot_losses
 from .presets import preset_config
 from .runlog import RunLog, check_logs, peak_memory_mib, read_rows
 from .sisa import health
+from .tasks import IGNORE, LENGTHS, TASKS, Sample, TaskBlocks, accuracy, exams, find_task
 
 # What the paper's presets train with (paper, section 4), and tiny's own: a few minutes on a laptop.
 _PAPER = {
@@ -53,6 +54,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
 }
 TASK_BATCH = 16  # sequences a step of each retrieval task in the mix
 TASK_EVAL = 256  # sequences a retrieval accuracy is measured on: 256 needles, about 7,000 recalls
+TASK_EXAM = 128  # sequences of each length that a task trained alone is evaluated on
 T = TypeVar("T")
 KEEP = 2  # checkpoints that stay
 HEALTH_BLOCKS = 4  # held-out blocks that lambda, half-life and the range of g are measured on
@@ -103,18 +105,21 @@ class TrainConfig:
     """SISA's numerics: exact, or clamped as its authors ran it."""
     backend: str = "auto"
     """SISA's attention path; see `python -m sisa_kernels`."""
+    task: str = "text"
+    """What to train on: text, or one task alone, evaluated at 1, 2 and 4 times the length: parity, addition (modulo 5; addition-7
+    for another modulus), flipflop or recall."""
     tasks: tuple[str, ...] = ()
-    """Retrieval tasks mixed into training and evaluated: needle, recall."""
+    """Retrieval tasks mixed into training on text and evaluated: needle, recall."""
     log: tuple[str, ...] = ()
     """Where curves go beside the run folder's jsonl files: tensorboard (RUN/tensorboard), wandb (Weights & Biases)."""
     val_every: int | None = None
     """Steps between evaluations on held-out data."""
     val_blocks: int = 64
-    """Held-out blocks of an evaluation."""
+    """Held-out blocks of text of an evaluation."""
     save_every: int | None = None
     """Steps between checkpoints; the two newest are kept."""
     sample_tokens: int = 200
-    """Tokens of the sample written at the end; 0 for none."""
+    """Tokens of the sample of text written at the end; 0 for none."""
     device: str = "auto"
     """cpu, cuda, cuda:1 ...; auto: a GPU if there is one."""
     stop_at: int | None = None
@@ -163,6 +168,11 @@ def resolve(config: TrainConfig) -> TrainConfig:
     require("seed", config.seed < 2**63, "below 2 ** 63")
     if config.tasks:
         require("seq_len", config.seq_len is not None and config.seq_len >= 64, "at least 64 with retrieval tasks")
+    if config.task != "text":
+        find_task(config.task)
+        require("seq_len", _resolved(config.seq_len) >= 16, f"at least 16 for the task {config.task}")
+        for field in ("data", "val_data", "tokenizer", "tasks"):
+            require(field, not getattr(config, field), f"left out with the task {config.task}, which is trained without text")
     return config
 
 
@@ -259,7 +269,12 @@ class TrainResult:
     """Held-out loss in nats a token at the last evaluation."""
     unigram: float
     bigram: float
-    """Held-out loss of n-gram models counted on the training tokens, on the same held-out tokens."""
+    """Held-out loss of n-gram models counted on the training tokens, on the same held-out tokens (nan for a task)."""
+
+
+def exam_name(task: str, factor: int) -> str:
+    """What an exam of a task trained alone is called in val.jsonl, its sequences ``factor`` times as long as in training."""
+    return task if factor == 1 else f"{task}_x{factor}"
 
 
 def train(config: TrainConfig) -> TrainResult:
@@ -326,14 +341,11 @@ class _Run:
         self.autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=bf16)
 
         self.encoder = Encoder(config.tokenizer)
-        corpus = load_corpus([*config.data], [*config.val_data], self.encoder)
-        self.split, self.fingerprint = corpus.split, corpus.fingerprint()
-        self.train_tokens, self.val_tokens = corpus.train, corpus.val
-        self.train_blocks = Blocks(corpus.train, self.seq_len, config.seed, "training")
-        val_blocks = Blocks(corpus.val, self.seq_len, 0, "held-out")
-        # Spread over the whole held-out text rather than its first files.
-        ids = np.linspace(0, val_blocks.count - 1, min(config.val_blocks, val_blocks.count)).astype(int).tolist()
-        self.val_inputs, self.val_targets = val_blocks.take(ids)
+        self.exams: dict[str, Sample] = {}
+        if config.task == "text":
+            self._read_text()
+        else:
+            self._set_task()
 
         torch.manual_seed(config.seed)
         self.model = LanguageModel(self._model_config()).to(self.device)
@@ -341,7 +353,7 @@ class _Run:
         with torch.no_grad(), self.autocast:
             self.model.eval()(torch.zeros(1, 2, dtype=torch.int64, device=self.device))
         # One sample a task for all evaluations and all models, from held-out text and seeds that training never uses.
-        self.exams = {task: self._exam(task, number) for number, task in enumerate(config.tasks)}
+        self.exams |= {task: self._exam(task, number) for number, task in enumerate(config.tasks)}
         self.optimizer = make_optimizer(self.model, config)
         self.step = 0
         self.folder = config.out or _free_folder(Path("runs") / config.preset)
@@ -350,20 +362,45 @@ class _Run:
         self.warned_clamped = False
         self.val_loss = math.nan
 
+    def _read_text(self) -> None:
+        config = self.config
+        corpus = load_corpus([*config.data], [*config.val_data], self.encoder)
+        self.fingerprint, self.split = corpus.fingerprint(), corpus.split
+        self.about = f"{len(corpus.train):,} training and {len(corpus.val):,} held-out tokens ({self.split})"
+        self.train_tokens, self.val_tokens = corpus.train, corpus.val
+        self.train_blocks: Blocks | TaskBlocks = Blocks(corpus.train, self.seq_len, config.seed, "training")
+        val_blocks = Blocks(corpus.val, self.seq_len, 0, "held-out")
+        # Spread over the whole held-out text rather than its first files.
+        ids = np.linspace(0, val_blocks.count - 1, min(config.val_blocks, val_blocks.count)).astype(int).tolist()
+        self.val_inputs, self.val_targets = val_blocks.take(ids)
+
+    def _set_task(self) -> None:
+        """A task in the place of text: its exams' seed is one that training never uses, as training's are below 2 ** 63."""
+        config, task, top = self.config, find_task(self.config.task), self._model_config().vocab_size - 1
+        self.train_blocks = TaskBlocks(task, top, self.seq_len, config.seed)
+        samples = exams(task, top, self.seq_len, TASK_EXAM, 2**63)
+        self.exams = {exam_name(config.task, factor): sample for factor, sample in samples.items()}
+        self.val_inputs, self.val_targets = samples[1].inputs, samples[1].targets
+        self.split = "drawn from another seed"
+        self.about = f"task {config.task} at length {self.seq_len}, evaluated to {LENGTHS[-1] * self.seq_len}"
+        self.fingerprint = hashlib.sha256(self.val_targets.numpy().tobytes()).hexdigest()
+
     def _model_config(self) -> ModelConfig:
         config = self.config
         known = preset_config(config.preset)
         overrides: dict[str, Any] = {
             "vocab_size": max(known.vocab_size, self.encoder.size),
-            "max_seq_len": max(known.max_seq_len, self.seq_len),
+            "max_seq_len": max(known.max_seq_len, self.seq_len * (1 if config.task == "text" else LENGTHS[-1])),
             "mode": config.mode,
             "backend": config.backend,
         }
         return preset_config(config.preset, **overrides)
 
     def run(self) -> TrainResult:
-        config, contexts, targets = self.config, self.val_inputs.numpy().ravel(), self.val_targets.numpy().ravel()
-        unigram, bigram = ngram_losses(self.train_tokens, targets, contexts, self.model.config.vocab_size)
+        config, unigram, bigram = self.config, math.nan, math.nan
+        if config.task == "text":
+            contexts, targets = self.val_inputs.numpy().ravel(), self.val_targets.numpy().ravel()
+            unigram, bigram = ngram_losses(self.train_tokens, targets, contexts, self.model.config.vocab_size)
         if config.resume:
             self._restore()
         else:
@@ -374,7 +411,7 @@ class _Run:
             write_json(self.folder / "run.json", record)
         self.log = RunLog(self.folder, self.step, config.log)
         print(f"{config.preset}: {count_parameters(self.model):,} parameters on {self.device}, run folder {self.folder}")
-        print(f"{len(self.train_tokens):,} training and {len(self.val_tokens):,} held-out tokens ({self.split})")
+        print(self.about)
         last = min(self.steps, config.stop_at or self.steps)
         with self._interruptible(), tqdm(total=self.steps, initial=self.step, unit="step", dynamic_ncols=True) as bar:
             if self.step == 0:
@@ -394,7 +431,8 @@ class _Run:
         self._draw(unigram, bigram)
         if finished:
             self._write_sample()
-            print(f"held-out loss {self.val_loss:.3f} nats a token; a unigram model {unigram:.3f}, a bigram model {bigram:.3f}")
+            compared = f"; a unigram model {unigram:.3f}, a bigram model {bigram:.3f}" if config.task == "text" else ""
+            print(f"held-out loss {self.val_loss:.3f} nats a token{compared}")
         else:
             print(f"stopped after step {self.step} of {self.steps}; continue with: sisa train --out {self.folder} --resume")
         return TrainResult(self.folder, self.step, finished, self.val_loss, unigram, bigram)
@@ -409,9 +447,7 @@ class _Run:
         return ids, groups
 
     def _exam(self, task: str, number: int) -> Sample:
-        sample = self._sample(task, self.val_tokens, TASK_EVAL, [10**9, number])
-        inputs, targets, place = (x.to(self.device) for x in (sample.inputs, sample.targets, sample.place))
-        return Sample(inputs, targets, place, sample.chance)
+        return self._sample(task, self.val_tokens, TASK_EVAL, [10**9, number])
 
     def _sample(self, task: str, text: np.ndarray, count: int, seed: list[int]) -> Sample:
         return TASKS[task](text, self.model.config.vocab_size - 1, self.seq_len, count, np.random.default_rng(seed))
@@ -427,7 +463,7 @@ class _Run:
                 try:
                     loss = self._loss_sum(x, y) / valid
                 except ValueError as error:  # the operators' checks meet a weight that is not finite before the loss does
-                    raise FloatingPointError(f"{error}, at step {self.step + 1}, on blocks {ids} of the training text") from error
+                    raise FloatingPointError(f"{error}, at step {self.step + 1}, on blocks {ids} of the training data") from error
                 loss.backward()
                 total += loss.item()
             losses.append(total)
@@ -436,7 +472,7 @@ class _Run:
             self.optimizer.zero_grad(set_to_none=True)
             raise FloatingPointError(
                 f"the loss must be finite, got {sum(losses)} (gradient norm {norm}) at step {self.step + 1}, on blocks {ids} of "
-                f"the training text (losses of text and tasks: {losses}). The optimizer step was not taken"
+                f"the training data (losses of text and tasks: {losses}). The optimizer step was not taken"
             )
         lr = learning_rate(self.step, self.config)
         for group in self.optimizer.param_groups:
@@ -464,7 +500,7 @@ class _Run:
     def _evaluate(self) -> None:
         self.model.eval()
         pairs = zip(self.val_inputs.split(self.micro_batch_size), self.val_targets.split(self.micro_batch_size))
-        self.val_loss = sum(self._loss_sum(x, y).item() for x, y in pairs) / self.val_targets.numel()
+        self.val_loss = sum(self._loss_sum(x, y).item() for x, y in pairs) / int((self.val_targets != IGNORE).sum())
         if not math.isfinite(self.val_loss):
             raise FloatingPointError(f"the held-out loss must be finite, got {self.val_loss} after step {self.step}")
         row: dict[str, Any] = {"step": self.step, "loss": self.val_loss}
@@ -472,7 +508,7 @@ class _Run:
             with self.autocast:
                 found = accuracy(self.model, exam, self.micro_batch_size)
             row[f"{task}_accuracy"], row[f"{task}_accuracy_by_depth"] = found
-            row[f"{task}_chance"] = exam.chance
+            row[f"{task}_chance"] = exam.chance.mean().item()
         with self.autocast:
             row["layers"] = [dataclasses.asdict(h) for h in health(self.model, self.val_inputs[:HEALTH_BLOCKS].to(self.device))]
         self.log.add("val", row)
@@ -508,7 +544,7 @@ class _Run:
             plot_health(self.folder / "health.png", self.config.preset, val)
 
     def _write_sample(self) -> None:
-        if not self.config.sample_tokens:
+        if not self.config.sample_tokens or self.config.task != "text":
             return
         start = torch.tensor([[self.encoder.end_of_text]], device=self.device)
         generator = torch.Generator(self.device).manual_seed(self.config.seed)

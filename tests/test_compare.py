@@ -32,6 +32,7 @@ def test_compare_trains_alike_and_reports(small, capsys, monkeypatch):
     assert table in capsys.readouterr().out
     mean = sum(rows[-1]["loss"] for rows in results["sisa-tiny-ds16"]) / 2
     assert f"| sisa-tiny-ds16 | {mean:.3f} (" in table
+    assert "| chance | | 6.2 % | 27.8 % | | |" in table
     assert (folder / "compare.png").read_bytes().startswith(b"\x89PNG")
 
     with pytest.raises(FileExistsError, match="continue its comparison with --resume"):
@@ -66,7 +67,7 @@ def test_info_lists_every_preset(capsys):
     assert "d_model            512" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("command", ["train", "compare", "study", "plot", "generate", "info"])
+@pytest.mark.parametrize("command", ["train", "compare", "study", "plot", "generate", "convert", "info"])
 def test_help_explains_every_flag(command, capsys):
     with pytest.raises(SystemExit) as done:
         main([command, "--help"])

@@ -10,7 +10,6 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
 from sisa_model.data import Blocks, Encoder, documents, load_corpus, ngram_losses, read_text, standard_library
-from sisa_model.needle import DEPTHS, IGNORE, POOL, needle, recall
 
 
 def write_files(folder, count, repeat=40):
@@ -163,39 +162,3 @@ def test_ngram_losses_by_brute_force():
         expected_bigram.append(-math.log((seen + 10 * p) / (context + 10)))
     assert unigram == pytest.approx(np.mean(expected_unigram))
     assert bigram == pytest.approx(np.mean(expected_bigram))
-
-
-def test_needle_hides_a_random_pair_at_every_depth():
-    text, end = np.arange(5000, dtype=np.int32) % 100, 256
-    sample = needle(text, end, 64, 40, np.random.default_rng(0))
-    assert sample.inputs.shape == sample.targets.shape == (40, 64)
-    assert (sample.targets != IGNORE).sum(1).tolist() == [1] * 40
-    assert sample.chance == 1 / POOL
-    for row, target, place in zip(sample.inputs.tolist(), sample.targets.tolist(), sample.place.tolist()):
-        key, value = row[-1], target[-1]
-        assert end - 2 * POOL <= key < end - POOL <= value < end
-        assert row.index(key) == int(place * 62)
-        assert row[row.index(key) + 1] == value
-    assert np.bincount((sample.place * DEPTHS).long()).tolist() == [10] * DEPTHS
-    again = needle(text, end, 64, 40, np.random.default_rng(0))
-    assert (again.inputs == sample.inputs).all()
-    assert (needle(text, end, 64, 40, np.random.default_rng(1)).inputs != sample.inputs).any()
-
-
-def test_recall_asks_every_recurrence_and_only_those():
-    sample = recall(np.zeros(1, np.int32), 256, 128, 20, np.random.default_rng(0))
-    places, chances = [], []
-    for row, target in zip(sample.inputs.tolist(), sample.targets.tolist()):
-        known = {}
-        for position in range(0, len(row), 2):
-            key = row[position]
-            if key in known:
-                assert target[position] == row[known[key] + 1]
-                places.append(known[key] / 64)
-                chances.append(1 / len(known))
-            else:
-                assert target[position] == IGNORE
-            assert position + 1 == len(row) or target[position + 1] == IGNORE
-            known[key] = position
-    assert sample.place.tolist() == pytest.approx(places)
-    assert sample.chance == pytest.approx(np.mean(chances))

@@ -1,4 +1,4 @@
-"""The command ``sisa``: train, compare, generate, info."""
+"""The command ``sisa``: prepare, train, compare, generate, info."""
 
 import sys
 from dataclasses import dataclass
@@ -14,6 +14,7 @@ from .checkpoint import load
 from .compare import CompareConfig, compare
 from .generate import check_sampling, generate
 from .model import LanguageModel, count_parameters
+from .prepare import PrepareConfig, prepare
 from .presets import preset_config, presets
 from .train import TrainConfig, find_device, newest_weights, read_encoder, train
 
@@ -78,8 +79,20 @@ def run_info(config: InfoConfig) -> None:
         print(f"{name:30} {count_parameters(model):12,}  {c.d_model:7} {c.n_heads:5} {c.n_layers:6} {c.d_state:7} {c.d_ff:5}")
 
 
-COMMANDS: dict[str, Any] = {"train": TrainConfig, "compare": CompareConfig, "generate": GenerateConfig, "info": InfoConfig}
-RUNNERS: dict[type, Any] = {TrainConfig: train, CompareConfig: compare, GenerateConfig: run_generate, InfoConfig: run_info}
+COMMANDS: dict[str, Any] = {
+    "prepare": PrepareConfig,
+    "train": TrainConfig,
+    "compare": CompareConfig,
+    "generate": GenerateConfig,
+    "info": InfoConfig,
+}
+RUNNERS: dict[type, Any] = {
+    PrepareConfig: prepare,
+    TrainConfig: train,
+    CompareConfig: compare,
+    GenerateConfig: run_generate,
+    InfoConfig: run_info,
+}
 
 
 def main(args: list[str] | None = None) -> int:

@@ -26,7 +26,7 @@ import sisa_kernels as sk
 
 from .checkpoint import load_state, make_folder_atomically, read_config, save, write_json, write_text
 from .config import ModelConfig
-from .data import Blocks, Encoder, load_corpus, ngram_losses
+from .data import Encoder, find_encoder, ngram_losses, open_data
 from .generate import generate
 from .model import LanguageModel, count_parameters
 from .needle import IGNORE, TASKS, Sample, accuracy
@@ -57,11 +57,12 @@ class TrainConfig:
     preset: str = "sisa-tiny-ds16"
     """Model to train; `sisa info` lists them."""
     data: tuple[Path, ...] = ()
-    """Text files or folders (plain, .gz or .xz; lines of <|endoftext|> separate documents). Default: Python's standard library."""
+    """Text files or folders (plain, .gz, .xz or .zst; lines of <|endoftext|> separate documents), or a folder of `sisa prepare`.
+    Default: Python's standard library."""
     val_data: tuple[Path, ...] = ()
     """Held-out text. Default: 5 % of the data, by file (or by document, where files are few)."""
     tokenizer: Path | None = None
-    """A `tokenizers` JSON file. Default: bytes."""
+    """A `tokenizers` JSON file. Default: that of a prepared folder, or bytes."""
     out: Path | None = None
     """Run folder, which must not exist yet. Default: runs/PRESET, or PRESET-2, -3 ... if that is taken."""
     steps: int | None = None
@@ -225,7 +226,8 @@ def read_run(folder: Path) -> dict[str, Any]:
 
 def read_encoder(folder: Path) -> Encoder:
     """The tokenizer of the run in ``folder``; raises as :func:`read_run` does, and FileNotFoundError if the file is gone."""
-    return Encoder(read_run(folder)["train"].tokenizer)
+    config = read_run(folder)["train"]
+    return find_encoder(config.data, config.tokenizer)
 
 
 class RunLog:
@@ -316,12 +318,10 @@ class _Run:
         bf16 = config.precision == "bf16" or (config.precision == "auto" and self.device.type == "cuda")
         self.autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=bf16)
 
-        self.encoder = Encoder(config.tokenizer)
-        corpus = load_corpus([*config.data], [*config.val_data], self.encoder)
-        self.split, self.fingerprint = corpus.split, corpus.fingerprint()
-        self.train_tokens, self.val_tokens = corpus.train, corpus.val
-        self.train_blocks = Blocks(corpus.train, self.seq_len, config.seed, "training")
-        val_blocks = Blocks(corpus.val, self.seq_len, 0, "held-out")
+        data = open_data(config.data, config.val_data, config.tokenizer, self.seq_len, config.seed)
+        self.encoder, self.split, self.fingerprint = data.encoder, data.split, data.fingerprint
+        self.train_tokens, self.val_tokens = data.train_text, data.val_text
+        self.train_blocks, val_blocks = data.train, data.val
         # Spread over the whole held-out text rather than its first files.
         ids = np.linspace(0, val_blocks.count - 1, min(config.val_blocks, val_blocks.count)).astype(int).tolist()
         self.val_inputs, self.val_targets = val_blocks.take(ids)
@@ -365,7 +365,7 @@ class _Run:
             write_json(self.folder / "run.json", record)
         self.log = RunLog(self.folder, self.step)
         print(f"{config.preset}: {count_parameters(self.model):,} parameters on {self.device}, run folder {self.folder}")
-        print(f"{len(self.train_tokens):,} training and {len(self.val_tokens):,} held-out tokens ({self.split})")
+        print(self.split)
         last = min(self.steps, config.stop_at or self.steps)
         with self._interruptible(), tqdm(total=self.steps, initial=self.step, unit="step", dynamic_ncols=True) as bar:
             if self.step == 0:

@@ -1,6 +1,7 @@
 """Data: what is held out is held out, the order covers every block, tokens round-trip, n-gram losses by brute force."""
 
 import gzip
+import io
 import itertools
 import lzma
 import math
@@ -74,7 +75,7 @@ def test_compressed_text_and_documents(tmp_path):
         with opener(tmp_path / f"x{suffix}", "wt") as file:
             file.write(text)
         assert read_text(tmp_path / f"x{suffix}") == text
-    assert list(documents(text)) == ["one", "two\nlines"]
+    assert list(documents(io.StringIO(text))) == ["one", "two\nlines"]
 
 
 def test_bytes_round_trip():

@@ -75,7 +75,7 @@ def prepare(config: PrepareConfig) -> Shards:
     Raises ValueError, FileNotFoundError or FileExistsError, naming the argument or file, for bad settings, sources or tokenizer
     and for a folder that was begun otherwise; OSError for a full disk or a killed worker. Shards that are finished stay.
     """
-    workers = config.workers if config.workers is not None else len(os.sched_getaffinity(0))
+    workers = config.workers if config.workers is not None else _cores()
     _check(config, workers)
     tokenizer = _find_tokenizer(config.tokenizer)
     encoder = Encoder(tokenizer)
@@ -120,6 +120,11 @@ def prepare(config: PrepareConfig) -> Shards:
     _check_totals(config, shards)
     write_json(config.out / INDEX, {**index, "complete": True, "shards": shards})
     return Shards(config.out)
+
+
+def _cores() -> int:
+    """The cores this process may use, where the system tells; else those there are."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _check(config: PrepareConfig, workers: int) -> None:
@@ -224,7 +229,9 @@ def _encoded(batches: Iterator[_Batch], workers: int, setup: tuple) -> Generator
     if workers == 1:
         yield from map(_Worker(*setup), batches)
         return
-    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _start_worker, setup) as pool:
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])  # torch is imported once, and its memory shared
+    with ProcessPoolExecutor(workers, context, _start_worker, setup) as pool:
         pending: deque = deque()
         try:
             for batch in batches:

@@ -12,6 +12,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
 from sisa_model.data import Blocks, Encoder, documents, load_corpus, ngram_losses, read_text, standard_library
 from sisa_model.needle import DEPTHS, IGNORE, POOL, needle, recall
+from sisa_model.shuffle import shuffled
 
 
 def write_files(folder, count, repeat=40):
@@ -200,3 +201,29 @@ def test_recall_asks_every_recurrence_and_only_those():
             known[key] = position
     assert sample.place.tolist() == pytest.approx(places)
     assert sample.chance == pytest.approx(np.mean(chances))
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 7, 16, 17, 1000, 65_537])
+def test_a_shuffle_is_a_bijection_of_its_key(count):
+    order = shuffled(np.arange(count), count, [3, 1])
+    assert sorted(order.tolist()) == list(range(count))
+    assert np.array_equal(shuffled(np.arange(count)[::-1], count, [3, 1]), order[::-1]), "each place by itself"
+    if count > 16:
+        for key in ([3, 2], [4, 1]):
+            assert (shuffled(np.arange(count), count, key) == order).mean() < 0.3
+
+
+def test_a_shuffle_has_the_statistics_of_independent_draws():
+    # Small ranges, where a Feistel network is weakest: chi-squared of each place and each pair of neighbours over 1,500 keys,
+    # within five standard deviations of its mean.
+    for count in (3, 5, 12):
+        orders = np.array([shuffled(np.arange(count), count, [key, 0]) for key in range(1500)])
+        places = np.array([np.bincount(orders[:, place], minlength=count) for place in range(count)])
+        pairs = np.bincount(orders[:, 0] * count + orders[:, 1], minlength=count**2).reshape(count, count)
+        for found, freedom in ((places, (count - 1) ** 2), (pairs[~np.eye(count, dtype=bool)], count * (count - 1) - 1)):
+            chi_squared = ((found - found.mean()) ** 2 / found.mean()).sum()
+            assert abs(chi_squared - freedom) < 5 * (2 * freedom) ** 0.5
+    # A large one: place and element are uncorrelated, and so are neighbours (standard deviation 1 / sqrt(count)).
+    order = shuffled(np.arange(100_003), 100_003, [0, 0])
+    for x, y in ((np.arange(100_003), order), (order[:-1], order[1:])):
+        assert abs(np.corrcoef(x, y)[0, 1]) < 5 / 100_003**0.5

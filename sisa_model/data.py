@@ -297,10 +297,13 @@ def find_encoder(data: tuple[Path, ...], tokenizer: Path | None) -> Encoder:
     return encoder
 
 
-def open_data(data: tuple[Path, ...], val_data: tuple[Path, ...], tokenizer: Path | None, seq_len: int, seed: int) -> Data:
-    """Open text files, the default corpus (no ``data``) or one folder of `sisa prepare`, whose checksums are verified.
+def open_data(
+    data: tuple[Path, ...], val_data: tuple[Path, ...], tokenizer: Path | None, seq_len: int, seed: int, *, verify: bool = True
+) -> Data:
+    """Open text files, the default corpus (no ``data``) or one folder of `sisa prepare`.
 
-    Raises FileNotFoundError or ValueError naming the file, the shard or the argument at fault.
+    ``verify`` reads a folder through once and compares the checksums of its shards: of many processes, one should. Raises
+    FileNotFoundError or ValueError naming the file, the shard or the argument at fault.
     """
     encoder, folder = find_encoder(data, tokenizer), prepared(data)
     if folder is None:
@@ -311,7 +314,8 @@ def open_data(data: tuple[Path, ...], val_data: tuple[Path, ...], tokenizer: Pat
     if val_data:
         raise ValueError(f"val_data must be left out: {folder} brings the documents that sisa prepare held out")
     shards = Shards(folder)
-    shards.verify()
+    if verify:
+        shards.verify()
     train, val = Blocks(shards.train, seq_len, seed, "training"), Blocks(shards.val, seq_len, 0, "held-out")
     sample, val_sample = (tokens[:SAMPLE_TOKENS].astype(np.int32) for tokens in (shards.train, shards.val))
     split = (

@@ -145,9 +145,8 @@ def _find_tokenizer(name: str) -> Path | None:
     hub = needs("huggingface_hub", f"tokenizer {name}")
     try:
         return Path(hub.hf_hub_download(name, "tokenizer.json"))
-    except (OSError, ValueError) as error:  # the Hub's errors, the network's, and those of a name that no repository can have
-        reason = str(error).splitlines()[0]
-        raise FileNotFoundError(f"tokenizer {name} is no file here, and the Hub does not give it: {reason}") from error
+    except Exception as error:  # the Hub's errors, and of many kinds the network's
+        raise FileNotFoundError(f"tokenizer {name} is no file here, and the Hub does not give it: {error}") from error
 
 
 def _begun(out: Path, options: dict[str, Any]) -> bool:

@@ -60,7 +60,7 @@ class Tokens:
         self.ends = list(itertools.accumulate(count for _, count in self.files))
         for path, count in files:
             self._check(path, count)
-        self._maps = [np.memmap(path, dtype, "r") for path, _ in self.files]
+        self._maps = [np.asarray(np.memmap(path, dtype, "r")) for path, _ in self.files]
 
     def __len__(self) -> int:
         return self.ends[-1] if self.ends else 0

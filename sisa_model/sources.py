@@ -56,7 +56,7 @@ def _hub_source(name: str) -> Source:
     repository, _, revision = name.partition("@")
     try:
         commit = needs("huggingface_hub", name).HfApi().dataset_info(repository, revision=revision or None).sha
-    except OSError as error:  # the Hub's errors and the network's
+    except Exception as error:  # the Hub's errors, and of many kinds the network's
         raise FileNotFoundError(f"source {name} is no file or folder here, and the Hub does not give it: {error}") from error
     return Source(repository, "hub", commit)
 
@@ -81,9 +81,14 @@ def read(sources: list[Source], start: Position, field: str, subset: str | None,
 
 def _hub(source: Source, field: str, subset: str | None, split: str, skipped: int) -> Iterator[str]:
     datasets = needs("datasets", source.name)
-    rows = datasets.load_dataset(source.name, subset, split=split, revision=source.version, streaming=True)
-    for row in rows.skip(skipped):
-        yield _value(row, field, source.name)
+    try:
+        rows = datasets.load_dataset(source.name, subset, split=split, revision=source.version, streaming=True)
+        for row in rows.skip(skipped):
+            yield _value(row, field, source.name)
+    except (ValueError, OSError):
+        raise
+    except Exception as error:  # of many kinds the network's
+        raise OSError(f"the Hub stopped giving {source.name}, and the same command goes on from there: {error!r}") from error
 
 
 def _parquet(path: Path, field: str) -> Iterator[str]:

@@ -12,8 +12,12 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
+from types import SimpleNamespace
 
+import datasets
+import huggingface_hub
 import numpy as np
 import pyarrow
 import pyarrow.parquet
@@ -65,6 +69,27 @@ def write_jsonl(path, texts=TEXTS, field="text", opener=open):
     return path
 
 
+def write_parquet(path):
+    pyarrow.parquet.write_table(pyarrow.table({"id": range(len(TEXTS)), "text": TEXTS}), path, row_group_size=70)
+    return path
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """The Hub's datasets are tmp_path/a.parquet, streamed by the real library; returns what it was asked for."""
+    real, asked = datasets.load_dataset, []
+
+    def load_dataset(name, subset, **options):
+        asked.append((name, subset, options))
+        return real("parquet", data_files=str(tmp_path / "a.parquet"), split="train", streaming=options["streaming"])
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    monkeypatch.setattr(
+        huggingface_hub.HfApi, "dataset_info", lambda self, name, revision: SimpleNamespace(sha=f"commit {revision}")
+    )
+    return asked
+
+
 def settings(source, out, **changes):
     return PrepareConfig(**{"sources": (str(source),), "out": out, "tokenizer": "bytes", "held_out": 0.1, "workers": 1, **changes})
 
@@ -80,19 +105,15 @@ def texts_of(tokens, encoder):
     return [encoder.decode(ids[a + 1 : b]) for a, b in itertools.pairwise(cuts)]
 
 
-def test_every_format_gives_the_same_tokens(tmp_path, tokenizer, monkeypatch):
-    import datasets
-    import huggingface_hub
-
+def test_every_format_gives_the_same_tokens(tmp_path, tokenizer, hub, monkeypatch):
     sources = {
         "text": write_text(tmp_path / "a.txt"),
         "text.gz": write_text(tmp_path / "a.txt.gz", opener=gzip.open),
         "jsonl": write_jsonl(tmp_path / "a.jsonl"),
         "jsonl.xz": write_jsonl(tmp_path / "a.jsonl.xz", opener=lzma.open),
-        "parquet": tmp_path / "a.parquet",
-        "hub": "somebody/some-text",
+        "parquet": write_parquet(tmp_path / "a.parquet"),
+        "hub": "somebody/some-text@v1",
     }
-    pyarrow.parquet.write_table(pyarrow.table({"id": range(len(TEXTS)), "text": TEXTS}), sources["parquet"], row_group_size=70)
     for name in ("text", "jsonl"):
         sources[f"{name}.zst"] = Path(f"{sources[name]}.zst")
         with pyarrow.output_stream(sources[f"{name}.zst"], compression="zstd") as file:
@@ -102,20 +123,18 @@ def test_every_format_gives_the_same_tokens(tmp_path, tokenizer, monkeypatch):
     for n in range(3):
         write_jsonl(tmp_path / "folder" / f"{n}.jsonl", TEXTS[100 * n : 100 * n + 100])
 
-    real, asked = datasets.load_dataset, []
-
-    def load_dataset(name, subset, **options):
-        asked.append((name, subset, options))
-        return real("parquet", data_files=str(sources["parquet"]), split="train", streaming=options["streaming"])
-
-    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    info = type("Info", (), {"sha": "abc123"})
-    monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", lambda self, name, revision: info)
     shards = {}
     for name, source in sources.items():
         shards[name] = prepare(settings(source, tmp_path / f"out {name}", tokenizer=str(tokenizer), subset="xl", split="test"))
         assert shards[name].fingerprint() == shards["text"].fingerprint(), name
-    assert asked == [("somebody/some-text", "xl", {"split": "test", "revision": "abc123", "streaming": True})]
+    assert hub == [("somebody/some-text", "xl", {"split": "test", "revision": "commit v1", "streaming": True})]
+    monkeypatch.setattr(
+        huggingface_hub, "hf_hub_download", lambda name, file: {"some/tokenizer": {"tokenizer.json": tokenizer}}[name][file]
+    )
+    assert (
+        prepare(settings(sources["text"], tmp_path / "hub's", tokenizer="some/tokenizer")).fingerprint()
+        == shards["text"].fingerprint()
+    )
     encoder = Encoder(tokenizer)
     train, val = (texts_of(tokens, encoder) for tokens in (shards["text"].train, shards["text"].val))
     assert sorted(train + val) == sorted(TEXTS)
@@ -163,7 +182,7 @@ def test_killed_and_run_again_it_gives_the_same_bytes(tmp_path):
     process = subprocess.Popen([*COMMAND, *flags, "--workers", "2"], cwd=ROOT, stderr=subprocess.DEVNULL)
     deadline = time.time() + 120
     while not (out / "shard-00003").exists() and time.time() < deadline:
-        time.sleep(0.001)
+        time.sleep(0.005)
     workers = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     process.send_signal(signal.SIGKILL)
     process.wait()
@@ -236,9 +255,7 @@ def test_a_run_resumes_in_mid_epoch_on_the_exact_sample(folder):
     for step in (3, len(batches) // 2, len(batches) - 1):
         fresh = Blocks(Shards(folder).train, 64, 7, "training")
         assert fresh.ids(step * 8, 8) == batches[step]
-        assert [*fresh.ids(step * 8, 4), *fresh.ids(step * 8 + 4, 4)] == batches[step], (
-            "two ranks read the halves of one rank's batch"
-        )
+        assert [*fresh.ids(step * 8, 4), *fresh.ids(step * 8 + 4, 4)] == batches[step], "two ranks read halves"
 
 
 def test_packed_documents_see_nothing_of_each_other(folder):
@@ -273,6 +290,7 @@ def test_damaged_cut_and_vanished_shards_are_named(folder):
         Shards(folder).verify()
     with pytest.raises(ValueError, match=r"shard-00001/train.bin is damaged"):
         open_data((folder,), (), None, 64, 0)
+    assert open_data((folder,), (), None, 64, 0, verify=False).train.count == blocks.count
 
     path.write_bytes(whole[:-2])
     for read in (lambda: Shards(folder), lambda: blocks.take(everything)):
@@ -360,10 +378,8 @@ def test_bad_sources_and_tokenizers_are_named(tmp_path, monkeypatch):
 
 
 def test_an_unreachable_hub_is_named(tmp_path, monkeypatch):
-    import huggingface_hub
-
     def unreachable(*args, **kwargs):
-        raise OSError("no route to the hub")
+        raise RuntimeError("no route to the hub")
 
     monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", unreachable)
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", unreachable)
@@ -381,8 +397,12 @@ def test_half_a_surrogate_pair_and_null_rows(tmp_path):
     assert sorted(found) == ["half ? a pair", "x"]
 
 
-def test_a_full_disk_keeps_the_finished_shards(tmp_path, small_batches, monkeypatch, capsys):
-    source = write_jsonl(tmp_path / "a.jsonl")
+@pytest.mark.parametrize("kind", ["jsonl", "parquet", "text", "hub"])
+def test_a_full_disk_keeps_the_finished_shards(tmp_path, kind, small_batches, hub, monkeypatch, capsys):
+    write_parquet(tmp_path / "a.parquet")
+    write_jsonl(tmp_path / "a.jsonl", TEXTS[:120])
+    write_text(tmp_path / "a.text")
+    source = "somebody/some-text" if kind == "hub" else str(tmp_path / f"a.{kind}")
     real, calls = prepare_module._write_shard, []
 
     def full_disk(folder, **kwargs):
@@ -392,17 +412,27 @@ def test_a_full_disk_keeps_the_finished_shards(tmp_path, small_batches, monkeypa
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         real(folder, **kwargs)
 
-    monkeypatch.setattr(prepare_module, "_write_shard", full_disk)
     out = tmp_path / "out"
-    flags = ["prepare", str(source), "--out", str(out), "--tokenizer", "bytes", "--held-out", "0.1", "--shard-tokens", "5000"]
-    assert main([*flags, "--workers", "1"]) == 1
+    flags = ["prepare", source, str(tmp_path / "a.jsonl"), "--out", str(out), "--tokenizer", "bytes", "--held-out", "0.1"]
+    flags += ["--shard-tokens", "5000", "--workers", "1"]
+    with monkeypatch.context() as patched:
+        patched.setattr(prepare_module, "_write_shard", full_disk)
+        assert main(flags) == 1
     assert "No space left on device; the 2 finished shards stay, and the same command goes on" in capsys.readouterr().err
     assert sorted(path.name for path in out.iterdir()) == ["index.json", "shard-00000", "shard-00001"]
-    monkeypatch.undo()
-    monkeypatch.setattr(prepare_module, "BATCH_CHARACTERS", 2000)
-    assert main([*flags, "--workers", "1"]) == 0
-    prepare(settings(source, tmp_path / "straight", shard_tokens=5000))
+    assert main(flags) == 0
+    flags[flags.index(str(out))] = str(tmp_path / "straight")
+    assert main(flags) == 0
     assert contents(out) == contents(tmp_path / "straight")
+
+
+def test_a_killed_worker_is_an_error_that_says_how_to_go_on(tmp_path, monkeypatch):
+    def submit(*args):
+        raise BrokenProcessPool("a process in the pool was terminated abruptly")
+
+    monkeypatch.setattr(prepare_module.ProcessPoolExecutor, "submit", submit)
+    with pytest.raises(OSError, match=r"a worker was killed .*the same command goes on after the finished shards"):
+        prepare(settings(write_jsonl(tmp_path / "a.jsonl"), tmp_path / "out", workers=2))
 
 
 def test_train_on_a_prepared_folder_resumes_and_generates(tmp_path, tokenizer, small_batches, capsys):

@@ -90,13 +90,13 @@ def prepare(config: PrepareConfig) -> Shards:
         done = Shards(config.out)
         print(f"{config.out} is finished already: {len(done.train):,} training and {len(done.val):,} held-out tokens")
         return done
-    index = {"version": VERSION, "complete": False, "options": options, "dtype": dtype.str, "vocab_size": encoder.size}
+    index = {"version": VERSION, "complete": False, "options": options, "dtype": dtype.str}
     config.out.mkdir(parents=True, exist_ok=True)
+    for leftover in config.out.glob(".*"):  # of a run that was killed
+        shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+    write_json(config.out / INDEX, index)
     if tokenizer is not None:
         write_atomically(config.out / TOKENIZER, functools.partial(shutil.copyfile, tokenizer))
-    write_json(config.out / INDEX, index)
-    for leftover in config.out.glob(".shard-*"):  # of a run that was killed
-        shutil.rmtree(leftover)
 
     shards = list(finished_shards(config.out, dtype))
     start: Position = tuple(shards[-1]["end"]) if shards else (0, 0)
@@ -151,7 +151,7 @@ def _find_tokenizer(name: str) -> Path | None:
 
 def _begun(out: Path, options: dict[str, Any]) -> bool:
     """Whether ``out`` is finished; ValueError for one begun with other options, FileExistsError for one that holds other things."""
-    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+    if not out.exists() or (out.is_dir() and not any(out.glob("[!.]*"))):
         return False
     if not (out / INDEX).is_file():
         raise FileExistsError(f"out {out} exists and is not of sisa prepare; choose another folder")

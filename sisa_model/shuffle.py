@@ -31,7 +31,7 @@ def _feistel(x: np.ndarray, rows: np.uint64, columns: np.uint64, keys: np.ndarra
 
 
 def _hash(x: np.ndarray, key: np.uint64) -> np.ndarray:
-    """The finaliser of SplitMix64, halved so that a sum does not overflow: every bit of (x, key) reaches every bit of the result."""
+    """The finaliser of SplitMix64 (every bit of x and key reaches every bit), halved so that a sum does not overflow."""
     z = (x ^ key) * np.uint64(0x9E3779B97F4A7C15)
     z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)

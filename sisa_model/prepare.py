@@ -36,8 +36,8 @@ class PrepareConfig:
     """Tokenize text into shards for `sisa train --data OUT`. Stopped or killed, the same command goes on where it was."""
 
     sources: tyro.conf.Positional[tuple[str, ...]] = ("DKYoon/SlimPajama-6B",)
-    """Files or folders (parquet, jsonl, or text in which lines of <|endoftext|> separate documents; .gz, .xz, .zst), and
-    datasets of the Hugging Face Hub: OWNER/NAME or OWNER/NAME@REVISION, streamed."""
+    """Files or folders of parquet, jsonl, or text (lines of <|endoftext|> separate documents), plain, .gz, .xz or .zst.
+    Datasets of the Hugging Face Hub are streamed: OWNER/NAME, or OWNER/NAME@REVISION."""
     out: Path
     """Folder to make."""
     tokenizer: str = "EleutherAI/gpt-neox-20b"
@@ -87,9 +87,7 @@ def prepare(config: PrepareConfig) -> Shards:
         **{name: getattr(config, name) for name in ("text_field", "subset", "split", "held_out", "shard_tokens")},
     }
     if _begun(config.out, options):
-        done = Shards(config.out)
-        print(f"{config.out} is finished already: {len(done.train):,} training and {len(done.val):,} held-out tokens")
-        return done
+        return _finished(config.out, "is finished already")
     index = {"version": VERSION, "complete": False, "options": options, "dtype": dtype.str}
     config.out.mkdir(parents=True, exist_ok=True)
     for leftover in config.out.glob(".*"):  # of a run that was killed
@@ -119,7 +117,13 @@ def prepare(config: PrepareConfig) -> Shards:
             bar.set_postfix(shards=len(shards))
     _check_totals(config, shards)
     write_json(config.out / INDEX, {**index, "complete": True, "shards": shards})
-    return Shards(config.out)
+    return _finished(config.out, "is finished")
+
+
+def _finished(out: Path, how: str) -> Shards:
+    shards = Shards(out)
+    print(f"{out} {how}: {len(shards.train):,} training and {len(shards.val):,} held-out tokens")
+    return shards
 
 
 def _cores() -> int:

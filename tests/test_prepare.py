@@ -7,6 +7,7 @@ import itertools
 import json
 import lzma
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -465,3 +466,20 @@ def test_train_on_a_prepared_folder_resumes_and_generates(tmp_path, tokenizer, s
     with pytest.raises(FileNotFoundError, match=r"tokenizer .*data/tokenizer.json does not exist"):
         train(TrainConfig(out=tmp_path / "d", **run))
     assert not (tmp_path / "d").exists()
+
+
+def test_a_shard_that_vanishes_in_mid_run_ends_it_by_name(tmp_path, folder, monkeypatch, capsys):
+    real, calls = Blocks.take, []
+
+    def take(self, ids):
+        calls.append(ids)
+        if len(calls) == 4:  # the held-out blocks, two steps, and a step in which the data are gone
+            for path in folder.glob("shard-*/train.bin"):
+                path.unlink()
+        return real(self, ids)
+
+    monkeypatch.setattr(Blocks, "take", take)
+    flags = ["--steps", "9", "--seq-len", "64", "--batch-size", "2", "--val-blocks", "2", "--save-every", "1"]
+    assert main(["train", "--data", str(folder), "--out", str(tmp_path / "run"), *flags]) == 1
+    assert re.search(r"sisa: error: shard .*shard-\d+/train.bin is gone", capsys.readouterr().err)
+    assert [row["step"] for row in read_rows(tmp_path / "run" / "train.jsonl")] == [1, 2]

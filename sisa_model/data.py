@@ -281,20 +281,21 @@ def prepared(data: tuple[Path, ...]) -> Path | None:
     return folders[0] if folders else None
 
 
-def find_encoder(data: tuple[Path, ...], tokenizer: Path | None) -> Encoder:
-    """The tokenizer of a run: ``tokenizer``, else the one that a prepared folder brings, else bytes.
+def find_tokenizer(data: tuple[Path, ...], tokenizer: Path | None) -> Path | None:
+    """The tokenizer's file: ``tokenizer``, else the one that a prepared folder brings, else None for bytes.
 
-    Raises as :class:`Encoder` does, and ValueError for another tokenizer than a folder was prepared with.
+    Raises ValueError for another one than a folder was prepared with, FileNotFoundError for one that is missing.
     """
     folder = prepared(data)
     if folder is None:
-        return Encoder(tokenizer)
+        return tokenizer
     known = read_index(folder)["options"]["tokenizer"]
     path = folder / TOKENIZER if tokenizer is None and known["sha256"] is not None else tokenizer
-    encoder = Encoder(path)
+    if path is not None and not path.is_file():
+        raise FileNotFoundError(f"tokenizer {path} does not exist")
     if known["sha256"] != (None if path is None else file_sha256(path)):
         raise ValueError(f"tokenizer must be the one that {folder} was prepared with ({known['name']}), got another in {path}")
-    return encoder
+    return path
 
 
 def open_data(
@@ -305,7 +306,7 @@ def open_data(
     ``verify`` reads a folder through once and compares the checksums of its shards: of many processes, one should. Raises
     FileNotFoundError or ValueError naming the file, the shard or the argument at fault.
     """
-    encoder, folder = find_encoder(data, tokenizer), prepared(data)
+    encoder, folder = Encoder(find_tokenizer(data, tokenizer)), prepared(data)
     if folder is None:
         corpus = load_corpus([*data], [*val_data], encoder)
         train, val = Blocks(corpus.train, seq_len, seed, "training"), Blocks(corpus.val, seq_len, 0, "held-out")

@@ -26,7 +26,7 @@ import sisa_kernels as sk
 
 from .checkpoint import load_state, make_folder_atomically, read_config, save, write_json, write_text
 from .config import ModelConfig
-from .data import Encoder, find_encoder, ngram_losses, open_data
+from .data import Encoder, find_tokenizer, ngram_losses, open_data
 from .generate import generate
 from .model import LanguageModel, count_parameters
 from .needle import IGNORE, TASKS, Sample, accuracy
@@ -127,6 +127,7 @@ def resolve(config: TrainConfig) -> TrainConfig:
     """Fill in the preset's values and check every field; ValueError names the first bad one."""
     preset_config(config.preset)
     config = _absolute(config)
+    config = dataclasses.replace(config, tokenizer=find_tokenizer(config.data, config.tokenizer))
     defaults = dict(DEFAULTS[config.preset.split("-")[1]])
     if config.steps is not None:
         defaults["warmup_steps"] = min(defaults["warmup_steps"], config.steps // 10)
@@ -226,8 +227,7 @@ def read_run(folder: Path) -> dict[str, Any]:
 
 def read_encoder(folder: Path) -> Encoder:
     """The tokenizer of the run in ``folder``; raises as :func:`read_run` does, and FileNotFoundError if the file is gone."""
-    config = read_run(folder)["train"]
-    return find_encoder(config.data, config.tokenizer)
+    return Encoder(read_run(folder)["train"].tokenizer)
 
 
 class RunLog:

@@ -134,6 +134,9 @@ def finished_shards(folder: Path, dtype: np.dtype) -> Iterator[dict[str, Any]]:
         if not shard.is_dir():
             return
         record = read_record(shard / RECORD)
-        for split in SPLITS:
-            Tokens([(shard / f"{split}.bin", record[split]["tokens"])], dtype)
+        try:
+            files = [(shard / f"{split}.bin", record[split]["tokens"]) for split in SPLITS]
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"{shard / RECORD} is damaged or not of sisa prepare: {error!r}") from error
+        Tokens(files, dtype)
         yield {"name": shard.name, **record}

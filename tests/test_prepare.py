@@ -323,6 +323,17 @@ def test_damaged_indices_are_named(folder):
         Shards(folder)
 
 
+def test_a_damaged_shard_is_not_gone_on_from(folder, tmp_path):
+    index = folder / "index.json"
+    index.write_text(json.dumps({**json.loads(index.read_text()), "complete": False}))
+    (folder / "shard-00001" / "train.bin").write_bytes(b"half")
+    with pytest.raises(ValueError, match=r"shard .*shard-00001/train.bin must be .* bytes, as its record says, got 4"):
+        prepare(settings(tmp_path / "a.jsonl", folder, shard_tokens=5000))
+    (folder / "shard-00000" / "shard.json").write_text('{"version": 1}')
+    with pytest.raises(ValueError, match=r"shard-00000/shard.json is damaged or not of sisa prepare"):
+        prepare(settings(tmp_path / "a.jsonl", folder, shard_tokens=5000))
+
+
 def test_other_options_for_a_folder_are_named(folder, tmp_path, tokenizer):
     for changes, message in (
         ({"held_out": 0.2}, r"held_out must stay 0.1, as .* was begun with it, got 0.2"),

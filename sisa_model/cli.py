@@ -1,4 +1,4 @@
-"""The command ``sisa``: train, compare, study, plot, generate, convert, info."""
+"""The command ``sisa``: prepare, train, compare, study, plot, generate, convert, info."""
 
 import sys
 from dataclasses import dataclass
@@ -16,6 +16,7 @@ from .generate import check_sampling, generate
 from .model import LanguageModel, count_parameters
 from .paper_checkpoint import load_paper_checkpoint
 from .plot_runs import PlotConfig, plot_runs
+from .prepare import PrepareConfig, prepare
 from .presets import preset_config, presets
 from .study import StudyConfig, run_study
 from .train import TrainConfig, find_device, newest_weights, read_encoder, train
@@ -110,6 +111,7 @@ def run_info(config: InfoConfig) -> None:
 
 
 COMMANDS: dict[str, Any] = {
+    "prepare": PrepareConfig,
     "train": TrainConfig,
     "compare": CompareConfig,
     "study": StudyConfig,
@@ -119,6 +121,7 @@ COMMANDS: dict[str, Any] = {
     "info": InfoConfig,
 }
 RUNNERS: dict[type, Any] = {
+    PrepareConfig: prepare,
     TrainConfig: train,
     CompareConfig: compare,
     StudyConfig: run_study,

@@ -29,9 +29,9 @@ class CompareConfig:
     seeds: tuple[int, ...] = (0,)
     """A run of every preset for each: its initial weights, its order of the data, its tasks."""
     data: tuple[Path, ...] = ()
-    """Text files or folders. Default: Python's standard library."""
+    """Text files or folders, or a folder of `sisa prepare`. Default: Python's standard library."""
     tokenizer: Path | None = None
-    """A `tokenizers` JSON file. Default: bytes."""
+    """A `tokenizers` JSON file. Default: that of a prepared folder, or bytes."""
     out: Path | None = None
     """Folder to make: one run folder a preset and seed, compare.png, table.md, results.json. Default: runs/compare or
     runs/compare-TASK."""

@@ -1,24 +1,31 @@
-"""Text in, blocks of tokens out: corpora, tokenizers, the held-out split, the order of training."""
+"""Text or shards in, blocks of tokens out: corpora, tokenizers, the held-out split, the order of training."""
 
+import contextlib
 import gzip
 import hashlib
+import importlib
+import io
 import lzma
 import math
 import sysconfig
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, TextIO
 
 import numpy as np
 import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
+from .shards import INDEX, TOKENIZER, Shards, Tokens, file_sha256, read_index
+from .shuffle import shuffled
+
 END_OF_TEXT = "<|endoftext|>"
 HELD_OUT_PERCENT = 5
 MIN_UNITS = 20  # fewer files (or documents) than this cannot be split with 5 % held out
-OPENERS: dict[str, Callable] = {".gz": gzip.open, ".xz": lzma.open}
+SAMPLE_TOKENS = 2**22  # of shards, the first tokens that n-gram models are counted on and needles are hidden in
 SKIPPED_FOLDERS = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test"}
 
 
@@ -44,27 +51,59 @@ def find_files(paths: list[Path]) -> list[Path]:
     return files
 
 
-def read_text(path: Path) -> str:
-    """The text of a UTF-8 file, plain or compressed (.gz, .xz); ValueError naming the file if it is not text."""
+def needs(module: str, what: str) -> Any:
+    """An optional module; ValueError saying how to install it, and that ``what`` needs it."""
     try:
-        with OPENERS.get(path.suffix, open)(path, "rt", encoding="utf-8") as file:
-            return file.read()
-    except (UnicodeDecodeError, EOFError, gzip.BadGzipFile, lzma.LZMAError, zlib.error) as error:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise ValueError(f'{what} needs the package {module.split(".")[0]}: pip install "sisa[train]" ({error})') from error
+
+
+@contextlib.contextmanager
+def open_text(path: Path) -> Iterator[TextIO]:
+    """A UTF-8 file, plain or compressed (.gz, .xz, .zst); ValueError naming the file if it is not text."""
+    try:
+        if path.suffix == ".zst":  # Arrow's reader: it notices a file that was cut short
+            with io.TextIOWrapper(needs("pyarrow", str(path)).input_stream(path, compression="zstd"), encoding="utf-8") as file:
+                yield file
+        else:
+            opener: Any = {".gz": gzip.open, ".xz": lzma.open}.get(path.suffix, open)
+            with opener(path, "rt", encoding="utf-8") as file:
+                yield file
+    except (UnicodeDecodeError, EOFError, lzma.LZMAError, zlib.error, OSError) as error:
+        if isinstance(error, OSError) and error.errno is not None:  # the system's, with the file's name; else the decompressor's
+            raise
         raise ValueError(f"{path} is not a UTF-8 text file: {error}") from error
 
 
-def documents(text: str) -> Iterator[str]:
-    """The documents of a text, separated by lines that hold only ``<|endoftext|>``; empty ones are dropped."""
-    for document in text.split(f"{END_OF_TEXT}\n"):
-        document = document.removesuffix(END_OF_TEXT).strip("\n")
-        if document:
-            yield document
+def read_text(path: Path) -> str:
+    """The text of a file; raises as :func:`open_text` does."""
+    with open_text(path) as file:
+        return file.read()
+
+
+def documents(lines: TextIO) -> Iterator[str]:
+    """The documents of a text, separated by lines that end with ``<|endoftext|>``; empty ones are dropped."""
+    held: list[str] = []
+    for line in lines:
+        held.append(line)
+        if line.endswith(f"{END_OF_TEXT}\n"):
+            yield from _document(held)
+            held = []
+    yield from _document(held)
+
+
+def _document(lines: list[str]) -> Iterator[str]:
+    document = "".join(lines).removesuffix("\n").removesuffix(END_OF_TEXT).strip("\n")
+    if document:
+        yield document
 
 
 class Encoder:
     """Text to token ids and back: a ``tokenizers`` JSON file, or bytes with token 256 as the end of text.
 
-    Raises FileNotFoundError or ValueError for a file that is no tokenizer or has no ``<|endoftext|>`` token.
+    What reads ``<|endoftext|>`` inside a document is encoded as the text it is, so that the token stands at the ends of documents
+    alone. Raises FileNotFoundError or ValueError for a file that is no tokenizer or has no special token ``<|endoftext|>``.
     """
 
     def __init__(self, path: Path | None):
@@ -84,6 +123,9 @@ class Encoder:
         # What a published file sets for inference would cut documents and fill them up.
         self.tokenizer.no_truncation()
         self.tokenizer.no_padding()
+        self.tokenizer.encode_special_tokens = True
+        if end in self.tokenizer.encode(END_OF_TEXT, add_special_tokens=False).ids:
+            raise ValueError(f"tokenizer {path} must mark its token {END_OF_TEXT} as special")
         self.size, self.end_of_text = max(self.tokenizer.get_vocab().values()) + 1, end
 
     def encode(self, texts: list[str]) -> np.ndarray:
@@ -131,18 +173,18 @@ def load_corpus(data: list[Path], val_data: list[Path], encoder: Encoder) -> Cor
         where = ", ".join(map(str, data)) or "the standard library"
         raise ValueError(f"data holds no text in {len(files)} files: {where}")
     if val_data:
-        held_out = [d for path in find_files(val_data) for d in documents(read_text(path))]
+        held_out = [d for path in find_files(val_data) for d in documents(io.StringIO(read_text(path)))]
         return _without(held_out, texts, encoder, "held-out files as given")
     units, name = texts, "files"
     if len(units) < MIN_UNITS:
-        units, name = [d for text in texts for d in documents(text)], "documents"
+        units, name = [d for text in texts for d in documents(io.StringIO(text))], "documents"
     if len(units) < MIN_UNITS:
         tokens = encoder.encode(units)
         cut = len(tokens) * (100 - HELD_OUT_PERCENT) // 100
         return Corpus(tokens[:cut], tokens[cut:], f"the last {HELD_OUT_PERCENT} % of {len(units)} {name} held out")
     distinct = sorted({unit.strip() for unit in units}, key=lambda unit: hashlib.sha256(unit.encode()).digest())
     chosen = set(distinct[: math.ceil(len(distinct) * HELD_OUT_PERCENT / 100)])
-    held_out = [d for unit in distinct if unit in chosen for d in documents(unit)]
+    held_out = [d for unit in distinct if unit in chosen for d in documents(io.StringIO(unit))]
     rest = [unit for unit in units if unit.strip() not in chosen]
     return _without(held_out, rest, encoder, f"{len(chosen)} of {len(distinct)} distinct {name} held out, the first by hash")
 
@@ -150,38 +192,53 @@ def load_corpus(data: list[Path], val_data: list[Path], encoder: Encoder) -> Cor
 def _without(held_out: list[str], texts: list[str], encoder: Encoder, split: str) -> Corpus:
     """The corpus that trains on the documents of ``texts``, less those held out."""
     known = set(held_out)
-    train = [d for text in texts for d in documents(text) if d not in known]
+    train = [d for text in texts for d in documents(io.StringIO(text)) if d not in known]
     return Corpus(encoder.encode(train), encoder.encode(held_out), split)
 
 
 class Blocks:
     """Blocks of ``seq_len`` tokens and their successors, shuffled anew each epoch; the order is a function of the seed alone.
 
+    A block spans documents joined by their end-of-text tokens. There is no state of a loader to save: sample n of a run is
+    arithmetic on (seed, n), whoever asks and whatever was read before, so a run resumes on the exact sample from its step alone.
     Raises ValueError if ``tokens`` is shorter than one block.
     """
 
-    def __init__(self, tokens: np.ndarray, seq_len: int, seed: int, name: str):
+    def __init__(self, tokens: np.ndarray | Tokens, seq_len: int, seed: int, name: str):
         self.count = (len(tokens) - 1) // seq_len
         if self.count < 1:
             raise ValueError(f"the {name} corpus must hold at least one block of {seq_len + 1} tokens, got {len(tokens)}")
         self.tokens, self.seq_len, self.seed = tokens, seq_len, seed
-        self._epoch, self._order = -1, np.empty(0, np.int64)
 
     def ids(self, first: int, count: int) -> list[int]:
         """Which blocks are the samples ``first`` to ``first + count`` of the run."""
-        found = []
-        for sample in range(first, first + count):
-            epoch, place = divmod(sample, self.count)
-            if epoch != self._epoch:
-                self._epoch, self._order = epoch, np.random.default_rng([self.seed, epoch]).permutation(self.count)
-            found.append(int(self._order[place]))
+        found: list[int] = []
+        while len(found) < count:
+            epoch, place = divmod(first + len(found), self.count)
+            places = np.arange(place, min(place + count - len(found), self.count))
+            found += shuffled(places, self.count, [self.seed, epoch]).tolist()
         return found
 
     def take(self, ids: list[int]) -> tuple[Tensor, Tensor]:
-        """Inputs and targets of blocks, each [len(ids), seq_len] int64."""
-        starts = np.asarray(ids, np.int64) * self.seq_len
-        windows = torch.from_numpy(self.tokens[starts[:, None] + np.arange(self.seq_len + 1)].astype(np.int64))
+        """Inputs and targets of blocks, each [len(ids), seq_len] int64.
+
+        Raises FileNotFoundError or ValueError, naming the shard, for one that vanished or was cut since it was opened.
+        """
+        starts = (i * self.seq_len for i in ids)
+        windows = torch.from_numpy(np.stack([self.tokens[start : start + self.seq_len + 1] for start in starts]).astype(np.int64))
         return windows[:, :-1], windows[:, 1:]
+
+    def pack(self, ids: list[int], end_of_text: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Blocks as one sequence of documents: inputs and targets, each [1, len(ids) * seq_len] int64, and cu_seqlens int32.
+
+        The end-of-text token of a document opens the next one, as it opens a text that is generated: the first token of a document
+        is predicted from it alone, the last predicts the next. Blocks are cut apart too. Raises as :meth:`take` does.
+        """
+        inputs, targets = self.take(ids)
+        opens = inputs == end_of_text
+        opens[:, 0] = True
+        bounds = [opens.flatten().nonzero()[:, 0], torch.tensor([opens.numel()])]
+        return inputs.reshape(1, -1), targets.reshape(1, -1), torch.cat(bounds).int()
 
 
 def ngram_losses(train: np.ndarray, targets: np.ndarray, contexts: np.ndarray, vocab: int) -> tuple[float, float]:
@@ -197,3 +254,73 @@ def ngram_losses(train: np.ndarray, targets: np.ndarray, contexts: np.ndarray, v
     context_counts = np.bincount(train[:-1], minlength=vocab)[contexts]
     bigram = (seen + 10 * unigram[targets]) / (context_counts + 10)
     return float(-np.log(unigram[targets]).mean()), float(-np.log(bigram).mean())
+
+
+@dataclass
+class Data:
+    """What a run reads, from text or from shards."""
+
+    encoder: Encoder
+    train: Blocks
+    val: Blocks
+    train_text: np.ndarray
+    """Training tokens to count n-grams on and to hide needles in, int32: of text all, of shards the first 4 million."""
+    val_text: np.ndarray
+    """The same of the held-out tokens."""
+    fingerprint: str
+    """A hash of the tokens and of how they are split; of shards, of their checksums."""
+    split: str
+    """How much there is and how it was split, in words."""
+
+
+def prepared(data: tuple[Path, ...]) -> Path | None:
+    """The folder of `sisa prepare` that ``data`` is, if it is one; ValueError for one among other data."""
+    folders = [path for path in data if (path / INDEX).is_file()]
+    if folders and len(data) > 1:
+        raise ValueError(f"data must be one folder of sisa prepare alone, or text; got {', '.join(map(str, data))}")
+    return folders[0] if folders else None
+
+
+def find_tokenizer(data: tuple[Path, ...], tokenizer: Path | None) -> Path | None:
+    """The tokenizer's file: ``tokenizer``, else the one that a prepared folder brings, else None for bytes.
+
+    Raises ValueError for another one than a folder was prepared with, FileNotFoundError for one that is missing.
+    """
+    folder = prepared(data)
+    if folder is None:
+        return tokenizer
+    known = read_index(folder)["options"]["tokenizer"]
+    path = folder / TOKENIZER if tokenizer is None and known["sha256"] is not None else tokenizer
+    if path is not None and not path.is_file():
+        raise FileNotFoundError(f"tokenizer {path} does not exist")
+    if known["sha256"] != (None if path is None else file_sha256(path)):
+        raise ValueError(f"tokenizer must be the one that {folder} was prepared with ({known['name']}), got another in {path}")
+    return path
+
+
+def open_data(
+    data: tuple[Path, ...], val_data: tuple[Path, ...], tokenizer: Path | None, seq_len: int, seed: int, *, verify: bool = True
+) -> Data:
+    """Open text files, the default corpus (no ``data``) or one folder of `sisa prepare`.
+
+    ``verify`` reads a folder through once and compares the checksums of its shards: of many processes, one should. Raises
+    FileNotFoundError or ValueError naming the file, the shard or the argument at fault.
+    """
+    encoder, folder = Encoder(find_tokenizer(data, tokenizer)), prepared(data)
+    if folder is None:
+        corpus = load_corpus([*data], [*val_data], encoder)
+        train, val = Blocks(corpus.train, seq_len, seed, "training"), Blocks(corpus.val, seq_len, 0, "held-out")
+        split = f"{len(corpus.train):,} training and {len(corpus.val):,} held-out tokens ({corpus.split})"
+        return Data(encoder, train, val, corpus.train, corpus.val, corpus.fingerprint(), split)
+    if val_data:
+        raise ValueError(f"val_data must be left out: {folder} brings the documents that sisa prepare held out")
+    shards = Shards(folder)
+    if verify:
+        shards.verify()
+    train, val = Blocks(shards.train, seq_len, seed, "training"), Blocks(shards.val, seq_len, 0, "held-out")
+    sample, val_sample = (tokens[:SAMPLE_TOKENS].astype(np.int32) for tokens in (shards.train, shards.val))
+    split = (
+        f"{len(shards.train):,} training and {len(shards.val):,} held-out tokens of {shards.tokenizer} ({shards.split}; n-gram "
+        f"models and retrieval tasks use the first {len(sample):,} and {len(val_sample):,})"
+    )
+    return Data(encoder, train, val, sample, val_sample, shards.fingerprint(), split)

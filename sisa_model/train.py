@@ -27,7 +27,7 @@ import sisa_kernels as sk
 
 from .checkpoint import load_state, make_folder_atomically, read_config, save, write_json, write_text
 from .config import ModelConfig
-from .data import Blocks, Encoder, load_corpus, ngram_losses
+from .data import Blocks, Encoder, find_tokenizer, ngram_losses, open_data
 from .flops import utilisation
 from .generate import generate
 from .model import LanguageModel, count_parameters
@@ -68,11 +68,12 @@ class TrainConfig:
     preset: str = "sisa-tiny-ds16"
     """Model to train; `sisa info` lists them."""
     data: tuple[Path, ...] = ()
-    """Text files or folders (plain, .gz or .xz; lines of <|endoftext|> separate documents). Default: Python's standard library."""
+    """Text files or folders (plain, .gz, .xz or .zst; lines of <|endoftext|> separate documents), or a folder of `sisa prepare`.
+    Default: Python's standard library."""
     val_data: tuple[Path, ...] = ()
     """Held-out text. Default: 5 % of the data, by file (or by document, where files are few)."""
     tokenizer: Path | None = None
-    """A `tokenizers` JSON file. Default: bytes."""
+    """A `tokenizers` JSON file. Default: that of a prepared folder, or bytes."""
     out: Path | None = None
     """Run folder, which must not exist yet. Default: runs/PRESET, or PRESET-2, -3 ... if that is taken."""
     steps: int | None = None
@@ -142,6 +143,7 @@ def resolve(config: TrainConfig) -> TrainConfig:
     """Fill in the preset's values and check every field; ValueError names the first bad one."""
     preset_config(config.preset)
     config = _absolute(config)
+    config = dataclasses.replace(config, tokenizer=find_tokenizer(config.data, config.tokenizer))
     defaults = dict(next(DEFAULTS[part] for part in config.preset.split("-") if part in DEFAULTS))
     if config.steps is not None:
         defaults["warmup_steps"] = min(defaults["warmup_steps"], config.steps // 10)
@@ -340,7 +342,6 @@ class _Run:
         bf16 = config.precision == "bf16" or (config.precision == "auto" and self.device.type == "cuda")
         self.autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=bf16)
 
-        self.encoder = Encoder(config.tokenizer)
         self.exams: dict[str, Sample] = {}
         if config.task == "text":
             self._read_text()
@@ -364,24 +365,22 @@ class _Run:
 
     def _read_text(self) -> None:
         config = self.config
-        corpus = load_corpus([*config.data], [*config.val_data], self.encoder)
-        self.fingerprint, self.split = corpus.fingerprint(), corpus.split
-        self.about = f"{len(corpus.train):,} training and {len(corpus.val):,} held-out tokens ({self.split})"
-        self.train_tokens, self.val_tokens = corpus.train, corpus.val
-        self.train_blocks: Blocks | TaskBlocks = Blocks(corpus.train, self.seq_len, config.seed, "training")
-        val_blocks = Blocks(corpus.val, self.seq_len, 0, "held-out")
+        data = open_data(config.data, config.val_data, config.tokenizer, self.seq_len, config.seed)
+        self.encoder, self.about, self.fingerprint = data.encoder, data.split, data.fingerprint
+        self.train_tokens, self.val_tokens = data.train_text, data.val_text
+        self.train_blocks: Blocks | TaskBlocks = data.train
         # Spread over the whole held-out text rather than its first files.
-        ids = np.linspace(0, val_blocks.count - 1, min(config.val_blocks, val_blocks.count)).astype(int).tolist()
-        self.val_inputs, self.val_targets = val_blocks.take(ids)
+        ids = np.linspace(0, data.val.count - 1, min(config.val_blocks, data.val.count)).astype(int).tolist()
+        self.val_inputs, self.val_targets = data.val.take(ids)
 
     def _set_task(self) -> None:
         """A task in the place of text: its exams' seed is one that training never uses, as training's are below 2 ** 63."""
+        self.encoder = Encoder(None)
         config, task, top = self.config, find_task(self.config.task), self._model_config().vocab_size - 1
         self.train_blocks = TaskBlocks(task, top, self.seq_len, config.seed)
         samples = exams(task, top, self.seq_len, TASK_EXAM, 2**63)
         self.exams = {exam_name(config.task, factor): sample for factor, sample in samples.items()}
         self.val_inputs, self.val_targets = samples[1].inputs, samples[1].targets
-        self.split = "drawn from another seed"
         self.about = f"task {config.task} at length {self.seq_len}, evaluated to {LENGTHS[-1] * self.seq_len}"
         self.fingerprint = hashlib.sha256(self.val_targets.numpy().tobytes()).hexdigest()
 
@@ -406,7 +405,7 @@ class _Run:
         else:
             self.folder.mkdir(parents=True)
             model = dataclasses.asdict(self.model.config)
-            corpus = {"split": self.split, "sha256": self.fingerprint}
+            corpus = {"split": self.about, "sha256": self.fingerprint}
             record = {"train": dataclasses.asdict(config), "model": model, "corpus": corpus, "versions": versions()}
             write_json(self.folder / "run.json", record)
         self.log = RunLog(self.folder, self.step, config.log)

@@ -1,6 +1,7 @@
 """Data: what is held out is held out, the order covers every block, tokens round-trip, n-gram losses by brute force."""
 
 import gzip
+import io
 import itertools
 import lzma
 import math
@@ -10,6 +11,7 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
 from sisa_model.data import Blocks, Encoder, documents, load_corpus, ngram_losses, read_text, standard_library
+from sisa_model.shuffle import shuffled
 
 
 def write_files(folder, count, repeat=40):
@@ -73,7 +75,7 @@ def test_compressed_text_and_documents(tmp_path):
         with opener(tmp_path / f"x{suffix}", "wt") as file:
             file.write(text)
         assert read_text(tmp_path / f"x{suffix}") == text
-    assert list(documents(text)) == ["one", "two\nlines"]
+    assert list(documents(io.StringIO(text))) == ["one", "two\nlines"]
 
 
 def test_bytes_round_trip():
@@ -162,3 +164,29 @@ def test_ngram_losses_by_brute_force():
         expected_bigram.append(-math.log((seen + 10 * p) / (context + 10)))
     assert unigram == pytest.approx(np.mean(expected_unigram))
     assert bigram == pytest.approx(np.mean(expected_bigram))
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 7, 16, 17, 1000, 65_537])
+def test_a_shuffle_is_a_bijection_of_its_key(count):
+    order = shuffled(np.arange(count), count, [3, 1])
+    assert sorted(order.tolist()) == list(range(count))
+    assert np.array_equal(shuffled(np.arange(count)[::-1], count, [3, 1]), order[::-1]), "each place by itself"
+    if count > 16:
+        for key in ([3, 2], [4, 1]):
+            assert (shuffled(np.arange(count), count, key) == order).mean() < 0.3
+
+
+def test_a_shuffle_has_the_statistics_of_independent_draws():
+    # Small ranges, where a Feistel network is weakest: chi-squared of each place and each pair of neighbours over 1,500 keys,
+    # within five standard deviations of its mean.
+    for count in (3, 5, 12):
+        orders = np.array([shuffled(np.arange(count), count, [key, 0]) for key in range(1500)])
+        places = np.array([np.bincount(orders[:, place], minlength=count) for place in range(count)])
+        pairs = np.bincount(orders[:, 0] * count + orders[:, 1], minlength=count**2).reshape(count, count)
+        for found, freedom in ((places, (count - 1) ** 2), (pairs[~np.eye(count, dtype=bool)], count * (count - 1) - 1)):
+            chi_squared = ((found - found.mean()) ** 2 / found.mean()).sum()
+            assert abs(chi_squared - freedom) < 5 * (2 * freedom) ** 0.5
+    # A large one: place and element are uncorrelated, and so are neighbours (standard deviation 1 / sqrt(count)).
+    order = shuffled(np.arange(100_003), 100_003, [0, 0])
+    for x, y in ((np.arange(100_003), order), (order[:-1], order[1:])):
+        assert abs(np.corrcoef(x, y)[0, 1]) < 5 / 100_003**0.5

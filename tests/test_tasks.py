@@ -186,7 +186,7 @@ def test_compare_on_a_task_alone(tmp_path, capsys):
 
 
 def test_a_task_alone_resumes_bit_for_bit_and_needs_no_text(tmp_path, monkeypatch):
-    monkeypatch.setattr("sisa_model.train.load_corpus", None)
+    monkeypatch.setattr("sisa_model.train.open_data", None)
     settings = {"task": "recall", "preset": "transformer-tiny", **SMALL}
     train(TrainConfig(out=tmp_path / "a", **settings))
     train(TrainConfig(out=tmp_path / "b", stop_at=1, **settings))

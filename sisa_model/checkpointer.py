@@ -79,12 +79,8 @@ class Checkpointer:
             try:
                 written.result()
             except CheckpointException as error:
-                first = cause = next(iter(error.failures.values()))[0]
-                while cause is not None and not isinstance(
-                    cause, OSError
-                ):  # torch.save hides a full disk behind an error of its own
-                    cause = cause.__context__
-                raise cause or OSError(f"cannot write {final}: {first}") from error
+                first = next(iter(error.failures.values()))[0]
+                raise _os_error(first) or OSError(f"cannot write {final}: {first}") from error
             if self.world.main:
                 write_json(aside / CONFIG, config)
                 files = {path.name: _checksum(path) for path in sorted(aside.iterdir())}
@@ -129,6 +125,13 @@ class Checkpointer:
         if damaged:
             raise damaged[0][1]
         return None
+
+
+def _os_error(error: BaseException | None) -> OSError | None:
+    """The OSError that led to ``error``: torch.save hides a full disk behind one of its own."""
+    while error is not None and not isinstance(error, OSError):
+        error = error.__context__
+    return error
 
 
 def _checksum(path: Path) -> str:

@@ -10,6 +10,6 @@ from sisa_model.train import TrainConfig, train
 
 dist.init_process_group("gloo")
 for fields in json.loads(Path(sys.argv[1]).read_text()):
-    data, out, tasks = (Path(fields["data"]),), Path(fields["out"]), tuple(fields.get("tasks", ()))
+    data, out, tasks = tuple(map(Path, fields["data"])), Path(fields["out"]), tuple(fields.get("tasks", ()))
     train(TrainConfig(**{**fields, "data": data, "out": out, "tasks": tasks}))
 dist.destroy_process_group()

@@ -408,11 +408,10 @@ class _Run:
         return TrainResult(self.folder, self.step, finished, self.val_loss, unigram, bigram)
 
     def _make_folder(self) -> None:
-        self.folder.mkdir(parents=True)
         model = dataclasses.asdict(self.model.config)
         corpus = {"split": self.split, "sha256": self.fingerprint}
         record = {"train": dataclasses.asdict(self.config), "model": model, "corpus": corpus, "versions": versions()}
-        write_json(self.folder / "run.json", record)
+        make_folder_atomically(self.folder, lambda aside: write_json(aside / "run.json", record))
 
     def _check_record(self) -> None:
         if read_run(self.folder)["corpus"]["sha256"] != self.fingerprint:

@@ -23,6 +23,11 @@ BAND = 5e-6
 BAND_BF16 = 1e-2  # FSDP's weights and residual stream are bf16 where autocast's are fp32: measured at 1.3e-3
 
 
+@pytest.fixture(autouse=True)
+def one_thread(two_threads):
+    torch.set_num_threads(1)  # as torchrun's workers have
+
+
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory):
     folder = tmp_path_factory.mktemp("corpus")
@@ -33,12 +38,12 @@ def corpus(tmp_path_factory):
 
 def settings(corpus, out, **changes):
     defaults = {
-        "steps": 6,
+        "steps": 4,
         "seq_len": 64,
         "batch_size": 4,
         "micro_batch_size": 2,
         "warmup_steps": 2,
-        "val_every": 6,
+        "val_every": 4,
         "val_blocks": 5,
     }
     return {"data": (corpus,), "out": out, "sample_tokens": 0, **defaults, **changes}

@@ -33,7 +33,10 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 if wanted:
                     dlogits = logp.exp_().scatter_add_(1, y, logp.new_full(y.shape, -1.0)).to(dtype)
                     dh.copy_(dlogits @ matrix)
-                    dweight += dlogits.t() @ h
+                    if dtype == torch.float32:
+                        dweight.addmm_(dlogits.t(), h)
+                    else:
+                        dweight += dlogits.t() @ h
         if wanted:
             ctx.save_for_backward(dhidden, dweight)
             ctx.weight_dtype = weight.dtype
@@ -43,7 +46,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, dloss):
         dhidden, dweight = ctx.saved_tensors
-        return dhidden * dloss.to(dhidden.dtype), (dweight * dloss).to(ctx.weight_dtype), None, None
+        # In place, as the weight's gradient may be the largest tensor there is; autograd refuses a second backward for it.
+        return dhidden.mul_(dloss.to(dhidden.dtype)), dweight.mul_(dloss).to(ctx.weight_dtype), None, None
 
 
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:

@@ -118,3 +118,11 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     # Chunks of 64 MiB: the logits, their log-softmax and the gradient's products at a time.
     assert int(done.stdout) < 200 * 1024, f"{int(done.stdout) / 1024:.0f} MiB"
+
+
+def test_a_second_backward_is_refused():
+    hidden, weight, targets = operands((5,), 8, 11, 0.0)
+    loss = linear_cross_entropy(hidden, weight, targets)
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()

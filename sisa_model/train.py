@@ -122,7 +122,7 @@ class TrainConfig:
     """Continue the run in --out, bit for bit on a CPU, with the settings it was begun with; a flag set otherwise is an error."""
 
 
-# All else would make it another run. Of these, the first are as each launch says, the others as last said.
+# All else would make it another run. LAUNCH is as each launch says; the others are as the run began where a launch says nothing.
 LAUNCH = {"device", "parallel", "stop_at", "resume", "out"}
 RESUME_MAY_CHANGE = LAUNCH | {"keep", "activation_checkpointing", "compile"}
 
@@ -286,7 +286,8 @@ def train(config: TrainConfig) -> TrainResult:
     """Run (or resume) a training run and return how it ended.
 
     Raises ValueError or FileNotFoundError for bad settings before anything is written, FileExistsError for a run folder that
-    exists, FloatingPointError for a loss or gradient that is not finite (before the optimizer step), OSError for a full disk.
+    exists, FloatingPointError for a loss or gradient that is not finite (before the optimizer step, leaving bad-batch-N.json),
+    OSError for a full disk. Under torchrun every process calls this; RuntimeError if another one is gone.
     """
     config = _resumed(config) if config.resume else resolve(config)
     with world() as processes:
@@ -305,7 +306,7 @@ def require_same_run(config: TrainConfig) -> dict[str, Any]:
 
 
 def _resumed(config: TrainConfig) -> TrainConfig:
-    """The configuration in the run folder, with this call's device and stop; ValueError for a flag that contradicts it."""
+    """The configuration in the run folder, with what this call may change; ValueError for a flag that contradicts it."""
     if config.out is None:
         raise ValueError("resume needs out, the run folder to continue")
     saved = require_same_run(config)

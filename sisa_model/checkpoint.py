@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from .config import ModelConfig
+from .dcp import INDEX, read_tensors
 from .model import LanguageModel
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
@@ -73,7 +74,7 @@ def save(model: LanguageModel, folder: str | Path) -> None:
 
 
 def load(folder: str | Path, device: str | torch.device = "cpu", **overrides: Any) -> LanguageModel:
-    """The model that :func:`save` wrote into ``folder``, on ``device``, in fp32.
+    """The model that :func:`save` wrote into ``folder``, or that of a run's checkpoint, on ``device``, in fp32.
 
     ``overrides`` change fields that do not change the weights' shapes (mode, backend, max_seq_len). Raises FileNotFoundError
     if a file is missing and ValueError for one that is truncated, foreign, or of another model.
@@ -94,6 +95,9 @@ def load_state(model: LanguageModel, folder: Path) -> None:
     another shape.
     """
     weights = folder / WEIGHTS
+    if (folder / INDEX).is_file():
+        read_tensors(folder, {f"model.{name}": p.detach() for name, p in model.named_parameters()})
+        return
     if not weights.is_file():
         raise FileNotFoundError(f"no weights at {weights}")
     try:

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from sisa_kernels.cache import check_lengths, uniform
 from sisa_kernels.checks import check_documents
@@ -32,7 +33,10 @@ class LanguageModel(nn.Module):
     are the real tokens of each row, whose rest is padding on the right. A cache is for inference, under ``torch.no_grad()``.
     Works under ``torch.device("meta")``; after ``to_empty`` call :meth:`reset_parameters`. Raises ValueError for a sequence
     longer than ``config.max_seq_len`` (with what the cache holds) and, on the CPU, for a token outside the vocabulary.
+    With ``checkpoint_layers`` training keeps the layers' inputs only, and runs each layer again in the backward.
     """
+
+    checkpoint_layers = False
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -100,7 +104,10 @@ class LanguageModel(nn.Module):
             x = self.embed(input_ids)
             context = Context(rotary_tables(length, config.head_dim, input_ids.device), cu_seqlens)
             for layer in self.layers:
-                x = layer(x, context)
+                if self.checkpoint_layers and self.training:
+                    x = checkpoint(layer, x, context, use_reentrant=False)
+                else:
+                    x = layer(x, context)
             return self.final_norm(x)
         self._check_cache(input_ids, cu_seqlens, cache, lengths)
         x = self.embed(input_ids)

@@ -7,7 +7,6 @@ import hashlib
 import json
 import math
 import platform
-import shutil
 import signal
 import subprocess
 import time
@@ -25,12 +24,15 @@ from tqdm import tqdm
 
 import sisa_kernels as sk
 
-from .checkpoint import load_state, make_folder_atomically, read_config, save, write_json, write_text
+from .checkpoint import load, make_folder_atomically, save, write_json, write_text
+from .checkpointer import Checkpointer, checkpoints
 from .config import ModelConfig
 from .data import Blocks, Encoder, find_tokenizer, ngram_losses, open_data
 from .flops import utilisation
 from .generate import generate
+from .loss import Objective
 from .model import LanguageModel, count_parameters
+from .parallel import PARALLELS, Parallel, World, by_kind, world
 from .plot import plot_health, plot_losses
 from .presets import preset_config
 from .runlog import RunLog, check_logs, peak_memory_mib, read_rows
@@ -56,7 +58,6 @@ TASK_BATCH = 16  # sequences a step of each retrieval task in the mix
 TASK_EVAL = 256  # sequences a retrieval accuracy is measured on: 256 needles, about 7,000 recalls
 TASK_EXAM = 128  # sequences of each length that a task trained alone is evaluated on
 T = TypeVar("T")
-KEEP = 2  # checkpoints that stay
 HEALTH_BLOCKS = 4  # held-out blocks that lambda, half-life and the range of g are measured on
 PRECISIONS = ("auto", "fp32", "bf16")
 
@@ -85,7 +86,8 @@ class TrainConfig:
     batch_size: int | None = None
     """Sequences an optimizer step."""
     micro_batch_size: int | None = None
-    """Sequences a forward pass; gradients are accumulated over the batch. Changes memory, not the result beyond rounding."""
+    """Sequences a forward pass of a process; gradients are accumulated over the batch. Changes memory, not the result beyond
+    rounding."""
     lr: float | None = None
     """Peak learning rate."""
     lambda_lr_scale: float = 0.1
@@ -118,18 +120,28 @@ class TrainConfig:
     val_blocks: int = 64
     """Held-out blocks of text of an evaluation."""
     save_every: int | None = None
-    """Steps between checkpoints; the two newest are kept."""
+    """Steps between checkpoints."""
+    keep: int = 2
+    """Checkpoints that stay, the newest."""
     sample_tokens: int = 200
     """Tokens of the sample of text written at the end; 0 for none."""
     device: str = "auto"
     """cpu, cuda, cuda:1 ...; auto: a GPU if there is one."""
+    parallel: str = "auto"
+    """How the processes of torchrun share the work: ddp (a whole model each) or fsdp (a share of every layer each); auto: ddp."""
+    activation_checkpointing: bool = False
+    """Keep only the layers' inputs for the backward and run each layer again there: less memory, a third more arithmetic."""
+    compile: bool = False
+    """Compile the layers with torch.compile: a slow first step, faster ones after it."""
     stop_at: int | None = None
     """Save and stop after this step, as Ctrl-C would, to continue later with --resume."""
     resume: bool = False
     """Continue the run in --out, bit for bit on a CPU, with the settings it was begun with; a flag set otherwise is an error."""
 
 
-RESUME_MAY_CHANGE = {"device", "stop_at", "resume", "out", "log"}  # all else would make it another run
+# All else would make it another run. LAUNCH is as each launch says; the others are as the run began where a launch says nothing.
+LAUNCH = {"device", "parallel", "stop_at", "resume", "out"}
+RESUME_MAY_CHANGE = LAUNCH | {"keep", "activation_checkpointing", "compile", "log"}
 
 
 def _absolute(config: TrainConfig) -> TrainConfig:
@@ -153,7 +165,7 @@ def resolve(config: TrainConfig) -> TrainConfig:
         if not ok:
             raise ValueError(f"{field} must be {allowed}, got {getattr(config, field)!r}")
 
-    for field in ("steps", "seq_len", "batch_size", "micro_batch_size", "val_every", "val_blocks", "save_every"):
+    for field in ("steps", "seq_len", "batch_size", "micro_batch_size", "val_every", "val_blocks", "save_every", "keep"):
         require(field, getattr(config, field) >= 1, "at least 1")
     for field in ("warmup_steps", "weight_decay", "lambda_lr_scale", "sample_tokens", "seed"):
         require(field, getattr(config, field) >= 0, "at least 0")
@@ -162,6 +174,7 @@ def resolve(config: TrainConfig) -> TrainConfig:
     for field in ("beta1", "beta2"):
         require(field, 0 <= getattr(config, field) < 1, "in [0, 1)")
     require("precision", config.precision in PRECISIONS, f"one of {', '.join(PRECISIONS)}")
+    require("parallel", config.parallel in PARALLELS, f"one of {', '.join(PARALLELS)}")
     require("stop_at", config.stop_at is None or config.stop_at >= 1, "at least 1")
     for task in config.tasks:
         require("tasks", task in TASKS, f"among {', '.join(TASKS)}")
@@ -183,10 +196,12 @@ def _resolved(value: T | None) -> T:
     return value
 
 
-def find_device(name: str) -> torch.device:
-    """The device of a --device flag; ValueError if this machine has no such device."""
+def find_device(name: str, local_rank: int = 0) -> torch.device:
+    """The device of a --device flag, for process ``local_rank`` of a machine; ValueError if this machine has no such device."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda":
+        name = f"cuda:{local_rank}"
     try:
         device = torch.device(name)
         torch.empty(1, device=device)
@@ -218,7 +233,7 @@ def make_optimizer(model: LanguageModel, config: TrainConfig) -> torch.optim.Ada
         {"params": undecayed, "weight_decay": 0.0, "lr_scale": 1.0},
         {"params": lambdas, "weight_decay": 0.0, "lr_scale": config.lambda_lr_scale},
     ]
-    return torch.optim.AdamW([g for g in groups if g["params"]], lr=0.0, betas=(config.beta1, config.beta2))
+    return torch.optim.AdamW(by_kind(groups), lr=0.0, betas=(config.beta1, config.beta2), fused=True)
 
 
 def versions() -> dict[str, str]:
@@ -283,9 +298,12 @@ def train(config: TrainConfig) -> TrainResult:
     """Run (or resume) a training run and return how it ended.
 
     Raises ValueError or FileNotFoundError for bad settings before anything is written, FileExistsError for a run folder that
-    exists, FloatingPointError for a loss or gradient that is not finite (before the optimizer step), OSError for a full disk.
+    exists, FloatingPointError for a loss or gradient that is not finite (before the optimizer step, leaving bad-batch-N.json),
+    OSError for a full disk. Under torchrun every process calls this; RuntimeError if another one is gone.
     """
-    return _Run(_resumed(config) if config.resume else resolve(config)).run()
+    config = _resumed(config) if config.resume else resolve(config)
+    with world() as processes:
+        return _Run(config, processes).run()
 
 
 def continue_run(config: TrainConfig) -> bool:
@@ -313,11 +331,13 @@ def require_same_run(config: TrainConfig) -> dict[str, Any]:
 
 
 def _resumed(config: TrainConfig) -> TrainConfig:
-    """The configuration in the run folder, with this call's device and stop; ValueError for a flag that contradicts it."""
+    """The configuration in the run folder, with what this call may change; ValueError for a flag that contradicts it."""
     if config.out is None:
         raise ValueError("resume needs out, the run folder to continue")
     saved = require_same_run(config)
-    return resolve(TrainConfig(**{**saved, **{name: getattr(config, name) for name in RESUME_MAY_CHANGE}}))
+    given = {name: getattr(config, name) for name in RESUME_MAY_CHANGE}
+    given = {name: value for name, value in given.items() if name in LAUNCH or value != getattr(TrainConfig(), name)}
+    return resolve(TrainConfig(**{**saved, **given}))
 
 
 def _from_json(field: dataclasses.Field, value: Any) -> Any:
@@ -329,16 +349,20 @@ def _from_json(field: dataclasses.Field, value: Any) -> Any:
 
 
 class _Run:
-    """A training run: what is set up before the first step, and the loop."""
+    """A training run: what is set up before the first step, and the loop. Every process has one; the main one writes."""
 
-    def __init__(self, config: TrainConfig):
-        self.config = config
+    def __init__(self, config: TrainConfig, processes: World):
+        self.config, self.world = config, processes
         self.steps, self.seq_len = _resolved(config.steps), _resolved(config.seq_len)
         self.batch_size, self.micro_batch_size = _resolved(config.batch_size), _resolved(config.micro_batch_size)
         self.val_every, self.save_every = _resolved(config.val_every), _resolved(config.save_every)
-        self.device = find_device(config.device)
-        if config.out is not None and config.out.exists() and not config.resume:
-            raise FileExistsError(f"out {config.out} exists; choose another folder, or continue its run with --resume")
+        self.device = find_device(config.device, processes.local_rank)
+        if processes.size == 1 and config.parallel != "auto":
+            raise ValueError(
+                f"parallel must be left at 'auto' in one process, got {config.parallel!r}; launch several with torchrun"
+            )
+        self.folder = processes.from_main(self._own_folder)
+        self.config = dataclasses.replace(config, out=self.folder)
         bf16 = config.precision == "bf16" or (config.precision == "auto" and self.device.type == "cuda")
         self.autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=bf16)
 
@@ -355,17 +379,29 @@ class _Run:
             self.model.eval()(torch.zeros(1, 2, dtype=torch.int64, device=self.device))
         # One sample a task for all evaluations and all models, from held-out text and seeds that training never uses.
         self.exams |= {task: self._exam(task, number) for number, task in enumerate(config.tasks)}
+        self.model.checkpoint_layers = config.activation_checkpointing
+        if config.compile:
+            for layer in self.model.layers:
+                layer.compile()
+        self.kind = "single" if processes.size == 1 else config.parallel.replace("auto", "ddp")
+        self.objective = Objective(self.model, self.autocast)
+        self.parallel = Parallel(self.objective, processes, self.kind, bf16)
         self.optimizer = make_optimizer(self.model, config)
         self.step = 0
-        self.folder = config.out or _free_folder(Path("runs") / config.preset)
-        self.config = dataclasses.replace(config, out=self.folder)
         self.stop = False
         self.warned_clamped = False
         self.val_loss = math.nan
 
-    def _read_text(self) -> None:
+    def _own_folder(self) -> Path:
+        """The run's folder; FileExistsError if it should be new and is not."""
         config = self.config
-        data = open_data(config.data, config.val_data, config.tokenizer, self.seq_len, config.seed)
+        if config.out is not None and config.out.exists() and not config.resume:
+            raise FileExistsError(f"out {config.out} exists; choose another folder, or continue its run with --resume")
+        return config.out or _free_folder(Path("runs") / config.preset)
+
+    def _read_text(self) -> None:
+        config, verify = self.config, self.world.main
+        data = open_data(config.data, config.val_data, config.tokenizer, self.seq_len, config.seed, verify=verify)
         self.encoder, self.about, self.fingerprint = data.encoder, data.split, data.fingerprint
         self.train_tokens, self.val_tokens = data.train_text, data.val_text
         self.train_blocks: Blocks | TaskBlocks = data.train
@@ -396,54 +432,82 @@ class _Run:
         return preset_config(config.preset, **overrides)
 
     def run(self) -> TrainResult:
-        config, unigram, bigram = self.config, math.nan, math.nan
-        if config.task == "text":
+        unigram, bigram, compared = math.nan, math.nan, ""
+        if self.config.task == "text":
             contexts, targets = self.val_inputs.numpy().ravel(), self.val_targets.numpy().ravel()
             unigram, bigram = ngram_losses(self.train_tokens, targets, contexts, self.model.config.vocab_size)
-        if config.resume:
-            self._restore()
-        else:
-            self.folder.mkdir(parents=True)
-            model = dataclasses.asdict(self.model.config)
-            corpus = {"split": self.about, "sha256": self.fingerprint}
-            record = {"train": dataclasses.asdict(config), "model": model, "corpus": corpus, "versions": versions()}
-            write_json(self.folder / "run.json", record)
-        self.log = RunLog(self.folder, self.step, config.log)
-        print(f"{config.preset}: {count_parameters(self.model):,} parameters on {self.device}, run folder {self.folder}")
-        print(self.about)
+            compared = f"; a unigram model {unigram:.3f}, a bigram model {bigram:.3f}"
+        with Checkpointer(self.folder, self.config.keep, self.world) as self.checkpoints:
+            self.world.from_main(self._check_record if self.config.resume else self._make_folder)
+            if self.config.resume:
+                self._restore()
+            if self.world.main:
+                self.log = RunLog(self.folder, self.step, self.config.log)
+            self._loop()
+        finished = self.step == self.steps
+        if self.world.main:
+            self.log.close()
+            self._draw(unigram, bigram)
+            if finished:
+                self._write_sample()
+                print(f"held-out loss {self.val_loss:.3f} nats a token{compared}")
+            else:
+                print(f"stopped after step {self.step} of {self.steps}; continue with: sisa train --out {self.folder} --resume")
+        return TrainResult(self.folder, self.step, finished, self.val_loss, unigram, bigram)
+
+    def _make_folder(self) -> None:
+        model = dataclasses.asdict(self.model.config)
+        corpus = {"split": self.about, "sha256": self.fingerprint}
+        record = {"train": dataclasses.asdict(self.config), "model": model, "corpus": corpus, "versions": versions()}
+        make_folder_atomically(self.folder, lambda aside: write_json(aside / "run.json", record))
+
+    def _check_record(self) -> None:
+        if read_run(self.folder)["corpus"]["sha256"] != self.fingerprint:
+            raise ValueError(f"data must be what the run in {self.folder} began with, but its tokens have changed since")
+
+    def _loop(self) -> None:
+        config, main = self.config, self.world.main
+        if main:
+            shared = "" if self.kind == "single" else f" and {self.world.size - 1} more ({self.kind})"
+            print(
+                f"{config.preset}: {count_parameters(self.model):,} parameters on {self.device}{shared}, run folder {self.folder}"
+            )
+            print(self.about)
         last = min(self.steps, config.stop_at or self.steps)
-        with self._interruptible(), tqdm(total=self.steps, initial=self.step, unit="step", dynamic_ncols=True) as bar:
+        bar = tqdm(total=self.steps, initial=self.step, unit="step", dynamic_ncols=True, disable=not main)
+        with self._interruptible(), bar:
             if self.step == 0:
                 self._evaluate()
-            while self.step < last and not self.stop:
-                self._train_step(bar)
+            while self.step < last and self._train_step(bar):
                 if self.step % self.val_every == 0 or self.step == self.steps:
                     self._evaluate()
                 if self.step % self.save_every == 0:
                     self._save_checkpoint()
+                self.checkpoints.poll()
             signal_again(signal.SIG_IGN)  # nothing interrupts the last save
             self._save_checkpoint()
-            finished = self.step == self.steps
-            if finished and not (self.folder / "final").exists():
-                make_folder_atomically(self.folder / "final", lambda folder: save(self.model, folder))
-        self.log.close()
-        self._draw(unigram, bigram)
-        if finished:
-            self._write_sample()
-            compared = f"; a unigram model {unigram:.3f}, a bigram model {bigram:.3f}" if config.task == "text" else ""
-            print(f"held-out loss {self.val_loss:.3f} nats a token{compared}")
-        else:
-            print(f"stopped after step {self.step} of {self.steps}; continue with: sisa train --out {self.folder} --resume")
-        return TrainResult(self.folder, self.step, finished, self.val_loss, unigram, bigram)
+            self.checkpoints.wait()
+            if self.step == self.steps:
+                self._write_final()
 
-    def _batch(self, step: int) -> tuple[list[int], list[tuple[Tensor, Tensor]]]:
-        """The blocks of a step, and its groups of (inputs, targets), text and each retrieval task, each with a mean of its own."""
+    def _batch(self, step: int) -> tuple[list[int], int, list[tuple[Tensor, Tensor]]]:
+        """The blocks of a step, its tokens, and this process's share of its groups of (inputs, targets).
+
+        Text and each retrieval task are a group, with a mean of its own. Shares are of equal size: rows that count for nothing
+        fill them up, as FSDP's processes must run their layers equally often.
+        """
         ids = self.train_blocks.ids(step * self.batch_size, self.batch_size)
-        groups = [self.train_blocks.take(ids)]
+        mine, short = self.world.share(len(ids))
+        # A process without a share takes one all the same, for its shape.
+        inputs, targets = (x[: len(mine)] for x in self.train_blocks.take([ids[i] for i in mine] or ids[:1]))
+        tokens, groups = len(ids) * inputs.shape[1], [_filled(inputs, targets, short)]
         for number, task in enumerate(self.config.tasks):
             sample = self._sample(task, self.train_tokens, TASK_BATCH, [self.config.seed, number, step])
-            groups.append((sample.inputs, sample.targets))
-        return ids, groups
+            tokens += sample.inputs.numel()
+            mine, short = self.world.share(TASK_BATCH)
+            rows = slice(mine.start, mine.stop)
+            groups.append(_filled(sample.inputs[rows], sample.targets[rows], short))
+        return ids, tokens, groups
 
     def _exam(self, task: str, number: int) -> Sample:
         return self._sample(task, self.val_tokens, TASK_EVAL, [10**9, number])
@@ -451,24 +515,28 @@ class _Run:
     def _sample(self, task: str, text: np.ndarray, count: int, seed: list[int]) -> Sample:
         return TASKS[task](text, self.model.config.vocab_size - 1, self.seq_len, count, np.random.default_rng(seed))
 
-    def _train_step(self, bar: tqdm) -> None:
+    def _train_step(self, bar: tqdm) -> bool:
+        """Take one step; False, and none taken, if any process was told to stop."""
         start = time.perf_counter()
-        ids, groups = self._batch(self.step)
+        ids, tokens, groups = self._batch(self.step)
+        # Over all processes and micro-batches: each token of a group weighs the same, wherever it is.
+        stop, *valid = self.world.sum([self.stop, *((targets != IGNORE).sum() for _, targets in groups)])
+        if stop:
+            return False
         self.model.train()
-        losses = []
-        for inputs, targets in groups:
-            valid, total = int((targets != IGNORE).sum()), 0.0
-            for x, y in zip(inputs.split(self.micro_batch_size), targets.split(self.micro_batch_size)):
-                try:
-                    loss = self._loss_sum(x, y) / valid
-                except ValueError as error:  # the operators' checks meet a weight that is not finite before the loss does
-                    raise FloatingPointError(f"{error}, at step {self.step + 1}, on blocks {ids} of the training data") from error
-                loss.backward()
-                total += loss.item()
-            losses.append(total)
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip).item()
+        pieces = [(n, x, y) for n, (inputs, targets) in enumerate(groups) for x, y in self._micro_batches(inputs, targets)]
+        sums = torch.zeros(len(groups), dtype=torch.float64, device=self.device)
+        for count, (n, x, y) in enumerate(pieces, 1):
+            try:
+                sums[n] += self.parallel.backward(x, y, 1 / valid[n], last=count == len(pieces))
+            except ValueError as error:  # the operators' checks meet a weight that is not finite before the loss does
+                self._dump_batch(ids, {"error": str(error)})
+                raise FloatingPointError(f"{error}, at step {self.step + 1}, on blocks {ids} of the training data") from error
+        losses = [total / count for total, count in zip(self.world.sum(sums.tolist()), valid)]
+        norm = self.parallel.clip(self.config.clip)
         if not (math.isfinite(sum(losses)) and math.isfinite(norm)):
             self.optimizer.zero_grad(set_to_none=True)
+            self._dump_batch(ids, {"losses": losses, "grad_norm": norm})
             raise FloatingPointError(
                 f"the loss must be finite, got {sum(losses)} (gradient norm {norm}) at step {self.step + 1}, on blocks {ids} of "
                 f"the training data (losses of text and tasks: {losses}). The optimizer step was not taken"
@@ -479,27 +547,40 @@ class _Run:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
-        tokens, seconds = sum(x.numel() for x, _ in groups), time.perf_counter() - start
+        seconds = time.perf_counter() - start
         rate, mfu = tokens / seconds, utilisation(self.model.config, [x.shape for x, _ in groups], seconds, self.device)
         row = {
             "step": self.step, "loss": losses[0], "lr": lr, "grad_norm": norm, "tokens": tokens, "tokens_per_s": round(rate, 1),
             "mfu": mfu, "peak_memory_mib": peak_memory_mib(self.device),
         }  # fmt: skip
-        self.log.add("train", {**row, **{f"{task}_loss": loss for task, loss in zip(self.config.tasks, losses[1:])}})
+        self._add_row("train", {**row, **{f"{task}_loss": loss for task, loss in zip(self.config.tasks, losses[1:])}})
         bar.set_postfix(loss=f"{losses[0]:.3f}", val=f"{self.val_loss:.3f}", tokens_s=f"{rate:,.0f}", refresh=False)
         bar.update()
+        return True
 
-    def _loss_sum(self, inputs: Tensor, targets: Tensor) -> Tensor:
-        inputs, targets = inputs.to(self.device), targets.to(self.device)
-        with self.autocast:
-            logits = self.model(inputs)
-        return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), ignore_index=IGNORE, reduction="sum")
+    def _micro_batches(self, inputs: Tensor, targets: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        for x, y in zip(inputs.split(self.micro_batch_size), targets.split(self.micro_batch_size)):
+            yield x.to(self.device), y.to(self.device)
+
+    def _add_row(self, name: str, row: dict[str, Any]) -> None:
+        if self.world.main:
+            self.log.add(name, row)
+
+    def _dump_batch(self, ids: list[int], found: dict[str, Any]) -> None:
+        """Leave a record of the batch that no step was taken on."""
+        if self.world.main:
+            step = self.step + 1
+            write_json(self.folder / f"bad-batch-{step:08d}.json", {"step": step, "blocks": ids, "seq_len": self.seq_len, **found})
 
     @torch.no_grad()
     def _evaluate(self) -> None:
+        """Measure the model; the processes share the text and each take the whole of the rest, as FSDP must run in step."""
         self.model.eval()
-        pairs = zip(self.val_inputs.split(self.micro_batch_size), self.val_targets.split(self.micro_batch_size))
-        self.val_loss = sum(self._loss_sum(x, y).item() for x, y in pairs) / int((self.val_targets != IGNORE).sum())
+        mine, short = self.world.share(len(self.val_inputs))
+        rows = slice(mine.start, mine.stop)
+        pieces = self._micro_batches(*_filled(self.val_inputs[rows], self.val_targets[rows], short))
+        total = self.world.sum([sum(self.objective(x, y).item() for x, y in pieces)])[0]
+        self.val_loss = total / int((self.val_targets != IGNORE).sum())
         if not math.isfinite(self.val_loss):
             raise FloatingPointError(f"the held-out loss must be finite, got {self.val_loss} after step {self.step}")
         row: dict[str, Any] = {"step": self.step, "loss": self.val_loss}
@@ -508,11 +589,11 @@ class _Run:
                 found = accuracy(self.model, exam, self.micro_batch_size)
             row[f"{task}_accuracy"], row[f"{task}_accuracy_by_depth"] = found
             row[f"{task}_chance"] = exam.chance.mean().item()
-        with self.autocast:
+        with self.autocast, torch.compiler.set_stance("force_eager"):  # compiled layers would not run the hooks it sets
             row["layers"] = [dataclasses.asdict(h) for h in health(self.model, self.val_inputs[:HEALTH_BLOCKS].to(self.device))]
-        self.log.add("val", row)
+        self._add_row("val", row)
         clamped = [h["layer"] for h in row["layers"] if h["clamped"] > 0]
-        if clamped and not self.warned_clamped:
+        if clamped and not self.warned_clamped and self.world.main:
             self.warned_clamped = True
             warnings.warn(
                 f"mode 'clamped' clamps positions in layers {clamped} at step {self.step}: their attention is no longer Eq. 2. "
@@ -520,21 +601,38 @@ class _Run:
                 stacklevel=2,
             )
 
+    def _tensors(self) -> dict[str, Tensor]:
+        """All that steps change, by name: the parameters and AdamW's state of each."""
+        found: dict[str, Tensor] = {}
+        for name, p in self.parallel.parameters.items():
+            state = self.optimizer.state[p]
+            if not state:  # as the first step would make it
+                moments = {key: torch.zeros_like(p, memory_format=torch.preserve_format) for key in ("exp_avg", "exp_avg_sq")}
+                state.update(step=torch.zeros((), device=p.device), **moments)
+            found[f"model.{name}"] = p.detach()
+            found.update({f"optimizer.{name}.{key}": value for key, value in state.items()})
+        return found
+
     def _save_checkpoint(self) -> None:
-        folder = self.folder / "checkpoints"
-        final = folder / f"step-{self.step:08d}"
-        if final.exists():
-            return
+        state = {"step": self.step, "val_loss": self.val_loss, "warned_clamped": self.warned_clamped}
+        self.checkpoints.save(self.step, self._tensors(), dataclasses.asdict(self.model.config), state)
 
-        def fill(aside: Path) -> None:
-            save(self.model, aside)
-            with open(aside / "optimizer.pt", "wb") as file:  # given a path, torch.save hides a full disk in a RuntimeError
-                torch.save(self.optimizer.state_dict(), file)
-            write_json(aside / "state.json", {"step": self.step, "val_loss": self.val_loss, "warned_clamped": self.warned_clamped})
+    def _restore(self) -> None:
+        state = self.checkpoints.restore(self._tensors())
+        if state is not None:  # else it ended before its first checkpoint: step 0 is where it resumes
+            self.step, self.val_loss, self.warned_clamped = state["step"], state["val_loss"], state["warned_clamped"]
 
-        make_folder_atomically(final, fill)
-        for old in _checkpoints(self.folder)[:-KEEP]:
-            shutil.rmtree(old)
+    def _write_final(self) -> None:
+        weights, final = self.parallel.whole(), self.folder / "final"
+
+        def fill(folder: Path) -> None:
+            with torch.device("meta"):
+                model = LanguageModel(self.model.config)
+            for name, p in model.to_empty(device="cpu").named_parameters():
+                p.detach().copy_(weights[name])
+            save(model, folder)
+
+        self.world.from_main(lambda: None if final.exists() else make_folder_atomically(final, fill))
 
     def _draw(self, unigram: float, bigram: float) -> None:
         train, val = (read_rows(self.folder / f"{name}.jsonl") for name in ("train", "val"))
@@ -547,29 +645,11 @@ class _Run:
             return
         start = torch.tensor([[self.encoder.end_of_text]], device=self.device)
         generator = torch.Generator(self.device).manual_seed(self.config.seed)
-        use_cache = self.model.cache_refusal() is None
-        ids = generate(self.model, start, self.config.sample_tokens, 0.8, use_cache, generator=generator)
+        model = load(self.folder / "final", self.device)
+        ids = generate(model, start, self.config.sample_tokens, 0.8, model.cache_refusal() is None, generator=generator)
         text = self.encoder.decode(ids[0, 1:].tolist())
         write_text(self.folder / "sample.txt", text + "\n")
         print(f"a sample at temperature 0.8 ({self.folder / 'sample.txt'}):\n{text}\n")
-
-    def _restore(self) -> None:
-        if read_run(self.folder)["corpus"]["sha256"] != self.fingerprint:
-            raise ValueError(f"data must be what the run in {self.folder} began with, but its tokens have changed since")
-        found = _checkpoints(self.folder)
-        if not found:  # ended before its first checkpoint: step 0 is where it resumes
-            return
-        newest = found[-1]
-        if read_config(newest / "config.json") != self.model.config:
-            raise ValueError(f"{newest} holds another model than {self.folder / 'run.json'} describes")
-        load_state(self.model, newest)
-        try:
-            optimizer = torch.load(newest / "optimizer.pt", map_location=self.device, weights_only=True)
-            self.optimizer.load_state_dict(optimizer)
-            state = json.loads((newest / "state.json").read_text(encoding="utf-8"))
-            self.step, self.val_loss, self.warned_clamped = state["step"], state["val_loss"], state["warned_clamped"]
-        except Exception as error:  # torch.load raises many kinds for a damaged file
-            raise ValueError(f"checkpoint {newest} is truncated or foreign: {error}") from error
 
     @contextlib.contextmanager
     def _interruptible(self) -> Iterator[None]:
@@ -577,7 +657,8 @@ class _Run:
 
         def handle(number: int, frame: Any) -> None:
             self.stop = True
-            print("\nstopping after this step; Ctrl-C again to stop at once, without saving", flush=True)
+            if self.world.main:
+                print("\nstopping after this step; Ctrl-C again to stop at once, without saving", flush=True)
             signal_again(signal.default_int_handler)
 
         before = {}
@@ -590,9 +671,9 @@ class _Run:
                 signal.signal(number, handler)
 
 
-def _checkpoints(folder: Path) -> list[Path]:
-    """The whole checkpoints of a run, oldest first (unfinished ones have names that begin with a dot)."""
-    return sorted((folder / "checkpoints").glob("step-*"))
+def _filled(inputs: Tensor, targets: Tensor, short: int) -> tuple[Tensor, Tensor]:
+    """``inputs`` and ``targets`` [B, L] with ``short`` more rows, whose targets are IGNORE."""
+    return F.pad(inputs, (0, 0, 0, short)), F.pad(targets, (0, 0, 0, short), value=IGNORE)
 
 
 def signal_again(handler: Any) -> None:
@@ -603,7 +684,7 @@ def signal_again(handler: Any) -> None:
 
 def newest_weights(folder: Path) -> Path:
     """The folder of a run's final weights, or of its newest checkpoint; FileNotFoundError if it has neither."""
-    found = [*_checkpoints(folder), folder / "final"]
+    found = [*checkpoints(folder), folder / "final"]
     if not found[-1].is_dir():
         found.pop()
     if not found:

@@ -4,6 +4,8 @@ import dataclasses
 import json
 import math
 import os
+import pickle
+import resource
 import shutil
 import signal
 import subprocess
@@ -14,7 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 import sisa_kernels as sk
 import sisa_model as sm
@@ -130,8 +132,9 @@ CHANGES = {
 }  # fmt: skip
 # What changes no weight is tested by name elsewhere in this file or in test_data.py.
 ELSEWHERE = {
-    "data", "val_data", "tokenizer", "out", "mode", "val_every", "val_blocks", "save_every", "sample_tokens", "device", "stop_at",
-    "resume", "log",
+    "data", "val_data", "tokenizer", "out", "mode", "val_every", "val_blocks", "save_every", "keep", "sample_tokens", "device",
+    "stop_at", "resume", "activation_checkpointing", "log",
+    "compile", "parallel",  # test_parallel.py
 }  # fmt: skip
 
 
@@ -191,47 +194,42 @@ def test_learning_rate_warms_up_and_falls_to_zero():
 def test_a_loss_that_is_not_finite_stops_before_the_step(corpus, tmp_path, monkeypatch):
     from sisa_model.model import LanguageModel
 
-    real, calls = LanguageModel.forward, []
+    real, calls = LanguageModel.hidden, []
 
-    def forward(self, ids):
-        logits = real(self, ids)
+    def hidden(self, *args):
+        states = real(self, *args)
         if self.training:
             calls.append(None)
             if len(calls) == 4:
-                return logits * torch.nan
-        return logits
+                return states * torch.nan
+        return states
 
     train(config(corpus, tmp_path / "good", stop_at=3, save_every=3))
-    monkeypatch.setattr(LanguageModel, "forward", forward)
+    monkeypatch.setattr(LanguageModel, "hidden", hidden)
     with pytest.raises(
         FloatingPointError, match=r"the loss must be finite, got nan .* at step 4, on blocks \[\d+, \d+, \d+, \d+\]"
-    ):
+    ) as stopped:
         train(config(corpus, tmp_path / "bad", save_every=3))
     assert len(losses(tmp_path / "bad")) == 3
-    good, bad = (load_file(tmp_path / name / "checkpoints" / "step-00000003" / "model.safetensors") for name in ("good", "bad"))
+    dumped = json.loads((tmp_path / "bad" / "bad-batch-00000004.json").read_text())
+    assert (dumped["step"], dumped["seq_len"], math.isnan(dumped["losses"][0])) == (4, 64, True)
+    assert f"blocks {dumped['blocks']} " in str(stopped.value)
+    good, bad = (sm.load(tmp_path / name / "checkpoints" / "step-00000003").state_dict() for name in ("good", "bad"))
     assert same(good, bad)
     monkeypatch.undo()
     assert train(TrainConfig(out=tmp_path / "bad", resume=True)).finished
 
 
-def test_a_full_disk_keeps_the_checkpoint_before(corpus, tmp_path, monkeypatch, capsys):
-    import sisa_model.checkpoint as checkpoint
-
-    real, calls = checkpoint.save_file, []
-
-    def full_disk(state, path, **kwargs):
-        calls.append(None)
-        if len(calls) < 2:
-            return real(state, path, **kwargs)
-        path.write_bytes(b"half a file")
-        raise OSError(28, "No space left on device", str(path))
-
-    monkeypatch.setattr(checkpoint, "save_file", full_disk)
-    flags = ["--seq-len", "64", "--batch-size", "4", "--save-every", "2", "--steps", "6", "--sample-tokens", "0"]
-    assert main(["train", "--data", str(corpus), "--out", str(tmp_path / "run"), *flags]) == 1
-    assert "sisa: error: [Errno 28] No space left on device" in capsys.readouterr().err
+def test_a_full_disk_keeps_the_checkpoint_before(corpus, tmp_path, capsys):
+    train(config(corpus, tmp_path / "run", stop_at=2))
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))  # a write past this fails as one to a full disk does
+    try:
+        assert main(["train", "--out", str(tmp_path / "run"), "--resume"]) == 1
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert "sisa: error: [Errno 27] File too large" in capsys.readouterr().err
     assert [p.name for p in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-00000002"], "no half-written folder is left"
-    monkeypatch.undo()
     assert train(TrainConfig(out=tmp_path / "run", resume=True)).finished
 
 
@@ -239,15 +237,79 @@ def test_damaged_checkpoints_are_named(corpus, tmp_path):
     train(config(corpus, tmp_path / "run", stop_at=2))
     checkpoint = tmp_path / "run" / "checkpoints" / "step-00000002"
     resume = TrainConfig(out=tmp_path / "run", resume=True)
-    for name in ("optimizer.pt", "model.safetensors"):
-        path, whole = checkpoint / name, (checkpoint / name).read_bytes()
+    assert sorted(p.name for p in checkpoint.iterdir()) == [".metadata", "__0_0.distcp", "config.json", "state.json"]
+    for path in checkpoint.iterdir():
+        whole = path.read_bytes()
         path.write_bytes(whole[: len(whole) // 2])
-        with pytest.raises(ValueError, match="truncated"):
+        with pytest.raises(ValueError, match=r"checkpoint .*step-00000002 is truncated or damaged"):
             train(resume)
         path.write_bytes(whole)
-    save_file({"x": torch.zeros(1)}, checkpoint / "model.safetensors")
-    with pytest.raises(ValueError, match="does not hold this sisa model"):
-        train(resume)
+    assert train(resume).finished
+
+
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(corpus, tmp_path):
+    straight = train(config(corpus, tmp_path / "a"))
+    train(config(corpus, tmp_path / "b", save_every=1, stop_at=4))
+    file = tmp_path / "b" / "checkpoints" / "step-00000004" / "__0_0.distcp"
+    flipped = bytearray(file.read_bytes())
+    flipped[len(flipped) // 2] ^= 1
+    file.write_bytes(flipped)
+    with pytest.warns(UserWarning, match=r"step-00000004 is truncated .* damaged-step-00000004, and step-00000003 is taken"):
+        resumed = train(TrainConfig(out=tmp_path / "b", resume=True))
+    assert same(weights(straight.folder), weights(resumed.folder))
+    assert [row["step"] for row in read_rows(tmp_path / "b" / "train.jsonl")] == [1, 2, 3, 4, 5, 6]
+    assert (tmp_path / "b" / "checkpoints" / "damaged-step-00000004").is_dir()
+
+
+def test_a_checkpoint_of_another_model_is_named(corpus, tmp_path):
+    for name, preset in (("a", "sisa-tiny-ds16"), ("b", "sisa-tiny-ds32"), ("c", "transformer-tiny")):
+        train(config(corpus, tmp_path / name, preset=preset, stop_at=1))
+    for name in ("b", "c"):
+        shutil.rmtree(tmp_path / "a" / "checkpoints")
+        shutil.copytree(tmp_path / name / "checkpoints", tmp_path / "a" / "checkpoints")
+        with pytest.raises(ValueError, match=r"checkpoint .* does not hold this model: (Size mismatch|Missing key)"):
+            train(TrainConfig(out=tmp_path / "a", resume=True))
+
+
+class _Call:
+    def __reduce__(self):
+        return os.mkdir, ("owned",)
+
+
+def test_a_checkpoint_runs_no_code(corpus, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    train(config(corpus, tmp_path / "run", stop_at=1))
+    checkpoint = tmp_path / "run" / "checkpoints" / "step-00000001"
+    (checkpoint / ".metadata").write_bytes(pickle.dumps(_Call()))
+    with pytest.raises(ValueError, match=r"truncated or .*mkdir has no place in a checkpoint's index"):
+        sm.load(checkpoint)
+    assert not (tmp_path / "owned").exists()
+
+
+def test_keep_says_how_many_checkpoints_stay(corpus, tmp_path):
+    train(config(corpus, tmp_path / "run", save_every=1, keep=3, stop_at=4))
+    assert sorted(p.name[-1] for p in (tmp_path / "run" / "checkpoints").iterdir()) == ["2", "3", "4"]
+    train(TrainConfig(out=tmp_path / "run", resume=True, stop_at=5))
+    assert sorted(p.name[-1] for p in (tmp_path / "run" / "checkpoints").iterdir()) == ["3", "4", "5"]
+    train(TrainConfig(out=tmp_path / "run", resume=True, keep=1))
+    assert sorted(p.name[-1] for p in (tmp_path / "run" / "checkpoints").iterdir()) == ["6"]
+
+
+def test_activation_checkpointing_runs_layers_twice_to_the_same_weights(corpus, tmp_path, baseline, monkeypatch):
+    from sisa_model.layers import Layer
+
+    real, calls = Layer.forward, []
+
+    def forward(self, *args):
+        if self.training:
+            calls.append(None)
+        return real(self, *args)
+
+    monkeypatch.setattr(Layer, "forward", forward)
+    assert same(weights(train(config(corpus, tmp_path / "plain")).folder), baseline)
+    once = len(calls)
+    assert same(weights(train(config(corpus, tmp_path / "twice", activation_checkpointing=True)).folder), baseline)
+    assert (once, len(calls) - once) == (12, 24)
 
 
 def test_clamped_mode_warns_once_and_logs_the_share(corpus, tmp_path, monkeypatch):
@@ -269,6 +331,9 @@ def test_clamped_mode_warns_once_and_logs_the_share(corpus, tmp_path, monkeypatc
         ({"precision": "fp8"}, "precision must be one of auto, fp32, bf16, got 'fp8'"),
         ({"backend": "triton", "mode": "clamped"}, "backend 'triton' cannot run here"),
         ({"tasks": ("needle", "needle")}, "tasks must be all different"),
+        ({"keep": 0}, "keep must be at least 1, got 0"),
+        ({"parallel": "tensor"}, "parallel must be one of auto, ddp, fsdp, got 'tensor'"),
+        ({"parallel": "fsdp"}, "parallel must be left at 'auto' in one process, got 'fsdp'; launch several with torchrun"),
         ({"seed": 2**63}, "seed must be below 2 ** 63"),
         ({"tasks": ("chess",)}, "tasks must be among needle, recall"),
         ({"seq_len": 32, "tasks": ("needle",)}, "seq_len must be at least 64 with retrieval tasks"),

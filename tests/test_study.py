@@ -76,7 +76,7 @@ def test_the_same_command_after_a_kill_continues(text, tmp_path, monkeypatch, ca
         if len(steps) == 4 + 3:
             raise KeyboardInterrupt
         steps.append(None)
-        real(self, bar)
+        return real(self, bar)
 
     monkeypatch.setattr(train._Run, "_train_step", killed)
     assert main(command) == 130

@@ -25,12 +25,14 @@ from pathlib import Path
 import pytest
 import torch
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))  # a bare checkout works: where there is no network nothing can be installed
+sys.path.insert(
+    0, str(Path(__file__).resolve().parent.parent)
+)  # a bare checkout works: where there is no network nothing can be installed
 
-from cases import CUDA, GROUPS, Setting, problem, reason  # noqa: E402
-from roofline import DEVICES  # noqa: E402
-from timing import Run, gpu_milliseconds, measure, now, provenance  # noqa: E402
+from cases import CUDA, GROUPS, Setting, problem, reason
+from roofline import DEVICES
+from rows import RESULTS, ROOT, now, provenance
+from timing import Run, gpu_milliseconds, measure
 
 # tune takes minutes a shape: on request
 DEFAULT_SECTIONS = ("build", "tests", "stock", "attention", "prologue", "augment", "model")
@@ -203,7 +205,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--lengths", type=int, nargs="+", default=[], help="of the sequences; default: each section's own")
     parser.add_argument("--state-widths", type=int, nargs="+", default=Setting.state_widths)
     parser.add_argument("--tokens", type=int, default=Setting.tokens, help="of a batch")
-    parser.add_argument("--out", type=Path, default=ROOT / "bench" / "results", help="folder of the CSV files")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the CSV files")
     parser.add_argument("--device", choices=DEVICES, help="data sheet of the bounds; default: the GPU's own, H200 in a dry run")
     parser.add_argument("--dry-run", action="store_true", help="print what would be built, tested and timed, and stop")
     args = parser.parse_args(arguments)

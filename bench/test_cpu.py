@@ -15,7 +15,8 @@ from pathlib import Path
 import pytest
 from cases import Case, problem
 from cpu_cases import CPU, QUICK, SECTIONS, Group
-from timing import ROOT, Measured, Run, cpu_milliseconds, measure, provenance
+from rows import RESULTS, provenance
+from timing import Measured, Run, cpu_milliseconds, measure
 
 
 class Clock:
@@ -45,7 +46,7 @@ def parameters():
 @pytest.fixture(scope="session")
 def results(tmp_path_factory) -> Path:
     folder = os.environ.get("SISA_BENCH_OUT")
-    return Path(folder) if folder else tmp_path_factory.mktemp("results") if QUICK else ROOT / "bench" / "results"
+    return Path(folder) if folder else tmp_path_factory.mktemp("results") if QUICK else RESULTS
 
 
 @functools.cache

@@ -1,12 +1,7 @@
-"""How the benches measure: cases checked, warmed and timed in turns, and the rows that come of it."""
+"""How the benches measure: cases checked, warmed and timed in turns."""
 
-import csv
-import datetime
-import os
-import platform
 import re
 import statistics
-import subprocess
 import time
 import warnings
 from collections.abc import Callable, Sequence
@@ -16,20 +11,12 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-import triton
 from cases import Case, Setting, reason
+from rows import COLUMNS, append, now, read
 from torch.profiler import ProfilerActivity, profile
 
-from sisa_kernels.tiles import tuned_tiles
-
-ROOT = Path(__file__).resolve().parent.parent
-RATIOS = ("ratio", "ratio_p20", "ratio_p80")  # of medians; percentiles of the rounds' own ratios
-TIMES = ("rounds", "ms_p20", "ms_p50", "ms_p80", *RATIOS, "over_bound", "rate", "unit", "formula", "peak_mib")
-WHERE = ("device", "threads", "driver", "cuda", "torch", "triton", "tiles", "commit", "date")
-COLUMNS = ("op", "path", "mode", "dtype", "shape", "pass", *TIMES, "status", *WHERE)
 WARM_CALLS = 3
 WARM_SECONDS = 5.0  # past which a long call is warm after the first
-CODE = ("csrc", "sisa_kernels", "sisa_model", "bench/*.py")  # what a row's numbers depend on
 Calls = list[Callable[[], object]]
 T = TypeVar("T")
 
@@ -59,75 +46,6 @@ class Run:
         keys = ("commit", "device", "torch")
         newest = {r["path"]: r["status"] for r in self.rows("tests") if all(r[k] == self.provenance.get(k, "") for k in keys)}
         return [test for test, status in newest.items() if status.startswith("failed")]
-
-
-# ---- Rows -----------------------------------------------------------------------------------------------------------------------
-
-
-def append(path: Path, columns: Sequence[str], values: dict[str, Any]) -> dict[str, str]:
-    """Append a row to a CSV file, made with its header where absent; ValueError where the file has other columns."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "a+", newline="", encoding="utf-8") as file:
-        file.seek(0)
-        header = next(csv.reader(file), None)
-        if header not in (None, list(columns)):
-            raise ValueError(f"{path} has other columns than this bench writes: keep it elsewhere, or choose another folder")
-        writer = csv.DictWriter(file, columns)
-        if header is None:
-            writer.writeheader()
-        row = dict.fromkeys(columns, "") | values
-        writer.writerow(row)
-    return row
-
-
-def read(path: Path) -> list[dict[str, str]]:
-    """The rows of a CSV file, oldest first; none where it is absent."""
-    if not path.exists():
-        return []
-    with open(path, newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
-
-
-def now() -> str:
-    return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
-
-
-def output_of(*command: str) -> str:
-    """What a command prints, or "unknown" where it is absent or fails."""
-    try:
-        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip() or "unknown"
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-
-
-def cpu_name() -> str:
-    """The processor's model."""
-    try:
-        info = Path("/proc/cpuinfo").read_text(encoding="utf-8")
-    except OSError:
-        info = ""
-    named = re.search(r"^model name\s*: (.+)$", info, re.MULTILINE)
-    return named[1] if named else platform.processor() or platform.machine()
-
-
-def provenance(device: torch.device) -> dict[str, str]:
-    """Where a row comes from. ``commit`` ends in "+" where code differs from it."""
-    commit, driver = os.environ.get("SISA_COMMIT", ""), ""
-    if not commit:
-        commit = output_of("git", "rev-parse", "--short", "HEAD")
-        commit += "" if output_of("git", "diff", "--name-only", "HEAD", "--", *CODE) == "unknown" else "+"
-    if device.type == "cuda":
-        driver = output_of("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").partition("\n")[0]
-    return {
-        "device": torch.cuda.get_device_name() if device.type == "cuda" else cpu_name(),
-        "threads": str(torch.get_num_threads()),
-        "driver": driver,
-        "cuda": str(torch.version.cuda),
-        "torch": torch.__version__,
-        "triton": triton.__version__,
-        "tiles": "tuned" if tuned_tiles() else "table",
-        "commit": commit,
-    }
 
 
 # ---- Timing ---------------------------------------------------------------------------------------------------------------------

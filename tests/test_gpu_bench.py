@@ -18,9 +18,11 @@ from sisa_kernels import tiles
 pytest.importorskip("sisa_kernels.triton_attention", reason="needs the package triton")
 import cases
 import gpu
+import rows
 import timing
 from cases import ATTENTION, EXACT, GROUPS, Setting, attention_case, failure
-from timing import COLUMNS, Run, measure
+from rows import COLUMNS
+from timing import Run, measure
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the GPU is measured by the command itself")
 CPU = torch.device("cpu")
@@ -427,11 +429,11 @@ def test_the_table_of_a_full_run_stays_small():
 def test_what_a_row_records(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H200")
     monkeypatch.setenv("SISA_COMMIT", "1234567")
-    record = timing.provenance(cases.CUDA)
+    record = rows.provenance(cases.CUDA)
     assert record["commit"] == "1234567"
     assert record["torch"] == torch.__version__
     assert set(record) < set(COLUMNS)
     monkeypatch.delenv("SISA_COMMIT")
     monkeypatch.setenv("PATH", "")
-    assert timing.provenance(cases.CUDA)["commit"] == timing.provenance(cases.CUDA)["driver"] == "unknown"
-    assert timing.output_of(sys.executable, "-c", "print('a')") == "a"
+    assert rows.provenance(cases.CUDA)["commit"] == rows.provenance(cases.CUDA)["driver"] == "unknown"
+    assert rows.output_of(sys.executable, "-c", "print('a')") == "a"

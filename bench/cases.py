@@ -21,6 +21,7 @@ from authors import eager_chain, sdpa
 from roofline import LAM, Device, Shape, horizon_tokens, importance_share, stages
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 import sisa_kernels as sk
 from sisa_kernels import _extension
@@ -70,11 +71,12 @@ class Path:
     call: Callable[[Sequence[Tensor], Rotary | None], Tensor]
     formula: Callable[[Sequence[Tensor], Rotary | None], Tensor]  # the same, densely in the operands' dtype
     proofs: str = ""  # pattern of the tests (with {ds}) whose failure keeps it from being timed; empty: none
+    trains: bool = True  # has a backward
 
     @property
     def uses(self) -> int:
-        """How many of the inputs it uses."""
-        return 3 if self.mode == "plain" else 8
+        """How many of the inputs, the first ones, it has gradients for."""
+        return (3 if self.mode == "plain" else 8) if self.trains else 0
 
 
 @dataclass(frozen=True)
@@ -181,6 +183,21 @@ def as_published(x: Sequence[Tensor], rotary: Rotary | None) -> Tensor:
     return authors.attention(*x, rotary)
 
 
+@functools.cache
+def compiled_flex(length: int, device: torch.device) -> Callable[..., Tensor]:
+    """FlexAttention of causal scores, compiled."""
+    mask = create_block_mask(lambda batch, head, i, j: i >= j, None, None, length, length, device=device.type)
+    return partial(torch.compile(flex_attention, dynamic=False), block_mask=mask)
+
+
+@torch.no_grad()
+def flex(x: Sequence[Tensor], rotary: Rotary | None) -> Tensor:
+    """The authors' chain, then FlexAttention, which takes v as narrow as it is; its scores know no second product of vectors."""
+    q, k, v, *rest = x
+    q_aug, k_aug = (t.transpose(1, 2) for t in eager_chain(q, k, *rest, *rotary))
+    return compiled_flex(q.shape[1], q.device)(q_aug, k_aug, v.detach().transpose(1, 2), scale=q.shape[3] ** -0.5).transpose(1, 2)
+
+
 def exact_full(x: Sequence[Tensor], rotary: Rotary | None) -> Tensor:
     return ta.exact_attention(*x, rotary=rotary, horizon=None)
 
@@ -205,6 +222,7 @@ ATTENTION = [
     FLASH_TABLE,
     AUTHORS,
 ]
+FLEX = Path("flex", "clamped", "eager", flex, dense_augmented, trains=False)  # it has no backward on a CPU
 EXACT_ON_CPU = Path("sisa", "exact", "exact", exact_on_stock, dense)
 ATTENTION_ON_CPU = [
     EXACT_ON_CPU,
@@ -227,9 +245,9 @@ def reason(error: BaseException, told: Sequence[warnings.WarningMessage] = ()) -
 
 
 def results(function: Callable, x: list[Tensor], rotary: Rotary | None, dy: Tensor, uses: int) -> list[Tensor]:
-    """y and the gradients of the inputs that are used."""
+    """y and the gradients of the first ``uses`` inputs."""
     y = function(x, rotary)
-    return [y.detach(), *torch.autograd.grad(y, x[:uses], dy)]
+    return [y.detach(), *(torch.autograd.grad(y, x[:uses], dy) if uses else ())]
 
 
 def errors(found: list[Tensor], oracle: list[Tensor], x: list[Tensor]) -> list[float]:

@@ -9,6 +9,7 @@ from cases import (
     ATTENTION_ON_CPU,
     AUTHORS,
     EXACT_ON_CPU,
+    FLEX,
     STOCK,
     Case,
     Setting,
@@ -57,14 +58,24 @@ if QUICK:
 
 def augment() -> Iterator[Group]:
     for dtype in (torch.float32, torch.bfloat16):
-        setting = replace(FULL, dtype=dtype, lengths=FULL.lengths[:1], state_widths=FULL.state_widths)
+        setting = replace(FULL, dtype=dtype, lengths=FULL.lengths[:1])
         for cases in augmentation_groups(setting, baseline="chain"):
-            yield Group(setting, tuple(cases))
+            yield Group(setting, tuple(cases), seconds=10.0)
 
 
 def attention() -> Iterator[Group]:
     for cases in attention_groups(FULL, ATTENTION_ON_CPU):
         yield Group(FULL, tuple(cases))
+
+
+def flex() -> Iterator[Group]:
+    """FlexAttention beside the others at one shape, forward: Inductor takes a minute for it."""
+    shape = FULL.shapes()[0]
+    cases = [
+        attention_case("flex", path, shape, label_of(shape), "fwd", FULL, baseline=path is STOCK[1])
+        for path in (STOCK[1], EXACT_ON_CPU, AUTHORS, FLEX)
+    ]
+    yield Group(FULL, tuple(cases))
 
 
 def layer() -> Iterator[Group]:
@@ -91,4 +102,4 @@ def growth() -> Iterator[Group]:
         yield Group(FULL, tuple(cases), seconds=10.0, least=3)
 
 
-SECTIONS = {"augment": augment, "attention": attention, "layer": layer, "model": model, "growth": growth}
+SECTIONS = {"augment": augment, "attention": attention, "flex": flex, "layer": layer, "model": model, "growth": growth}

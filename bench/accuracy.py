@@ -59,10 +59,10 @@ def row_of(attend: Callable[..., Tensor], inputs: list[Tensor], dy: Tensor, righ
         return {"status": reason(error)}
     if not all(x.isfinite().all() for x in found):
         return {"status": "not finite"}
-    error, *gradients = relative_errors(found, right)
+    of_y, *gradients = relative_errors(found, right)
     rows = ((found[0].double() - right[0]).norm(dim=-1) / right[0].norm(dim=-1)).max().item()
     worst, name = max(zip(gradients, NAMES))
-    return {"error": f"{error:.3e}", "worst_row": f"{rows:.3e}", "gradient": f"{worst:.3e}", "of": name, "status": "ok"}
+    return {"error": f"{of_y:.3e}", "worst_row": f"{rows:.3e}", "gradient": f"{worst:.3e}", "of": name, "status": "ok"}
 
 
 def main(arguments: list[str] | None = None) -> None:

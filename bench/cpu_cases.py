@@ -24,7 +24,7 @@ from roofline import Shape
 
 CPU = torch.device("cpu")
 QUICK = os.environ.get("SISA_BENCH_QUICK") == "1"  # the same code at sizes that say nothing: for tests
-DENSE_GIB = 1.0  # of scores, past which the authors' formulation, dense on a CPU, is left out
+DENSE_GIB = 0.5  # of scores, past which the authors' formulation, dense on a CPU, is left out
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ is not drawn, the command that measures them is printed, and the command fails.
 
 import argparse
 import math
+import statistics
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -20,6 +21,7 @@ from sisa_model.plot import COLORS, _finish
 Row = dict[str, str]
 OURS, THEIRS, PLAIN, OTHER, THIRD = COLORS[0], COLORS[1], "0.45", COLORS[2], COLORS[4]
 KEY = ("op", "path", "mode", "dtype", "shape", "pass", "length", "half_life")  # of what a row measures
+DOUBLINGS = 3  # of the length, over which a slope is taken
 NAMES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 
 
@@ -61,10 +63,11 @@ def bars(axis: Any, rows: Sequence[Bar], title: str) -> None:
         speed, fast, slow = (1 / float(row[column]) for column in ("ratio", "ratio_p20", "ratio_p80"))
         axis.barh(place, speed, 0.72, color=color)
         axis.plot([slow, fast], [place, place], color="black", lw=1, marker="|", ms=4)
-        axis.annotate(f"{speed:.2f}", (max(speed, fast, slow), place), (4, 0), textcoords="offset points", va="center", fontsize=8)
+        style = {"va": "center", "fontsize": 8, "bbox": {"fc": "white", "ec": "none", "pad": 0.5}}
+        axis.annotate(f"{speed:.2f}", (max(speed, fast, slow), place), (5, 0), textcoords="offset points", **style)
     axis.axvline(1, color="black", lw=0.8, ls=":")
     axis.set_yticks(range(len(rows)), [label for label, _, _ in rows], fontsize=8)
-    axis.set_xlim(0, 1.18 * axis.dataLim.x1)
+    axis.set_xlim(0, 1.18 * max(1, axis.dataLim.x1))
     axis.invert_yaxis()
     axis.grid(axis="y", visible=False)
     axis.set_title(title, fontsize=9, loc="left")
@@ -72,15 +75,15 @@ def bars(axis: Any, rows: Sequence[Bar], title: str) -> None:
 
 OPERATORS = {  # section: title, path -> label and colour
     "augment": (
-        "augmentation: speed over the authors' chain of ops",
+        "augmentation over the authors' ops",
         {"extension": ("ours", OURS), "compiled": ("torch.compile of it", OTHER)},
     ),
     "attention": (
-        "attention op: speed over plain attention with RoPE",
+        "attention over plain attention + RoPE",
         {"sisa": ("ours, exact", OURS), "unpadded": ("v not padded", OTHER), "eager+sdpa": ("as published", THEIRS)},
     ),
 }
-WHOLE = {"layer": "one 152M layer: speed over the Transformer's", "model": "training step: speed over the Transformer's"}
+WHOLE = {"layer": "one 152M layer over the Transformer's", "model": "training step over the Transformer's"}
 FAMILIES = {"sisa": ("SISA", OURS), "authors": ("as published", THEIRS), "mamba2": ("Mamba-2", OTHER), "mamba3": ("Mamba-3", THIRD)}
 
 
@@ -101,7 +104,8 @@ def model_bars(rows: Sequence[Row]) -> list[Bar]:
         if family in FAMILIES:
             name, color = FAMILIES[family]
             batch, length = row["shape"].split()[0].split("x")
-            label = ", ".join([scale, f"{batch} x {int(length):,} tokens", *(f"d_s {ds[2:]}" for ds in state), name])
+            scales = [] if row["op"] == "layer" else [scale]
+            label = ", ".join([*scales, f"{batch} x {int(length):,} tokens", *(f"d_s {ds[2:]}" for ds in state), name])
             found.append((label, color, row))
     return found
 
@@ -121,13 +125,15 @@ def speed_figure(rows: list[Row], path: Path) -> None:
     figure = plt.figure(figsize=(5.5 * len(columns), 0.22 * max(map(sum, heights)) + 0.8))
     grid = figure.add_gridspec(1, len(columns))
     for place, (column, height) in enumerate(zip(columns, heights)):
-        inner = grid[place].subgridspec(len(column), 1, height_ratios=height)
+        inner = grid[place].subgridspec(len(column), 1, height_ratios=height, hspace=0.55)
         for line, (title, found) in enumerate(column):
             bars(figure.add_subplot(inner[line]), found, title)
-    note = (
-        "forward + backward; a training step with its optimizer. Bars: ratio of medians; lines: 20th to 80th percentile of rounds"
+    figure.suptitle("how many times as fast: forward + backward, a training step with its optimizer", fontsize=10)
+    footer(
+        figure,
+        rows,
+        "bars: ratio of medians of rounds in which all take turns; lines: 20th to 80th percentile of the rounds' ratios",
     )
-    footer(figure, rows, note)
     _finish(figure, path)
 
 
@@ -141,43 +147,30 @@ def growth_figure(rows: list[Row], path: Path) -> None:
         "sisa": ("SISA, exact", OURS, "o"),
         "eager+sdpa": ("as published", THEIRS, "^"),
     }
-    axes_of = {"length": "length L", "state_width": "d_s", "heads": "heads", "batch": "batch"}
-    counts: dict[tuple[int, ...], int] = {}
-    for row in rows:
-        size = tuple(sizes(row).values())
-        counts[size] = counts.get(size, 0) + 1
-    # The base is the shape from which most others differ in one size.
-    base = max(counts, key=lambda one: sum(sum(a != b for a, b in zip(one, other)) == 1 for other in counts))
-    names = list(sizes(rows[0]))
-    figure, grid = plt.subplots(2, len(axes_of), figsize=(13, 6), width_ratios=[1.7, 1, 1, 1], squeeze=False)
-    for column, (name, label) in enumerate(axes_of.items()):
-        same = [i for i, other in enumerate(names) if other != name]
-        mine = [row for row in rows if all(tuple(sizes(row).values())[i] == base[i] for i in same)]
-        for top, unit, field, scale in ((0, "time, s", "ms_p50", 1e-3), (1, "peak memory, MiB", "peak_mib", 1.0)):
-            axis = grid[top][column]
+    growing = {"length": "length L", "state_width": "d_s", "heads": "heads", "batch": "batch"}
+    base = {name: statistics.mode(sizes(row)[name] for row in rows) for name in (*growing, "width")}
+    figure, grid = plt.subplots(2, len(growing), figsize=(13, 6), width_ratios=[1.7, 1, 1, 1])
+    for column, (name, label) in enumerate(growing.items()):
+        mine = [row for row in rows if {**sizes(row), name: base[name]} == base]
+        for axis, unit, field, scale in zip(grid[:, column], ("time, s", "peak memory, MiB"), ("ms_p50", "peak_mib"), (1e-3, 1.0)):
             for kind, (shown, color, marker) in styles.items():
                 points = sorted((sizes(row)[name], scale * float(row[field])) for row in mine if row["path"] == kind)
-                if not points:
-                    continue
-                x, y = zip(*points)
-                if name == "length" and len(points) > 2:
-                    steps = min(3, len(points) - 1)
-                    shown += f": L^{math.log(y[-1] / y[-1 - steps]) / math.log(x[-1] / x[-1 - steps]):.2f} at its end"
-                axis.plot(x, y, color=color, marker=marker, ms=4, lw=1.5, label=shown)
-            values = sorted({sizes(row)[name] for row in mine})
-            axis.set(xscale="log", yscale="log", xlabel=label, ylabel=unit if column == 0 else "")
-            axis.xaxis.set_major_locator(FixedLocator(values))
+                if name == "length" and len(points) > DOUBLINGS:
+                    (x0, y0), (x1, y1) = points[-1 - DOUBLINGS], points[-1]
+                    shown += f", L^{math.log(y1 / y0) / math.log(x1 / x0):.2f} over its last {DOUBLINGS} doublings"
+                axis.plot(*zip(*points), color=color, marker=marker, ms=4, lw=1.5, label=shown)
+            axis.set(xlabel=label, ylabel=unit if column == 0 else "")
+            if column == 0:
+                axis.set(xscale="log", yscale="log")
+                axis.legend(frameon=False, fontsize=8)
+            else:
+                axis.set(xlim=(0, None), ylim=(0, None))
+            axis.xaxis.set_major_locator(FixedLocator(sorted({sizes(row)[name] for row in mine})))
             axis.xaxis.set_minor_locator(NullLocator())
             axis.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x / 1024:.0f}k" if x >= 1024 else f"{x:.0f}"))
             axis.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:,g}"))
-            if column == 0:
-                axis.legend(frameon=False, fontsize=8)
-    fixed = ", ".join(f"{label} {base[names.index(name)]:,}" for name, label in axes_of.items())
-    footer(
-        figure,
-        rows,
-        f"one layer's attention op, fp32, forward + backward; what does not grow: {fixed}, head width {base[names.index('width')]}",
-    )
+    fixed = ", ".join(f"{label} {base[name]:,}" for name, label in growing.items())
+    footer(figure, rows, f"the attention op, fp32, forward + backward; sizes that do not grow: {fixed}, head width {base['width']}")
     _finish(figure, path)
 
 
@@ -226,11 +219,8 @@ def accuracy_figure(rows: list[Row], path: Path) -> None:
                 axis.set_ylabel(f"{NAMES[dtype]}: relative error of y")
         grid[line][0].set_ylim(top=60)
     grid[0][-1].legend(frameon=False, fontsize=8, loc="center", reverse=True)
-    footer(
-        figure,
-        rows,
-        "against Eq. 2 in fp64, over the whole tensor; crosses: not finite; shaded: g spans more than 22, the clamp acts",
-    )
+    note = "against Eq. 2 in fp64, over the whole tensor; crosses: not finite; shaded: g spans more than 22, the clamp acts"
+    footer(figure, rows, note)
     _finish(figure, path)
 
 

@@ -21,18 +21,22 @@ from sisa_model.plot import COLORS, _finish
 Row = dict[str, str]
 OURS, THEIRS, PLAIN, OTHER, THIRD = COLORS[0], COLORS[1], "0.45", COLORS[2], COLORS[4]
 KEY = ("op", "path", "mode", "dtype", "shape", "pass", "length", "half_life")  # of what a row measures
+RIVALS = {  # baseline, to its first hyphen: how it is called
+    "chain": "the authors' ops",
+    "copy": "a copy of its bytes",
+    "transformer": "the Transformer's",
+    **dict.fromkeys(("flash", "cudnn", "efficient"), "plain attention + RoPE"),
+}
 DOUBLINGS = 3  # of the length, over which a slope is taken
 NAMES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 
 
 def newest(rows: Iterable[Row], device: str | None) -> list[Row]:
-    """The last row of each measurement that has a result, of one device: the given, or that of the last row."""
-    good = [row for row in rows if row["status"] == "ok" or "error" in row]
-    if not good:
-        return []
-    wanted = device or good[-1]["device"]
-    last = {tuple(row.get(column, "") for column in KEY): row for row in good if wanted in row["device"]}
-    return list(last.values())
+    """The last row of each measurement on one device, the given or that of the last row: none for what was refused since."""
+    found = list(rows)
+    wanted = device or found[-1]["device"] if found else ""
+    last = {tuple(row.get(column, "") for column in KEY): row for row in found if wanted in row["device"]}
+    return [row for row in last.values() if row["status"] == "ok" or "error" in row]
 
 
 def footer(figure: Any, rows: Sequence[Row], note: str) -> None:
@@ -70,20 +74,21 @@ def bars(axis: Any, rows: Sequence[Bar], title: str) -> None:
     axis.set_xlim(0, 1.18 * max(1, axis.dataLim.x1))
     axis.invert_yaxis()
     axis.grid(axis="y", visible=False)
-    axis.set_title(title, fontsize=9, loc="left")
+    rivals = dict.fromkeys(RIVALS.get(row["baseline"].partition("-")[0], row["baseline"]) for _, _, row in rows)
+    axis.set_title(f"{title}: over {', '.join(rivals)}", fontsize=9, loc="left")
 
 
 OPERATORS = {  # section: title, path -> label and colour
     "augment": (
-        "augmentation over the authors' ops",
+        "augmentation",
         {"extension": ("ours", OURS), "compiled": ("torch.compile of it", OTHER)},
     ),
     "attention": (
-        "attention over plain attention + RoPE",
+        "attention",
         {"sisa": ("ours, exact", OURS), "unpadded": ("v not padded", OTHER), "eager+sdpa": ("as published", THEIRS)},
     ),
 }
-WHOLE = {"layer": "one 152M layer over the Transformer's", "model": "training step over the Transformer's"}
+WHOLE = {"layer": "one 152M layer", "model": "training step"}
 FAMILIES = {"sisa": ("SISA", OURS), "authors": ("as published", THEIRS), "mamba2": ("Mamba-2", OTHER), "mamba3": ("Mamba-3", THIRD)}
 
 
@@ -157,7 +162,7 @@ def growth_figure(rows: list[Row], path: Path) -> None:
                 points = sorted((sizes(row)[name], scale * float(row[field])) for row in mine if row["path"] == kind)
                 if name == "length" and len(points) > DOUBLINGS:
                     (x0, y0), (x1, y1) = points[-1 - DOUBLINGS], points[-1]
-                    shown += f", L^{math.log(y1 / y0) / math.log(x1 / x0):.2f} over its last {DOUBLINGS} doublings"
+                    shown += f", grows as L^{math.log(y1 / y0) / math.log(x1 / x0):.2f}"
                 axis.plot(*zip(*points), color=color, marker=marker, ms=4, lw=1.5, label=shown)
             axis.set(xlabel=label, ylabel=unit if column == 0 else "")
             if column == 0:
@@ -170,7 +175,8 @@ def growth_figure(rows: list[Row], path: Path) -> None:
             axis.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x / 1024:.0f}k" if x >= 1024 else f"{x:.0f}"))
             axis.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:,g}"))
     fixed = ", ".join(f"{label} {base[name]:,}" for name, label in growing.items())
-    footer(figure, rows, f"the attention op, fp32, forward + backward; sizes that do not grow: {fixed}, head width {base['width']}")
+    note = f"attention, fp32, forward + backward; sizes that do not grow: {fixed}, head width {base['width']}; "
+    footer(figure, rows, note + f"exponents: over the last {DOUBLINGS} doublings of the length")
     _finish(figure, path)
 
 

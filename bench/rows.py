@@ -17,7 +17,7 @@ from sisa_kernels.tiles import tuned_tiles
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
-RATIOS = ("ratio", "ratio_p20", "ratio_p80")  # of medians; percentiles of the rounds' own ratios
+RATIOS = ("baseline", "ratio", "ratio_p20", "ratio_p80")  # to its time: of medians; percentiles of the rounds' own ratios
 TIMES = ("rounds", "ms_p20", "ms_p50", "ms_p80", *RATIOS, "over_bound", "rate", "unit", "formula", "peak_mib")
 WHERE = ("device", "threads", "driver", "cuda", "torch", "triton", "tiles", "commit", "date")
 COLUMNS = ("op", "path", "mode", "dtype", "shape", "pass", *TIMES, "status", *WHERE)

@@ -2,7 +2,7 @@
 
 A test is one case: the cases of a problem are checked against the fp64 oracle and then timed in turns, in the first of their
 tests; one that fails its check has no number, and its test fails. ``-k 'attention and 2048'`` chooses, ``SISA_BENCH_OUT`` is
-another folder for the rows, ``SISA_BENCH_QUICK=1`` tiny sizes whose rows go nowhere else, OMP_NUM_THREADS the threads.
+another folder for the rows, ``SISA_BENCH_QUICK=1`` takes tiny sizes, kept only in such a folder, OMP_NUM_THREADS sets the threads.
 pytest-benchmark's own loop times one function at a time, and what else runs on the machine would slow one and spare the other:
 it is given the rounds that were timed in turns through a clock that replays them.
 """

@@ -171,18 +171,18 @@ def measure(run: Run, cases: Sequence[Case]) -> dict[Case, Measured]:
         if series is None:
             for case, _, _ in ready:
                 add(case, raised)
-    fastest: dict[str, list[float]] = {}
+    fastest: dict[str, tuple[str, list[float]]] = {}
     for (case, _, _), ms in zip(ready, series or []):
-        if case.baseline:
-            fastest[case.passes] = min(ms, fastest.get(case.passes, ms), key=statistics.median)
+        if case.baseline and not (case.passes in fastest and statistics.median(fastest[case.passes][1]) <= statistics.median(ms)):
+            fastest[case.passes] = case.path, ms
     for (case, _, peak), ms in zip(ready, series or []):
         p20, p50, p80 = percentiles(ms)
         values = {"rounds": len(ms), "ms_p20": f"{p20:.4f}", "ms_p50": f"{p50:.4f}", "ms_p80": f"{p80:.4f}", "peak_mib": peak}
         if case.passes in fastest:
-            base = fastest[case.passes]
+            name, base = fastest[case.passes]
             low, _, high = percentiles([mine / its for mine, its in zip(ms, base)])
             ratio = p50 / statistics.median(base)
-            values |= {"ratio": f"{ratio:.3f}", "ratio_p20": f"{low:.3f}", "ratio_p80": f"{high:.3f}"}
+            values |= {"baseline": name, "ratio": f"{ratio:.3f}", "ratio_p20": f"{low:.3f}", "ratio_p80": f"{high:.3f}"}
         if case.bound:
             values["over_bound"] = f"{p50 / case.bound:.2f}"
         if case.work:
@@ -193,7 +193,5 @@ def measure(run: Run, cases: Sequence[Case]) -> dict[Case, Measured]:
 
 def percentiles(values: Sequence[float]) -> tuple[float, float, float]:
     """The 20th, 50th and 80th."""
-    if len(values) == 1:
-        return values[0], values[0], values[0]
     deciles = statistics.quantiles(values, n=10, method="inclusive")
     return deciles[1], deciles[4], deciles[7]

@@ -89,7 +89,7 @@ def test_the_ratio_is_of_medians_and_its_spread_of_rounds(tmp_path):
     run = timing.Run(TINY, tmp_path, 1.0, lambda calls: [slow, [2 * ms for ms in slow]])
     row, series = timing.measure(run, [base, mine])[mine]
     assert series == [2.0, 2.0, 20.0, 2.0, 2.0]
-    assert (row["ratio"], row["ratio_p20"], row["ratio_p80"]) == ("2.000", "2.000", "2.000")
+    assert [row[column] for column in rows.RATIOS] == ["flash", "2.000", "2.000", "2.000"]
 
 
 def test_calls_take_turns_for_the_seconds_or_the_rounds(monkeypatch):
@@ -170,7 +170,7 @@ def test_accuracy_shows_the_clamp_fail_and_the_exact_path_hold(tmp_path, capsys)
 
 def fake_row(op, path, shape, ms, **values):
     where = {"device": "A CPU", "threads": "2", "torch": "2", "commit": "abc", "date": "2026-01-01T00:00:00"}
-    times = {"ms_p50": ms, "ratio": ms, "ratio_p20": 0.9 * ms, "ratio_p80": 1.1 * ms, "peak_mib": 10 * ms}
+    times = {"ms_p50": ms, "baseline": "flash", "ratio": ms, "ratio_p20": 0.9 * ms, "ratio_p80": 1.1 * ms, "peak_mib": 10 * ms}
     return where | {"op": op, "path": path, "shape": shape, "dtype": "float32", "pass": "fwd+bwd", "status": "ok"} | times | values
 
 
@@ -212,7 +212,8 @@ def test_the_newest_row_of_one_device_counts():
     older, other, refused = mine | {"ratio": 9.0}, mine | {"device": "A GPU"}, mine | {"status": "wrong: y", "shape": "1x1"}
     assert report.newest([older, other, mine, refused], None) == [mine]
     assert report.newest([older, other, mine, refused], "GPU") == [other]
-    assert report.newest([refused], None) == []
+    assert report.newest([refused], None) == report.newest([], None) == []
+    assert report.newest([mine, mine | {"status": "wrong: y is off"}], None) == []  # its last number is no longer one
 
 
 def test_a_figure_without_rows_names_its_command(tmp_path, capfd):

@@ -7,7 +7,7 @@ whatever raises. The last thing printed is one table.
 Times are milliseconds of the GPU between two events around a call: the 20th, 50th and 80th percentile of rounds in which all
 variants of a problem take turns, each warm, its gradients dropped after the call, dL/dy made beforehand, the L2 cache overwritten.
 ``fwd`` is the forward of a training step. A ratio is to the fastest baseline of the same rounds; what is a baseline, a path and a
-check stands in gpu_cases.py.
+check stands in cases.py.
 """
 
 import argparse
@@ -25,12 +25,14 @@ from pathlib import Path
 import pytest
 import torch
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))  # a bare checkout works: where there is no network nothing can be installed
+sys.path.insert(
+    0, str(Path(__file__).resolve().parent.parent)
+)  # a bare checkout works: where there is no network nothing can be installed
 
-from gpu_cases import GROUPS, Setting, problem, reason  # noqa: E402
-from gpu_measure import Run, gpu_milliseconds, measure, now, provenance  # noqa: E402
-from roofline import DEVICES  # noqa: E402
+from cases import CUDA, GROUPS, Setting, problem, reason
+from roofline import DEVICES
+from rows import RESULTS, ROOT, now, provenance
+from timing import Run, gpu_milliseconds, measure
 
 # tune takes minutes a shape: on request
 DEFAULT_SECTIONS = ("build", "tests", "stock", "attention", "prologue", "augment", "model")
@@ -96,7 +98,7 @@ def tests(run: Run) -> None:
 
 
 def timed(name: str) -> Callable[[Run], None]:
-    """The section that measures the groups of gpu_cases.py one after the other while there is time for another."""
+    """The section that measures the groups of cases.py one after the other while there is time for another."""
 
     def section(run: Run) -> None:
         groups, took = GROUPS[name](run.setting), 0.0
@@ -203,7 +205,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--lengths", type=int, nargs="+", default=[], help="of the sequences; default: each section's own")
     parser.add_argument("--state-widths", type=int, nargs="+", default=Setting.state_widths)
     parser.add_argument("--tokens", type=int, default=Setting.tokens, help="of a batch")
-    parser.add_argument("--out", type=Path, default=ROOT / "bench" / "results", help="folder of the CSV files")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the CSV files")
     parser.add_argument("--device", choices=DEVICES, help="data sheet of the bounds; default: the GPU's own, H200 in a dry run")
     parser.add_argument("--dry-run", action="store_true", help="print what would be built, tested and timed, and stop")
     args = parser.parse_args(arguments)
@@ -219,7 +221,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"bounds of the {name}, in ms; rows are appended to {args.out}")
         print("\n\n".join("\n".join(plan(section, run)) for section in args.sections))
         return 0
-    run.provenance = provenance()
+    run.provenance = provenance(CUDA)
     print(", ".join(f"{key} {value}" for key, value in run.provenance.items()), flush=True)
     start = now()
     for section in args.sections:

@@ -7,7 +7,7 @@ that stay in the L2 cache (small shapes) can undercut it. Paths (bf16 operands, 
 - ``plain``: RoPE in one kernel, then causal attention of widths Dh (q, k) and Dv (v); the yardstick.
 - ``augmented``: q_aug and k_aug written by one prologue, then one plain call of widths Dh + Ds and Dv.
 - ``padded``: the same with v padded to Dh + Ds, as stock flash kernels that know one width need it.
-- ``eager``: the prologue as the op-by-op fp32 chain of bench_augment.py, then the call of ``augmented``.
+- ``eager``: the prologue as the op-by-op fp32 chain of authors.py, then the call of ``augmented``.
 - ``exact``: q.k and the importance product as two products a score (Triton), the second only within the horizon; no atomics,
   so that dK/dV and dQ are two kernels which both recompute the scores and dP. Of MACs a score that is 5 Dh + 4 Dv against the
   4 Dh + 3 Dv of ``plain``: 9/7 of it at Dh = Dv before the first importance product, and what no horizon wins back.
@@ -138,7 +138,7 @@ def stages(
         "plain": (BF16 * 4 * Dh, BF16 * 4 * Dh),
         "augmented": (fused, fused_back),
         "padded": (fused + pad, fused_back + pad),  # v padded; dy padded
-        # Tensors read and written by the ops of bench_augment.eager_chain and of its autograd on bf16 inputs, summed.
+        # Tensors read and written by the ops of authors.eager_chain and of its autograd on bf16 inputs, summed.
         "eager": (112 * Dh + 164 * Ds + 80, 136 * Dh + 350 * Ds + 152),
         # Out with the operands: two halves of g, norms of b and c. Back: dc, db, dL/ds_ii and the phases' tables in fp32.
         "exact": (fused + FP32 * 4, BF16 * 4 * (Dh + Ds) + FP32 * (2 + Ds // 2 + 3 * Ds)),

@@ -1,5 +1,6 @@
-"""The command ``sisa``: prepare, train, compare, study, plot, generate, convert, info."""
+"""The command ``sisa``: prepare, train, compare, study, plot, generate, convert, info, bench-report."""
 
+import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -66,6 +67,18 @@ class InfoConfig:
     """Show every field of this one."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class BenchReportConfig:
+    """Draw the figures of docs/ from the rows that `pytest bench` and bench/accuracy.py have measured; needs a checkout."""
+
+    results: Path | None = None
+    """Folder of the CSV files. Default: bench/results of the checkout."""
+    out: Path | None = None
+    """Folder of the figures. Default: docs of the checkout."""
+    device: str | None = None
+    """Part of the name of the device whose rows are drawn. Default: that of each file's last row."""
+
+
 def run_generate(config: GenerateConfig) -> None:
     """Print a continuation of the prompt."""
     check_sampling(config.max_new_tokens, config.temperature, config.top_k, config.top_p)
@@ -110,6 +123,18 @@ def run_info(config: InfoConfig) -> None:
         print(f"{name:30} {count_parameters(model):12,}  {sizes}")
 
 
+def run_bench_report(config: BenchReportConfig) -> None:
+    """Run bench/report.py of the checkout that this package stands in: the benches are no part of the package."""
+    script = Path(__file__).resolve().parent.parent / "bench" / "report.py"
+    if not script.is_file():
+        raise FileNotFoundError(
+            f"bench-report needs a checkout of the repository, installed with pip install -e; {script} is absent"
+        )
+    options = [part for name, value in vars(config).items() if value is not None for part in (f"--{name}", str(value))]
+    if subprocess.run([sys.executable, str(script), *options]).returncode:
+        raise ValueError("not every figure could be drawn")
+
+
 COMMANDS: dict[str, Any] = {
     "prepare": PrepareConfig,
     "train": TrainConfig,
@@ -119,6 +144,7 @@ COMMANDS: dict[str, Any] = {
     "generate": GenerateConfig,
     "convert": ConvertConfig,
     "info": InfoConfig,
+    "bench-report": BenchReportConfig,
 }
 RUNNERS: dict[type, Any] = {
     PrepareConfig: prepare,
@@ -129,12 +155,16 @@ RUNNERS: dict[type, Any] = {
     GenerateConfig: run_generate,
     ConvertConfig: run_convert,
     InfoConfig: run_info,
+    BenchReportConfig: run_bench_report,
 }
 
 
 def main(args: list[str] | None = None) -> int:
     """Run the command line; returns 0, or 1 after one line saying which argument, file or disk was at fault."""
-    description = "Exact SISA attention: train, compare and sample its models."
+    if (sys.argv[1:] if args is None else args) == ["--version"]:
+        print(f"sisa {sk.__version__}")
+        return 0
+    description = "Exact SISA attention: train, compare and sample its models. `sisa --version` prints the version."
     plain = (tyro.conf.FlagCreatePairsOff,)
     config: Any = tyro.extras.subcommand_cli_from_dict(COMMANDS, prog="sisa", description=description, args=args, config=plain)
     try:

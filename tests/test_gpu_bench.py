@@ -16,18 +16,20 @@ from roofline import DEVICES, Shape, bound_ms, horizon_tokens
 from sisa_kernels import tiles
 
 pytest.importorskip("sisa_kernels.triton_attention", reason="needs the package triton")
+import cases
 import gpu
-import gpu_cases
-import gpu_measure
-from gpu_cases import ATTENTION, EXACT, GROUPS, Setting, attention_case, failure
-from gpu_measure import COLUMNS, Run, measure
+import rows
+import timing
+from cases import ATTENTION, EXACT, GROUPS, Setting, attention_case, failure
+from rows import COLUMNS
+from timing import Run, measure
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the GPU is measured by the command itself")
 CPU = torch.device("cpu")
 SAFE = tiles.SAFE[0][2]
 TINY = Setting(CPU, torch.float32, (64,), (16,), tokens=128, heads=1, head_width=16, models=("transformer-tiny", "sisa-tiny-ds16"))
 SHAPE = Shape(2, 64, 1, 16, 16, 16)
-FLASH = gpu_cases.STOCK[1]
+FLASH = cases.STOCK[1]
 NAMES = [path.name for path in ATTENTION]
 
 
@@ -40,7 +42,7 @@ def fake_timer(calls):
 
 @pytest.fixture
 def run(tmp_path, monkeypatch):
-    monkeypatch.setattr(gpu_measure, "WARM_CALLS", 1)
+    monkeypatch.setattr(timing, "WARM_CALLS", 1)
     return Run(replace(TINY, datasheet=DEVICES["H200"]), tmp_path / "results", 8.0, fake_timer, {"commit": "abc", "device": "none"})
 
 
@@ -75,7 +77,7 @@ def test_dry_run_lists_every_section_path_and_bound(capsys):
     assert "compiled" in sections["prologue"]
     assert "eager" in sections["prologue"]
     assert "extension" in sections["augment"]
-    assert "8x2048 eager fwd+bwd: transformer-152m, sisa-152m-ds16" in sections["model"]
+    assert "8x2048 eager step: transformer-152m, sisa-152m-ds16" in sections["model"]
     assert sections["tune"].count("tuned") == 4
 
 
@@ -112,7 +114,7 @@ def test_without_a_gpu_it_says_so(capsys, tmp_path):
 
 
 def wrong_value(x, rotary):
-    return 1.001 * gpu_cases.exact(x, rotary)
+    return 1.001 * cases.exact(x, rotary)
 
 
 def wrong_gradient(x, rotary):
@@ -147,18 +149,18 @@ def test_the_paths_as_they_are_pass(path, half):
 
 def test_the_check_reaches_past_the_horizon():
     """With no product before it: the horizon is a path through the kernels that must not go unchecked."""
-    x, rotary, _ = gpu_cases.problem(Shape(1, 257, 2, 16, 16, 16), torch.float32, CPU, gpu_cases.CHECK_HALF_LIFE)
+    x, rotary, _ = cases.problem(Shape(1, 257, 2, 16, 16, 16), torch.float32, CPU, cases.CHECK_HALF_LIFE)
     q, k, _, b, c, log_decay, theta, lam = x
-    _, _, importance = gpu_cases.ta._prologue(q, k, b, c, log_decay, theta, lam, *rotary, False)
+    _, _, importance = cases.ta._prologue(q, k, b, c, log_decay, theta, lam, *rotary, False)
     for dtype in (torch.bfloat16, torch.float32):
-        tolerance = gpu_cases.ta.default_horizon(dtype)
-        starts = gpu_cases.ta.horizon_starts(importance, SAFE.forward, tolerance)
+        tolerance = cases.ta.default_horizon(dtype)
+        starts = cases.ta.horizon_starts(importance, SAFE.forward, tolerance)
         assert starts.max() > 0
 
 
 def test_what_raises_becomes_a_row(run):
     def late(x, rotary):
-        if x[0].shape[1] != gpu_cases.CHECK_LENGTH:
+        if x[0].shape[1] != cases.CHECK_LENGTH:
             raise RuntimeError("CUDA error: out of memory\nand a second line")
         return FLASH.call(x, rotary)
 
@@ -187,19 +189,19 @@ def test_a_refusal_of_sdpa_gives_its_reason():
     nothing_here = RuntimeError("No viable backend for scaled_dot_product_attention was found.")
     told = ["CuDNN attention has been runtime disabled. (Triggered internally at x.cpp:1.)", "d_v must equal d_qk (Triggered at y)"]
     told = [Told(line) for line in ("Flash attention kernel not used because: (Triggered at z)", *told)]
-    assert gpu_cases.reason(refused, told) == "d_v must equal d_qk"
-    assert gpu_cases.reason(nothing_here, told) == "d_v must equal d_qk"
-    assert gpu_cases.reason(RuntimeError("another"), told) == "RuntimeError: another"
-    assert gpu_cases.reason(refused) == "RuntimeError: No available kernel. Aborting execution."
+    assert cases.reason(refused, told) == "d_v must equal d_qk"
+    assert cases.reason(nothing_here, told) == "d_v must equal d_qk"
+    assert cases.reason(RuntimeError("another"), told) == "RuntimeError: another"
+    assert cases.reason(refused) == "RuntimeError: No available kernel. Aborting execution."
 
 
 def test_a_path_whose_test_failed_is_not_timed(run):
     test = "tests/test_triton_attention.py::test_exact_in_bf16_with_the_tiles_of_the_table[257-{}--5.0]"
     proofs = {path.name: path.proofs for path in ATTENTION if path.name in ("sisa", "our plain")}
-    cases = [case(replace(FLASH, name=name, proofs=tests)) for name, tests in proofs.items()]
+    gated = [case(replace(FLASH, name=name, proofs=tests)) for name, tests in proofs.items()]
 
     def statuses():
-        measure(run, cases)
+        measure(run, gated)
         return [row["status"] for row in run.rows("attention")[-2:]]
 
     run.add("tests", test.format(128), "failed: E assert 1 < 0")  # of another state width
@@ -244,9 +246,9 @@ def test_the_timer_takes_turns(monkeypatch):
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     monkeypatch.setattr(torch, "empty", lambda *_, **__: torch.zeros(1))
     calls = [lambda: call("a", 1.0), lambda: call("b", 2.0)]
-    assert gpu_measure.gpu_milliseconds(calls, seconds=0.0) == [[1.0] * 10, [2.0] * 10]
+    assert timing.gpu_milliseconds(calls, seconds=0.0) == [[1.0] * 10, [2.0] * 10]
     assert order == ["flushed", "a", "flushed", "b"] * 11
-    assert [len(series) for series in gpu_measure.gpu_milliseconds(calls, seconds=1e3)] == [50, 50]
+    assert [len(series) for series in timing.gpu_milliseconds(calls, seconds=1e3)] == [50, 50]
 
 
 # ---- Sections and rows ----------------------------------------------------------------------------------------------------------
@@ -259,7 +261,7 @@ def test_the_attention_section_end_to_end(run):
         (path, passes) for passes in ("fwd", "fwd+bwd") for path in NAMES if path not in ("cudnn", "efficient")
     ]
     assert {row["path"] for row in rows if row["status"] != "ok"} == {"cudnn", "efficient"}  # the CPU has neither
-    assert {row["mode"] for row in rows if row["path"] == "flash"} == {"plain, RoPE compiled"}
+    assert {row["mode"] for row in rows if row["path"] == "flash"} == {"plain, RoPE eager"}
     row = next(row for row in rows if (row["path"], row["pass"]) == ("sisa", "fwd+bwd"))
     order = [(r["path"], r["pass"]) for r in rows if r["status"] == "ok"]
     took, baseline = (6.0 * (1 + order.index((name, "fwd+bwd"))) for name in ("sisa", "flash"))
@@ -278,6 +280,7 @@ def test_the_attention_section_end_to_end(run):
 
 @pytest.mark.parametrize("section", ["stock", "prologue", "augment", "model"])
 def test_the_other_sections(run, section, monkeypatch):
+    monkeypatch.delitem(cases.AUGMENTATIONS, "compiled")  # Inductor takes half a minute
     groups = GROUPS[section](run.setting)
     monkeypatch.setitem(GROUPS, section, lambda _: groups[:1])  # the model's second group takes Inductor a minute
     gpu.run_section(section, run)
@@ -294,13 +297,13 @@ def test_the_other_sections(run, section, monkeypatch):
 
 
 def test_a_wrong_prologue_is_not_timed(run, monkeypatch):
-    right = gpu_cases.ta._prologue
+    right = cases.ta._prologue
 
     def wrong(q, *rest):
         q, k, x = right(q, *rest)
         return q, k, x._replace(g_hi=x.g_hi * (1 + 1e-5))
 
-    monkeypatch.setattr(gpu_cases.ta, "_prologue", wrong)
+    monkeypatch.setattr(cases.ta, "_prologue", wrong)
     gpu.run_section("prologue", run)
     assert [row["status"][:20] for row in run.rows("prologue") if row["path"] == "compiled"] == ["wrong: g is off by 1"] * 2
 
@@ -308,7 +311,7 @@ def test_a_wrong_prologue_is_not_timed(run, monkeypatch):
 def test_tuned_tiles_are_timed_beside_those_in_use(run, monkeypatch, capsys):
     used, tuned = [], replace(SAFE, forward=tiles.Tile(64, 32, 4, 1))
     monkeypatch.setattr(tiles, "_tuned", {})
-    monkeypatch.setattr(gpu_cases, "autotune", lambda *shape, **_: tuned)
+    monkeypatch.setattr(cases, "autotune", lambda *shape, **_: tuned)
 
     def timer(calls):
         for call in calls:
@@ -397,7 +400,7 @@ def test_a_whole_run_ends_with_its_table_and_its_verdict(monkeypatch, capsys, tm
     assert gpu.main(command) == 0
     assert seen == [("stock", DEVICES["H100"]), ("model", DEVICES["H100"])]
     first, *_, last = capsys.readouterr().out.splitlines()
-    assert first.startswith("device NVIDIA H100 80GB HBM3, driver ")
+    assert first.startswith("device NVIDIA H100 80GB HBM3, threads ")
     assert last.split() == ["1x2x3", "fwd", "1.5"]
     for outcome[0], code in (
         ("RuntimeError: refused", 0),
@@ -426,11 +429,11 @@ def test_the_table_of_a_full_run_stays_small():
 def test_what_a_row_records(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H200")
     monkeypatch.setenv("SISA_COMMIT", "1234567")
-    record = gpu_measure.provenance()
+    record = rows.provenance(cases.CUDA)
     assert record["commit"] == "1234567"
     assert record["torch"] == torch.__version__
     assert set(record) < set(COLUMNS)
     monkeypatch.delenv("SISA_COMMIT")
     monkeypatch.setenv("PATH", "")
-    assert gpu_measure.provenance()["commit"] == gpu_measure.provenance()["driver"] == "unknown"
-    assert gpu_measure.output_of(sys.executable, "-c", "print('a')") == "a"
+    assert rows.provenance(cases.CUDA)["commit"] == rows.provenance(cases.CUDA)["driver"] == "unknown"
+    assert rows.output_of(sys.executable, "-c", "print('a')") == "a"

@@ -5,10 +5,13 @@ import sys
 
 import pytest
 import torch
-from bench_augment import eager_chain, problem
+from authors import eager_chain
+from conftest import problem
 from roofline import DEVICES, PATHS, Device, Shape, Stage, bound_ms, causal_scores, horizon_tokens, importance_share, main, stages
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+from sisa_model.layers import rotary_tables
 
 SHAPE = Shape(batch=2, length=1024, heads=12, head_width=64, state_width=16, value_width=64)
 ROWS, SCORES = 2 * 1024 * 12, 2 * 12 * 1024 * 1025 // 2
@@ -72,11 +75,13 @@ class Traffic(TorchDispatchMode):
 @pytest.mark.parametrize(("head_width", "state_width"), [(64, 16), (32, 64)])
 def test_eager_prologue_moves_what_the_chain_of_ops_moves(head_width, state_width):
     L, H = 32, 64
-    inputs, grads = problem(L, H, head_width, state_width, torch.bfloat16)
+    named, _ = problem(L=L, H=H, Dh=head_width, Ds=state_width, dtype=torch.bfloat16)
+    inputs = [x for name, x in named.items() if name != "v"]
+    grads = [torch.ones(1, L, H, head_width + state_width, dtype=torch.bfloat16) for _ in range(2)]
     with Traffic() as forward:
-        results = eager_chain(*inputs)
+        results = eager_chain(*inputs, *rotary_tables(L, head_width, torch.device("cpu")))
     with Traffic() as backward:
-        torch.autograd.grad(results, inputs[:7], grads)
+        torch.autograd.grad(results, inputs, grads)
     first, *_, last = stages("eager", Shape(1, L, H, head_width, state_width, head_width))
     assert first.bytes == pytest.approx(forward.bytes, rel=0.01)  # the rotary tables, which the model leaves out
     assert last.bytes == pytest.approx(backward.bytes, rel=0.01)

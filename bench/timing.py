@@ -1,30 +1,22 @@
-"""How bench/gpu.py measures: cases checked, warmed and timed in turns, and the rows that come of it."""
+"""How the benches measure: cases checked, warmed and timed in turns."""
 
-import csv
-import datetime
-import os
 import re
 import statistics
-import subprocess
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cache, partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-import triton
-from gpu_cases import Case, Setting, reason
+from cases import Case, Setting, reason
+from rows import COLUMNS, append, now, read
+from torch.profiler import ProfilerActivity, profile
 
-from sisa_kernels.tiles import tuned_tiles
-
-ROOT = Path(__file__).resolve().parent.parent
-TIMES = ("ms_p20", "ms_p50", "ms_p80", "ratio", "over_bound", "rate", "unit", "formula", "peak_mib")
-WHERE = ("device", "driver", "cuda", "torch", "triton", "tiles", "commit", "date")
-COLUMNS = ("op", "path", "mode", "dtype", "shape", "pass", *TIMES, "status", *WHERE)
 WARM_CALLS = 3
+WARM_SECONDS = 5.0  # past which a long call is warm after the first
 Calls = list[Callable[[], object]]
 T = TypeVar("T")
 
@@ -40,55 +32,20 @@ class Run:
     provenance: dict[str, str] = field(default_factory=dict)
     deadline: float = float("inf")  # of time.monotonic()
 
-    def add(self, op: str, path: str, status: str, **values: Any) -> None:
+    def add(self, op: str, path: str, status: str, **values: Any) -> dict[str, str]:
         """Append a row to the section's file; those of ``COLUMNS`` that are not given stay empty."""
-        row = dict.fromkeys(COLUMNS, "") | self.provenance | {"op": op, "path": path, "status": status, "date": now()} | values
-        self.out.mkdir(parents=True, exist_ok=True)
-        file_path = self.out / f"{op}.csv"
-        new = not file_path.exists()
-        with open(file_path, "a", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, COLUMNS)
-            if new:
-                writer.writeheader()
-            writer.writerow(row)
+        row = self.provenance | {"op": op, "path": path, "status": status, "date": now()} | values
+        return append(self.out / f"{op}.csv", COLUMNS, row)
 
     def rows(self, op: str, since: str = "") -> list[dict[str, str]]:
         """The rows of a section from a date on."""
-        file_path = self.out / f"{op}.csv"
-        if not file_path.exists():
-            return []
-        with open(file_path, newline="", encoding="utf-8") as file:
-            return [row for row in csv.DictReader(file) if row["date"] >= since]
+        return [row for row in read(self.out / f"{op}.csv") if row["date"] >= since]
 
     def failed_tests(self) -> list[str]:
         """The tests whose newest outcome at this commit, on this device, is a failure."""
         keys = ("commit", "device", "torch")
         newest = {r["path"]: r["status"] for r in self.rows("tests") if all(r[k] == self.provenance.get(k, "") for k in keys)}
         return [test for test, status in newest.items() if status.startswith("failed")]
-
-
-def now() -> str:
-    return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
-
-
-def output_of(*command: str) -> str:
-    """What a command prints, or "unknown" where it is absent or fails."""
-    try:
-        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip() or "unknown"
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-
-
-def provenance() -> dict[str, str]:
-    return {
-        "device": torch.cuda.get_device_name(),
-        "driver": output_of("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").partition("\n")[0],
-        "cuda": str(torch.version.cuda),
-        "torch": torch.__version__,
-        "triton": triton.__version__,
-        "tiles": "tuned" if tuned_tiles() else "table",
-        "commit": os.environ.get("SISA_COMMIT") or output_of("git", "rev-parse", "--short", "HEAD"),
-    }
 
 
 # ---- Timing ---------------------------------------------------------------------------------------------------------------------
@@ -111,17 +68,42 @@ def gpu_milliseconds(calls: Calls, seconds: float = 3.0) -> list[list[float]]:
         torch.cuda.synchronize()
         return [start.elapsed_time(end) for start, end in events]
 
+    return _rounds(one_round, seconds, least=10)
+
+
+def cpu_milliseconds(calls: Calls, seconds: float = 20.0, least: int = 5) -> list[list[float]]:
+    """The wall-clock milliseconds of each call in each of ``least`` to 50 rounds, as many as fit in ``seconds``."""
+
+    def one_round() -> list[float]:
+        took = []
+        for call in calls:
+            start = time.perf_counter()
+            call()
+            took.append(1e3 * (time.perf_counter() - start))
+        return took
+
+    return _rounds(one_round, seconds, least)
+
+
+def _rounds(one_round: Callable[[], list[float]], seconds: float, least: int) -> list[list[float]]:
+    """The series of each call after one round that only says how long a round is; all take turns in every round."""
     begin = time.monotonic()
     one_round()
     rounds = int(seconds / (time.monotonic() - begin))
-    return [list(series) for series in zip(*(one_round() for _ in range(max(10, min(50, rounds)))))]
+    return [list(series) for series in zip(*(one_round() for _ in range(max(least, min(50, rounds)))))]
 
 
 def peak_mib(call: Callable[[], object], device: torch.device) -> str:
-    """The most memory that a call holds beyond what was held before, in MiB; empty where there is no GPU to ask."""
+    """The most memory that a call holds beyond what was held before, in MiB; on a CPU from the profiler's records."""
     if device.type != "cuda":
-        call()
-        return ""
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as trace:
+            call()
+        live = peak = 0
+        for event in sorted(trace.profiler.kineto_results.events(), key=lambda e: e.start_ns()):
+            if event.name() == "[memory]":
+                live += event.nbytes()
+                peak = max(peak, live)
+        return f"{peak / 2**20:.1f}"
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
@@ -150,19 +132,25 @@ def say_once(line: str) -> None:
 
 def warm(case: Case, device: torch.device) -> tuple[Callable[[], object], str]:
     """What is timed, compiled and warm, and its peak in MiB."""
-    call = case.make()
+    call, begin = case.make(), time.monotonic()
     for _ in range(WARM_CALLS):
         call()
+        if time.monotonic() - begin > WARM_SECONDS:
+            break
     return call, peak_mib(call, device)
 
 
-def measure(run: Run, cases: list[Case]) -> None:
+Measured = tuple[dict[str, str], list[float]]  # a case's row, and its milliseconds in each round (none: the row's status says why)
+
+
+def measure(run: Run, cases: Sequence[Case]) -> dict[Case, Measured]:
     """Check every case, time those that may be timed, in turns, and append a row for each."""
     tests, allowed, ready, series = run.failed_tests(), [], [], None
+    measured: dict[Case, Measured] = {}
 
-    def add(case: Case, status: str, **values: Any) -> None:
+    def add(case: Case, status: str, ms: Sequence[float] = (), **values: Any) -> None:
         fixed = {"mode": case.mode, "dtype": str(run.setting.dtype)[6:], "shape": case.shape, "pass": case.passes}
-        run.add(case.op, case.path, status, **fixed, **values)
+        measured[case] = run.add(case.op, case.path, status, **fixed, **values), list(ms)
 
     for case in cases:
         guilty = next((test for test in tests if case.proofs and re.search(case.proofs, test)), None)
@@ -183,14 +171,27 @@ def measure(run: Run, cases: list[Case]) -> None:
         if series is None:
             for case, _, _ in ready:
                 add(case, raised)
-    times = [[statistics.quantiles(ms, n=10, method="inclusive")[n] for n in (1, 4, 7)] for ms in series or []]
-    fastest: dict[str, float] = {}
-    for (case, _, _), (_, p50, _) in zip(ready, times):
-        if case.baseline:
-            fastest[case.passes] = min(p50, fastest.get(case.passes, p50))
-    for (case, _, peak), (p20, p50, p80) in zip(ready, times):
-        percentiles = {"ms_p20": f"{p20:.4f}", "ms_p50": f"{p50:.4f}", "ms_p80": f"{p80:.4f}"}
-        ratio = f"{p50 / fastest[case.passes]:.3f}" if case.passes in fastest else ""
-        bound = f"{p50 / case.bound:.2f}" if case.bound else ""
-        rate = {"rate": f"{case.work / (1e-3 * p50):.1f}", "unit": case.unit, "formula": case.formula}
-        add(case, "ok", **percentiles, ratio=ratio, over_bound=bound, **rate, peak_mib=peak)
+    fastest: dict[str, tuple[str, list[float]]] = {}
+    for (case, _, _), ms in zip(ready, series or []):
+        if case.baseline and not (case.passes in fastest and statistics.median(fastest[case.passes][1]) <= statistics.median(ms)):
+            fastest[case.passes] = case.path, ms
+    for (case, _, peak), ms in zip(ready, series or []):
+        p20, p50, p80 = percentiles(ms)
+        values = {"rounds": len(ms), "ms_p20": f"{p20:.4f}", "ms_p50": f"{p50:.4f}", "ms_p80": f"{p80:.4f}", "peak_mib": peak}
+        if case.passes in fastest:
+            name, base = fastest[case.passes]
+            low, _, high = percentiles([mine / its for mine, its in zip(ms, base)])
+            ratio = p50 / statistics.median(base)
+            values |= {"baseline": name, "ratio": f"{ratio:.3f}", "ratio_p20": f"{low:.3f}", "ratio_p80": f"{high:.3f}"}
+        if case.bound:
+            values["over_bound"] = f"{p50 / case.bound:.2f}"
+        if case.work:
+            values |= {"rate": f"{case.work / (1e-3 * p50):.4g}", "unit": case.unit, "formula": case.formula}
+        add(case, "ok", ms, **values)
+    return measured
+
+
+def percentiles(values: Sequence[float]) -> tuple[float, float, float]:
+    """The 20th, 50th and 80th."""
+    deciles = statistics.quantiles(values, n=10, method="inclusive")
+    return deciles[1], deciles[4], deciles[7]

@@ -1,4 +1,4 @@
-"""What bench/gpu.py times: the paths, the check that each must pass in this process first, and the cases of every section.
+"""What the benches time: the paths, the check that each must pass in this process first, and the cases of every section.
 
 A path's results and gradients at 257 tokens may err at most twice as much, against the fp64 oracle, as its own formula written
 densely in the operands' dtype, plus a floor: a path that fails is reported and never timed. Operands are random; the decay halves
@@ -12,23 +12,25 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import astuple, dataclass, replace
 from functools import partial
+from typing import Any
 
+import authors
 import torch
 import torch.nn.functional as F
-from bench_augment import eager_chain, fused
+from authors import eager_chain, sdpa
 from roofline import LAM, Device, Shape, horizon_tokens, importance_share, stages
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 import sisa_kernels as sk
-import sisa_model as sm
 from sisa_kernels import _extension
 from sisa_kernels import triton_attention as ta
 from sisa_kernels.checks import Rotary
 from sisa_kernels.reference import rotate
 from sisa_kernels.tiles import choose_tiles, tile_key, tuned_tiles
 from sisa_kernels.tune import CHECK_LENGTH, autotune
-from sisa_model.layers import rotary_tables
+from sisa_model.layers import Context, rotary_tables
 from sisa_model.presets import preset_config
 
 CUDA = torch.device("cuda")
@@ -69,11 +71,12 @@ class Path:
     call: Callable[[Sequence[Tensor], Rotary | None], Tensor]
     formula: Callable[[Sequence[Tensor], Rotary | None], Tensor]  # the same, densely in the operands' dtype
     proofs: str = ""  # pattern of the tests (with {ds}) whose failure keeps it from being timed; empty: none
+    trains: bool = True  # has a backward
 
     @property
     def uses(self) -> int:
-        """How many of the inputs it uses."""
-        return 3 if self.mode == "plain" else 8
+        """How many of the inputs, the first ones, it has gradients for."""
+        return (3 if self.mode == "plain" else 8) if self.trains else 0
 
 
 @dataclass(frozen=True)
@@ -141,11 +144,6 @@ def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor
     return q_rot, k_rot
 
 
-def sdpa(q: Tensor, k: Tensor, v: Tensor, **options) -> Tensor:
-    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-    return F.scaled_dot_product_attention(q, k, v, is_causal=True, **options).transpose(1, 2)
-
-
 def stock(backend: SDPBackend) -> Callable[[Sequence[Tensor], Rotary | None], Tensor]:
     """Plain attention by one stock backend; RoPE is compiled on a GPU, the fastest that a user gets without a kernel."""
 
@@ -159,19 +157,45 @@ def stock(backend: SDPBackend) -> Callable[[Sequence[Tensor], Rotary | None], Te
     return call
 
 
-def augmented_sdpa(x: Sequence[Tensor], rotary: Rotary | None) -> Tensor:
-    """What SISA's authors run: the augmentation op by op, then stock attention, whichever backend it picks."""
-    q, k, v, b, c, log_decay, theta, lam = x
-    q_aug, k_aug = eager_chain(q, k, b, c, log_decay, theta, lam, *rotary)
-    return sdpa(q_aug, k_aug, v, scale=q.shape[3] ** -0.5)
-
-
 def flash(x: Sequence[Tensor], rotary: Rotary | None) -> Tensor:
     return sk.sisa_attention(*x, rotary=rotary, mode="clamped", backend="flash")
 
 
 def exact(x: Sequence[Tensor], rotary: Rotary | None) -> Tensor:
     return sk.sisa_attention(*x, rotary=rotary, backend="triton")
+
+
+def exact_on_stock(x: Sequence[Tensor], rotary: Rotary | None) -> Tensor:
+    return sk.sisa_attention(*x, rotary=rotary, backend="sdpa")
+
+
+def exact_in_one_call(x: Sequence[Tensor], rotary: Rotary | None) -> Tensor:
+    return sk.sisa_attention(*x, rotary=rotary, backend="flash")
+
+
+def unpadded(x: Sequence[Tensor], rotary: Rotary | None) -> Tensor:
+    """Our augmentation, then what SDPA makes of d_qk != d_v: what the padding of v gains."""
+    q, k, v, *rest = x
+    return sdpa(*sk.augment_qk(q, k, *rest, rotary=rotary), v, scale=q.shape[3] ** -0.5)
+
+
+def as_published(x: Sequence[Tensor], rotary: Rotary | None) -> Tensor:
+    return authors.attention(*x, rotary)
+
+
+@functools.cache
+def compiled_flex(length: int, device: torch.device) -> Callable[..., Tensor]:
+    """FlexAttention of causal scores, compiled."""
+    mask = create_block_mask(lambda batch, head, i, j: i >= j, None, None, length, length, device=device.type)
+    return partial(torch.compile(flex_attention, dynamic=False), block_mask=mask)
+
+
+@torch.no_grad()
+def flex(x: Sequence[Tensor], rotary: Rotary | None) -> Tensor:
+    """The authors' chain, then FlexAttention, which takes v as narrow as it is; its scores know no second product of vectors."""
+    q, k, v, *rest = x
+    q_aug, k_aug = (t.transpose(1, 2) for t in eager_chain(q, k, *rest, *rotary))
+    return compiled_flex(q.shape[1], q.device)(q_aug, k_aug, v.detach().transpose(1, 2), scale=q.shape[3] ** -0.5).transpose(1, 2)
 
 
 def exact_full(x: Sequence[Tensor], rotary: Rotary | None) -> Tensor:
@@ -189,13 +213,24 @@ STOCK = [
     for name in ("cudnn", "flash", "efficient")
 ]
 FLASH_TABLE = Path("flash table", "clamped", "augmented", flash, dense_augmented, "test_every_legal_row_on_the_gpu")
+AUTHORS = Path("eager+sdpa", "clamped", "eager", as_published, dense_augmented)
 ATTENTION = [
     EXACT,
     Path("no horizon", "exact", "exact", exact_full, dense, EXACT_TESTS),
     Path("our plain", "plain", "plain", plain, dense, "test_without_the_importance_term|test_addresses_past_32_bits"),
     *STOCK,
     FLASH_TABLE,
-    Path("eager+sdpa", "clamped", "eager", augmented_sdpa, dense_augmented),
+    AUTHORS,
+]
+FLEX = Path("flex", "clamped", "eager", flex, dense_augmented, trains=False)  # it has no backward on a CPU
+EXACT_ON_CPU = Path("sisa", "exact", "exact", exact_on_stock, dense)
+ATTENTION_ON_CPU = [
+    EXACT_ON_CPU,
+    Path("one call", "exact", "augmented", exact_in_one_call, dense),
+    FLASH_TABLE,
+    Path("unpadded", "clamped", "augmented", unpadded, dense_augmented),
+    AUTHORS,
+    STOCK[1],
 ]
 
 # ---- The check ------------------------------------------------------------------------------------------------------------------
@@ -210,9 +245,9 @@ def reason(error: BaseException, told: Sequence[warnings.WarningMessage] = ()) -
 
 
 def results(function: Callable, x: list[Tensor], rotary: Rotary | None, dy: Tensor, uses: int) -> list[Tensor]:
-    """y and the gradients of the inputs that are used."""
+    """y and the gradients of the first ``uses`` inputs."""
     y = function(x, rotary)
-    return [y.detach(), *torch.autograd.grad(y, x[:uses], dy)]
+    return [y.detach(), *(torch.autograd.grad(y, x[:uses], dy) if uses else ())]
 
 
 def errors(found: list[Tensor], oracle: list[Tensor], x: list[Tensor]) -> list[float]:
@@ -275,9 +310,13 @@ def label_of(shape: Shape) -> str:
     return f"{shape.batch}x{shape.length}x{shape.heads} {shape.head_width}+{shape.state_width}/{shape.value_width}"
 
 
+def widths_of(shape: Shape) -> tuple[int, int, int]:
+    return shape.head_width, shape.state_width, shape.value_width
+
+
 def attention_case(op: str, path: Path, shape: Shape, label: str, passes: str, s: Setting, **options) -> Case:
-    """A path at a shape, with RoPE in section ``attention`` and without it in ``stock``; FLOPs are those of the causal scores."""
-    with_rope, backward = op == "attention", passes == "fwd+bwd"
+    """A path at a shape, with RoPE in every section but ``stock``; FLOPs are those of the causal scores."""
+    with_rope, backward = op != "stock", passes == "fwd+bwd"
     B, L, H, Dh, Ds, Dv = astuple(shape)
     horizon = horizon_tokens(Ds, HALF_LIFE) if path is EXACT else math.inf
     bound = None
@@ -291,9 +330,12 @@ def attention_case(op: str, path: Path, shape: Shape, label: str, passes: str, s
         rotary = rotary if with_rope else None
         return lambda: results(path.call, x, rotary, dy, path.uses) if backward else path.call(x, rotary)
 
+    mode = path.mode
+    if with_rope and mode == "plain":
+        mode += ", RoPE compiled" if s.device.type == "cuda" else ", RoPE eager"
     return Case(
-        op, path.name, "plain, RoPE compiled" if with_rope and path.mode == "plain" else path.mode, label, passes, make,
-        check=lambda: failure(path, (Dh, Ds, Dv), s.dtype, s.device, with_rope),
+        op, path.name, mode, label, passes, make,
+        check=lambda: failure(path, widths_of(shape), s.dtype, s.device, with_rope),
         proofs=path.proofs.format(ds=Ds),
         bound=bound, work=1e-12 * B * H * L * (L + 1) * (4 * width + 3 * Dv if backward else width + Dv), unit="TFLOP/s",
         formula=f"BHL(L+1)({'4W+3Dv' if backward else 'W+Dv'}); W={'Dh' if path.mode == 'plain' else 'Dh+Ds*share within horizon'}",
@@ -317,12 +359,12 @@ def stock_groups(s: Setting) -> list[list[Case]]:
     return groups
 
 
-def attention_groups(s: Setting) -> list[list[Case]]:
+def attention_groups(s: Setting, paths: Sequence[Path] = ATTENTION) -> list[list[Case]]:
     """Every attention path, forward and forward + backward; baseline: plain attention with RoPE by the fastest stock backend."""
     groups = []
     for shape in s.shapes(2048, 16384, 4096, 8192, 1024, 32768):  # the two of the targets first
         label = label_of(shape)
-        pairs = [(path, passes) for passes in ("fwd", "fwd+bwd") for path in ATTENTION]
+        pairs = [(path, passes) for passes in ("fwd", "fwd+bwd") for path in paths]
         groups.append([attention_case("attention", p, shape, label, passes, s, baseline=p in STOCK) for p, passes in pairs])
     return groups
 
@@ -360,40 +402,43 @@ def prologue_groups(s: Setting) -> list[list[Case]]:
     return groups
 
 
+def fused(q, k, b, c, log_decay, theta, lam, cos, sin) -> tuple[Tensor, Tensor]:
+    return sk.augment_qk(q, k, b, c, log_decay, theta, lam, rotary=(cos, sin))
+
+
+AUGMENTATIONS = {"extension": fused, "chain": eager_chain, "compiled": torch.compile(eager_chain, dynamic=False)}
+
+
 def timed_augmentation(function: Callable, shape: Shape, s: Setting, backward: bool) -> Callable[[], object]:
     (q, k, _, b, c, log_decay, theta, lam), rotary, _ = problem(shape, s.dtype, s.device)
     inputs = (q, k, b, c, log_decay, theta, lam)
     if not backward:
         return torch.no_grad()(lambda: function(*inputs, *rotary))
-    found = function(*inputs, *rotary)
-    grads = [torch.randn_like(x) for x in found]
-    return lambda: torch.autograd.grad(found, inputs, grads, retain_graph=True)
+    grads = [torch.randn_like(x) for x in fused(*inputs, *rotary)]
+    return lambda: torch.autograd.grad(function(*inputs, *rotary), inputs, grads)
 
 
 def extension_failure(shape: Shape, s: Setting) -> str | None:
     """Why the extension's augmentation must not be timed."""
     if s.device.type == "cuda" and _extension.RECORD.get("cuda_archs", "none") in ("", "none"):
         return "the extension has no CUDA part: plain PyTorch would run"
-    return failure(FLASH_TABLE, (shape.head_width, shape.state_width, shape.value_width), s.dtype, s.device, True)
+    return failure(FLASH_TABLE, widths_of(shape), s.dtype, s.device, True)
 
 
-def augmentation_groups(s: Setting) -> list[list[Case]]:
-    """The extension's augmentation and the authors' chain of ops, forward and backward; baseline: a copy of its bytes."""
+def augmentation_groups(s: Setting, baseline: str = "copy") -> list[list[Case]]:
+    """The extension's augmentation, the authors' chain of ops, that chain compiled, and a copy of the bytes that they must move."""
     groups = []
     for shape in s.shapes(2048):
-        cases = []
+        cases, as_published_check = [], partial(failure, AUTHORS, widths_of(shape), s.dtype, s.device, True)
         n, width, size = shape.batch * shape.length * shape.heads, shape.head_width + shape.state_width, s.dtype.itemsize
         read = n * (2 * width * size + 4 + 2 * shape.state_width)  # q, k, b, c, and in fp32 the decay and Ds / 2 phases
         written = n * 2 * width * size
-        for passes, moved in (("fwd", read + written), ("bwd", 2 * read + written)):
-            makes = {
-                name: partial(timed_augmentation, function, shape, s, passes == "bwd")
-                for name, function in (("extension", fused), ("chain", eager_chain))
-            }
+        for passes, moved in (("fwd", read + written), ("fwd+bwd", 3 * read + 2 * written)):
+            makes = {name: partial(timed_augmentation, f, shape, s, passes != "fwd") for name, f in AUGMENTATIONS.items()}
             for name, make in {**makes, "copy": partial(timed_copy, moved, s.device)}.items():
-                check = partial(extension_failure, shape, s) if name == "extension" else no_check
-                proofs, copied = "test_augment_cuda" if name == "extension" else "", name == "copy"
-                case = Case("augment", name, "clamped", label_of(shape), passes, make, check, proofs, baseline=copied)
+                check = {"extension": partial(extension_failure, shape, s), "chain": as_published_check}.get(name, no_check)
+                proofs = "test_augment_cuda" if name == "extension" and s.device.type == "cuda" else ""
+                case = Case("augment", name, "clamped", label_of(shape), passes, make, check, proofs, baseline=name == baseline)
                 cases.append(replace(case, work=1e-9 * moved, unit="GB/s", formula="inputs and results, each once"))
         groups.append(cases)
     return groups
@@ -404,37 +449,73 @@ def no_check() -> str | None:
     return None
 
 
+def preset_gate(preset: str, s: Setting) -> dict[str, Any]:
+    """The check and the tests that gate a model: those of its attention, where it is not stock."""
+    config = preset_config(authors.ours(preset))
+    if config.family != "sisa":
+        return {"check": no_check}
+    ours = EXACT if s.device.type == "cuda" else EXACT_ON_CPU
+    path = ours if preset == authors.ours(preset) else AUTHORS
+    check = partial(failure, path, (config.head_dim, config.d_state, config.head_dim), s.dtype, s.device, True)
+    return {"check": check, "proofs": path.proofs.format(ds=config.d_state)}
+
+
+def layer_step(preset: str, batch: int, length: int, s: Setting) -> Callable[[], object]:
+    """Forward and backward of a preset's first layer."""
+    torch.manual_seed(0)
+    model = authors.build(preset, n_layers=1, vocab_size=8).to(s.device)
+    layer, width, parameters = model.layers[0], model.config.d_model, list(model.layers[0].parameters())
+    x, dy = torch.randn(2, batch, length, width, device=s.device, dtype=s.dtype).unbind()
+    context, x = Context(rotary_tables(length, model.config.head_dim, s.device)), x.requires_grad_()
+    return lambda: torch.autograd.grad(layer(x, context), [x, *parameters], dy)
+
+
+def layer_groups(s: Setting) -> list[list[Case]]:
+    """One layer of each model, forward + backward, fp32 weights; baseline: the first model's."""
+    groups = []
+    for length in s.lengths or (2048,):
+        batch = max(1, s.tokens // length)
+        options = {"work": batch * length, "unit": "tok/s", "formula": "BL"}
+        groups.append([
+            Case(
+                "layer", preset, "eager", f"{batch}x{length}", "fwd+bwd", partial(layer_step, preset, batch, length, s),
+                baseline=preset == s.models[0], **preset_gate(preset, s), **options,
+            )
+            for preset in s.models
+        ])  # fmt: skip
+    return groups
+
+
 def training_step(preset: str, compiled: bool, batch: int, length: int, device: torch.device) -> Callable[[], object]:
     torch.manual_seed(0)
-    model = sm.build(preset, max_seq_len=length).to(device)
+    model = authors.build(preset, max_seq_len=length).to(device)
     ids = torch.randint(model.config.vocab_size, (batch, length + 1), device=device)
     network, parameters = torch.compile(model) if compiled else model, list(model.parameters())
+    optimizer = torch.optim.AdamW(parameters, lr=0.0)
 
-    def call() -> object:
-        with torch.autocast(device.type, torch.bfloat16):
+    def call() -> None:
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
             logits = network(ids[:, :-1])
-        loss = F.cross_entropy(logits.float().flatten(0, 1), ids[:, 1:].flatten())
-        return torch.autograd.grad(loss, parameters)
+        F.cross_entropy(logits.float().flatten(0, 1), ids[:, 1:].flatten()).backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
 
     return call
 
 
 def model_groups(s: Setting) -> list[list[Case]]:
-    """A training step without the optimizer, bf16 autocast over fp32 weights, as the trainer runs it and under torch.compile."""
+    """A training step: bf16 autocast over fp32 weights on a GPU, as the trainer runs it and under torch.compile; fp32 on a CPU."""
     groups = []
     for length in s.lengths or (2048,):
         batch = max(1, min(s.tokens, 16384) // length)  # at 2048 the trainer's micro-batch, 8
-        for mode in ("eager", "compiled"):
+        for mode in ("eager", "compiled") if s.device.type == "cuda" else ("eager",):
             cases = []
             for preset in s.models:
-                config = preset_config(preset)
-                check, proofs = partial(no_check), ""
-                if config.family == "sisa":
-                    widths = config.head_dim, config.d_state, config.head_dim
-                    check, proofs = partial(failure, EXACT, widths, s.dtype, s.device, True), EXACT.proofs.format(ds=config.d_state)
                 make = partial(training_step, preset, mode == "compiled", batch, length, s.device)
-                case = Case("model", preset, mode, f"{batch}x{length} {mode}", "fwd+bwd", make, check, proofs)
-                cases.append(replace(case, work=batch * length, unit="tok/s", formula="BL", baseline=preset == s.models[0]))
+                label, gate = f"{batch}x{length} {mode}", preset_gate(preset, s)
+                case = Case("model", preset, mode, label, "step", make, **gate, baseline=preset == s.models[0])
+                cases.append(replace(case, work=batch * length, unit="tok/s", formula="BL"))
             groups.append(cases)
     return groups
 

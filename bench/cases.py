@@ -30,13 +30,14 @@ from sisa_kernels.checks import Rotary
 from sisa_kernels.reference import rotate
 from sisa_kernels.tiles import choose_tiles, tile_key, tuned_tiles
 from sisa_kernels.tune import CHECK_LENGTH, autotune
-from sisa_model.layers import Context, rotary_tables
+from sisa_model.layers import Context, rotary_at, rotary_tables
 from sisa_model.presets import preset_config
 
 CUDA = torch.device("cuda")
 HALF_LIFE = 100.0  # tokens
 CHECK_HALF_LIFE = 5.0  # so short that the check's 257 tokens reach past the horizon
 FLOOR = {torch.float32: 1e-6, torch.float16: 1e-4, torch.bfloat16: 1e-4}
+LAYER_LIMIT = 1e-5  # relative error of a whole layer in fp32
 NAMES = ("y", "dq", "dk", "dv", "db", "dc", "dlog_decay", "dtheta", "dlam")
 
 
@@ -450,14 +451,31 @@ def no_check() -> str | None:
 
 
 def preset_gate(preset: str, s: Setting) -> dict[str, Any]:
-    """The check and the tests that gate a model: those of its attention, where it is not stock."""
+    """The check and the tests that gate a model: those of its attention; of a rival's, its layer against the same in fp64."""
     config = preset_config(authors.ours(preset))
-    if config.family != "sisa":
+    if config.family == "transformer":
         return {"check": no_check}
+    if config.family != "sisa":
+        return {"check": partial(layer_failure, preset, s)}
     ours = EXACT if s.device.type == "cuda" else EXACT_ON_CPU
     path = ours if preset == authors.ours(preset) else AUTHORS
     check = partial(failure, path, (config.head_dim, config.d_state, config.head_dim), s.dtype, s.device, True)
     return {"check": check, "proofs": path.proofs.format(ds=config.d_state)}
+
+
+@functools.cache
+def layer_failure(preset: str, s: Setting) -> str | None:
+    """Why a model's first layer must not be timed: its y and dL/dx against the layer's own formulas in fp64."""
+    torch.manual_seed(0)
+    model, width = authors.build(preset, n_layers=1, vocab_size=8).to(s.device), preset_config(preset).d_model
+    x, dy = torch.randn(2, 1, CHECK_LENGTH, width, device=s.device).unbind()
+    found = []
+    for dtype in (torch.float32, torch.float64):
+        layer, rotary = model.to(dtype).layers[0], rotary_tables(CHECK_LENGTH, model.config.head_dim, s.device)
+        leaf = x.to(dtype).requires_grad_()
+        y = layer(leaf, Context(rotary))
+        found.append([y.detach(), *torch.autograd.grad(y, leaf, dy.to(dtype))])
+    return first_wrong(("y", "dx"), errors(*found, []), [LAYER_LIMIT] * 2)
 
 
 def layer_step(preset: str, batch: int, length: int, s: Setting) -> Callable[[], object]:
@@ -480,6 +498,52 @@ def layer_groups(s: Setting) -> list[list[Case]]:
             Case(
                 "layer", preset, "eager", f"{batch}x{length}", "fwd+bwd", partial(layer_step, preset, batch, length, s),
                 baseline=preset == s.models[0], **preset_gate(preset, s), **options,
+            )
+            for preset in s.models
+        ])  # fmt: skip
+    return groups
+
+
+def decode_step(preset: str, length: int, s: Setting) -> Callable[[], object]:
+    """The first layer's next token behind a cache of ``length``; every 32nd takes the cache back to it."""
+    torch.manual_seed(0)
+    model = authors.build(preset, n_layers=1, vocab_size=8).to(s.device)
+    layer, width, head = model.layers[0], model.config.d_model, model.config.head_dim
+    cache, states = layer.mixer.make_cache(1), torch.randn(1, length + 1, width, device=s.device)
+    turns = [Context(rotary_at(torch.arange(*span, device=s.device), head)) for span in ((0, length), (length, length + 1))]
+    with torch.no_grad():
+        layer(states[:, :length], turns[0], cache)
+
+    @torch.no_grad()
+    def call() -> Tensor:
+        if cache.lengths[0] >= length + 32:
+            cache.lengths = [length]
+        return layer(states[:, length:], turns[1], cache)
+
+    return call
+
+
+@functools.cache
+def decode_failure(preset: str, s: Setting) -> str | None:
+    """Why a model's decoding must not be timed: the next token's states against the layer in fp64 without a cache."""
+    found = decode_step(preset, CHECK_LENGTH, s)()
+    torch.manual_seed(0)
+    model = authors.build(preset, n_layers=1, vocab_size=8).to(s.device)
+    states = torch.randn(1, CHECK_LENGTH + 1, model.config.d_model, device=s.device).double()
+    rotary = rotary_tables(CHECK_LENGTH + 1, model.config.head_dim, s.device)
+    with torch.no_grad():
+        right = model.double().layers[0](states, Context(rotary))[:, -1:]
+    return first_wrong(("the next token",), errors([found], [right], []), [LAYER_LIMIT])
+
+
+def decode_groups(s: Setting) -> list[list[Case]]:
+    """One token of one layer of each model behind a cache, fp32; baseline: the first model's."""
+    groups = []
+    for length in s.lengths or (512, 4096, 8192):
+        groups.append([
+            Case(
+                "decode", preset, "cache", f"1x{length}", "token", partial(decode_step, preset, length, s),
+                partial(decode_failure, preset, s), baseline=preset == s.models[0], work=1.0, unit="tok/s", formula="B",
             )
             for preset in s.models
         ])  # fmt: skip

@@ -16,6 +16,7 @@ from cases import (
     attention_case,
     attention_groups,
     augmentation_groups,
+    decode_groups,
     label_of,
     layer_groups,
     model_groups,
@@ -46,14 +47,20 @@ GROWTH = {  # the field of BASE that grows, and its values
     "heads": (1, 2, 4, 8, 16),
     "batch": (1, 2, 4, 8),
 }
-LAYERS = ("transformer-152m", "sisa-152m-ds16", "sisa-152m-ds32", "authors-152m-ds16", "authors-152m-ds32")
+LAYERS = (
+    "transformer-152m", "sisa-152m-ds16", "sisa-152m-ds32", "authors-152m-ds16", "authors-152m-ds32", "fox-152m", "alibi-152m",
+    "mamba2-152m", "mamba3-152m",
+)  # fmt: skip
+DECODERS = ("transformer-152m", "sisa-152m-ds16", "sisa-152m-ds32")
+CONTEXTS = (512, 4096, 8192)
 MODELS = {  # by (batch, length), the trainer's
     (8, 128): ("transformer-tiny", "sisa-tiny-ds16", "authors-tiny-ds16"),
     (1, 2048): ("transformer-50m", "sisa-50m-ds16", "authors-50m-ds16"),
 }
 if QUICK:
     FULL, BASE, GROWTH = TINY, Shape(1, 64, 1, 16, 16, 16), {"length": (64, 128)}
-    LAYERS, MODELS = ("transformer-tiny", "sisa-tiny-ds16", "authors-tiny-ds16"), {(2, 32): MODELS[8, 128]}
+    LAYERS = ("transformer-tiny", "sisa-tiny-ds16", "authors-tiny-ds16", "fox-tiny", "alibi-tiny", "mamba2-tiny", "mamba3-tiny")
+    MODELS, DECODERS, CONTEXTS = {(2, 32): MODELS[8, 128]}, LAYERS[:2], (64,)
 
 
 def augment() -> Iterator[Group]:
@@ -84,6 +91,12 @@ def layer() -> Iterator[Group]:
         yield Group(setting, tuple(cases))
 
 
+def decode() -> Iterator[Group]:
+    setting = replace(FULL, lengths=CONTEXTS, models=DECODERS)
+    for cases in decode_groups(setting):
+        yield Group(setting, tuple(cases), seconds=5.0)
+
+
 def model() -> Iterator[Group]:
     for (batch, length), models in MODELS.items():
         setting = replace(FULL, lengths=(length,), tokens=batch * length, models=models)
@@ -102,4 +115,12 @@ def growth() -> Iterator[Group]:
         yield Group(FULL, tuple(cases), seconds=10.0, least=3)
 
 
-SECTIONS = {"augment": augment, "attention": attention, "flex": flex, "layer": layer, "model": model, "growth": growth}
+SECTIONS = {
+    "augment": augment,
+    "attention": attention,
+    "flex": flex,
+    "layer": layer,
+    "decode": decode,
+    "model": model,
+    "growth": growth,
+}

@@ -88,8 +88,9 @@ OPERATORS = {  # section: title, path -> label and colour
         {"sisa": ("ours, exact", OURS), "unpadded": ("v not padded", OTHER), "eager+sdpa": ("as published", THEIRS)},
     ),
 }
-WHOLE = {"layer": "one 152M layer", "model": "training step"}
-FAMILIES = {"sisa": ("SISA", OURS), "authors": ("as published", THEIRS), "mamba2": ("Mamba-2", OTHER), "mamba3": ("Mamba-3", THIRD)}
+WHOLE = {"layer": "one 152M layer", "decode": "a token of one 152M layer", "model": "training step"}
+FAMILIES = {"sisa": ("SISA", OURS), "authors": ("as published", THEIRS)}
+FAMILIES |= {"fox": ("FoX", OTHER), "alibi": ("ALiBi", OTHER), "mamba2": ("Mamba-2", THIRD), "mamba3": ("Mamba-3", THIRD)}
 
 
 def operator_bars(rows: Sequence[Row], paths: dict[str, tuple[str, str]]) -> list[Bar]:
@@ -109,8 +110,9 @@ def model_bars(rows: Sequence[Row]) -> list[Bar]:
         if family in FAMILIES:
             name, color = FAMILIES[family]
             batch, length = row["shape"].split()[0].split("x")
-            scales = [] if row["op"] == "layer" else [scale]
-            label = ", ".join([*scales, f"{batch} x {int(length):,} tokens", *(f"d_s {ds[2:]}" for ds in state), name])
+            scales = [scale] if row["op"] == "model" else []
+            tokens = f"behind {int(length):,}" if row["op"] == "decode" else f"{batch} x {int(length):,} tokens"
+            label = ", ".join([*scales, tokens, *(f"d_s {ds[2:]}" for ds in state), name])
             found.append((label, color, row))
     return found
 
@@ -234,7 +236,7 @@ def accuracy_figure(rows: list[Row], path: Path) -> None:
 
 Figure = tuple[tuple[str, ...], Callable[[list[Row], Path], None], str]
 FIGURES: dict[str, Figure] = {
-    "speed": (("augment", "attention", "layer", "model"), speed_figure, "pytest bench"),
+    "speed": (("augment", "attention", "layer", "decode", "model"), speed_figure, "pytest bench"),
     "growth": (("growth",), growth_figure, "pytest bench -k growth"),
     "accuracy": (("accuracy",), accuracy_figure, "python bench/accuracy.py"),
 }

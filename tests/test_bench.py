@@ -26,6 +26,7 @@ from roofline import Shape
 from sisa_model.cli import main
 
 CPU = torch.device("cpu")
+LAYERS = ("transformer", "sisa", "authors", "fox", "alibi", "mamba2", "mamba3")
 TINY = Setting(CPU, torch.float32, (64,), (16,), tokens=1, heads=1, head_width=16)
 SHAPE = Shape(1, 64, 1, 16, 16, 16)
 
@@ -49,7 +50,8 @@ def test_pytest_bench_measures_every_section_and_appends_its_rows(tmp_path):
         (path.name, passes) for passes in ("fwd", "fwd+bwd") for path in ATTENTION_ON_CPU
     ]
     layers = {row["path"]: row for row in rows.read(tmp_path / "layer.csv")}
-    assert set(layers) == {"transformer-tiny", "sisa-tiny-ds16", "authors-tiny-ds16"}
+    assert list(layers) == [f"{name}-tiny{'-ds16' if name in ('sisa', 'authors') else ''}" for name in LAYERS]
+    assert [row["path"] for row in rows.read(tmp_path / "decode.csv")] == ["transformer-tiny", "sisa-tiny-ds16"]
     for row in [*attention, *layers.values()]:
         assert row["status"] == "ok"
         assert float(row["ms_p20"]) <= float(row["ms_p50"]) <= float(row["ms_p80"])
@@ -133,6 +135,14 @@ def test_where_a_row_comes_from(monkeypatch):
     assert rows.version("no-such-package") == "none"
 
 
+def test_a_wrong_layer_or_step_is_named(monkeypatch):
+    for gate, preset, what in ((cases.layer_failure, "fox-tiny", "y"), (cases.decode_failure, "sisa-tiny-ds16", "the next token")):
+        assert gate.__wrapped__(preset, TINY) is None
+        monkeypatch.setattr(cases, "LAYER_LIMIT", 1e-12)
+        assert gate.__wrapped__(preset, TINY).startswith(f"wrong: {what} is off by ")
+        monkeypatch.setattr(cases, "LAYER_LIMIT", 1e-5)
+
+
 # ---- The authors' formulation ---------------------------------------------------------------------------------------------------
 
 
@@ -181,6 +191,7 @@ def results(tmp_path):
     made = [fake_row("augment", path, shape, ms) for path, ms in (("extension", 0.2), ("compiled", 0.7), ("chain", 1.0))]
     made += [fake_row("attention", path, shape, ms) for path, ms in (("sisa", 1.2), ("eager+sdpa", 5.0))]
     made += [fake_row("layer", preset, "1x2048", 1.1) for preset in ("transformer-152m", "sisa-152m-ds16", "authors-152m-ds16")]
+    made += [fake_row("decode", preset, "1x512", 1.0) for preset in ("transformer-152m", "sisa-152m-ds16")]
     made += [fake_row("model", preset, "8x128 eager", 1.1) for preset in ("transformer-tiny", "sisa-tiny-ds16")]
     for length in (256, 512, 1024):
         made += [fake_row("growth", path, f"1x{length}x4 64+16/64", length / 1e3) for path in ("flash", "sisa")]

@@ -228,17 +228,17 @@ class Blocks:
         windows = torch.from_numpy(np.stack([self.tokens[start : start + self.seq_len + 1] for start in starts]).astype(np.int64))
         return windows[:, :-1], windows[:, 1:]
 
-    def pack(self, ids: list[int], end_of_text: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Blocks as one sequence of documents: inputs and targets, each [1, len(ids) * seq_len] int64, and cu_seqlens int32.
 
-        The end-of-text token of a document opens the next one, as it opens a text that is generated: the first token of a document
-        is predicted from it alone, the last predicts the next. Blocks are cut apart too. Raises as :meth:`take` does.
-        """
-        inputs, targets = self.take(ids)
-        opens = inputs == end_of_text
-        opens[:, 0] = True
-        bounds = [opens.flatten().nonzero()[:, 0], torch.tensor([opens.numel()])]
-        return inputs.reshape(1, -1), targets.reshape(1, -1), torch.cat(bounds).int()
+def pack(inputs: Tensor, targets: Tensor, end_of_text: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Blocks [n, L] as one sequence of documents: inputs and targets, each [1, n * L] int64, and cu_seqlens int32.
+
+    The end-of-text token of a document opens the next one, as it opens a text that is generated: the first token of a document
+    is predicted from it alone, the last predicts the next. Blocks are cut apart too.
+    """
+    opens = inputs == end_of_text
+    opens[:, 0] = True
+    bounds = [opens.flatten().nonzero()[:, 0], torch.tensor([opens.numel()], device=inputs.device)]
+    return inputs.reshape(1, -1), targets.reshape(1, -1), torch.cat(bounds).int()
 
 
 def ngram_losses(train: np.ndarray, targets: np.ndarray, contexts: np.ndarray, vocab: int) -> tuple[float, float]:

@@ -87,7 +87,7 @@ def _liger(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
 
 
 class Objective(nn.Module):
-    """``objective(inputs, targets [B, L] int64) -> loss``: the sum over the targets that are not IGNORE, in nats, fp32.
+    """``objective(inputs, targets [B, L] int64, cu_seqlens) -> loss``: the sum over the targets that are not IGNORE, in nats, fp32.
 
     On CUDA by Liger's fused kernel where it is installed, elsewhere (which is said once) by :func:`linear_cross_entropy`.
     """
@@ -96,8 +96,8 @@ class Objective(nn.Module):
         super().__init__()
         self.model, self.autocast = model, autocast
 
-    def forward(self, inputs: Tensor, targets: Tensor) -> Tensor:
+    def forward(self, inputs: Tensor, targets: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
         with self.autocast:
-            hidden = self.model.hidden(inputs)
+            hidden = self.model.hidden(inputs, cu_seqlens)
             loss = _liger if hidden.is_cuda and _liger_is_here() else linear_cross_entropy
             return loss(hidden, self.model.embed.weight, targets)

@@ -32,7 +32,8 @@ class LanguageModel(nn.Module):
     ``cache`` (:meth:`make_cache`) holds the tokens before these, which are appended to it; ``lengths``, with the first of them,
     are the real tokens of each row, whose rest is padding on the right. A cache is for inference, under ``torch.no_grad()``.
     Works under ``torch.device("meta")``; after ``to_empty`` call :meth:`reset_parameters`. Raises ValueError for a sequence
-    longer than ``config.max_seq_len`` (with what the cache holds) and, on the CPU, for a token outside the vocabulary.
+    (packed: a document) longer than ``config.max_seq_len``, with what the cache holds, and, on the CPU, for a token outside the
+    vocabulary.
     With ``checkpoint_layers`` training keeps the layers' inputs only, and runs each layer again in the backward.
     """
 
@@ -89,15 +90,17 @@ class LanguageModel(nn.Module):
         if input_ids.ndim != 2 or input_ids.dtype not in (torch.int64, torch.int32):
             raise ValueError(f"input_ids must be int64 [batch, length], got {input_ids.dtype} {list(input_ids.shape)}")
         length, config = input_ids.shape[1], self.config
+        check_documents(cu_seqlens, input_ids)
+        readable = input_ids.device.type == "cpu" and not torch.compiler.is_compiling()  # elsewhere reading values costs a wait
         held = max(cache.lengths) if cache is not None else 0
-        if not 1 <= length <= config.max_seq_len - held:
+        longest = int(cu_seqlens.diff().max()) if cu_seqlens is not None and readable else length
+        if not 1 <= longest <= config.max_seq_len - held and (cu_seqlens is None or readable):
             behind = f" behind {held} in the cache" if held else ""
-            raise ValueError(f"input_ids must be 1 to {config.max_seq_len} (max_seq_len) tokens long, got {length}{behind}")
-        if input_ids.device.type == "cpu" and not torch.compiler.is_compiling():
+            raise ValueError(f"input_ids must be 1 to {config.max_seq_len} (max_seq_len) tokens long, got {longest}{behind}")
+        if readable:
             lo, hi = (int(x) for x in torch.aminmax(input_ids))
             if lo < 0 or hi >= config.vocab_size:
                 raise ValueError(f"input_ids must lie in [0, {config.vocab_size}), got {lo} to {hi}")
-        check_documents(cu_seqlens, input_ids)
         if cache is None:
             if lengths is not None:
                 raise ValueError("lengths needs a cache: without one, padding on the right changes no token before it")

@@ -129,14 +129,14 @@ class Parallel:
             register_fsdp_forward_method(model, "hidden")
         self.parameters = dict(model.named_parameters())
 
-    def backward(self, inputs: Tensor, targets: Tensor, weight: float, last: bool) -> Tensor:
+    def backward(self, inputs: Tensor, targets: Tensor, cu_seqlens: Tensor | None, weight: float, last: bool) -> Tensor:
         """Add the gradients of ``weight`` x this process's sum of losses, and return that sum; shared when ``last`` is true."""
         model = self.objective.model
         if isinstance(model, FSDPModule):
             model.set_requires_gradient_sync(last)
         quiet = isinstance(self._call, DistributedDataParallel) and not last
         with self._call.no_sync() if quiet else contextlib.nullcontext():  # type: ignore[operator]
-            loss = self._call(inputs, targets)
+            loss = self._call(inputs, targets, cu_seqlens)
             (loss * (weight * self.world.size)).backward()  # both average over processes; the sum is wanted
         return loss.detach()
 

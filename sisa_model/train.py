@@ -27,7 +27,7 @@ import sisa_kernels as sk
 from .checkpoint import load, make_folder_atomically, save, write_json, write_text
 from .checkpointer import Checkpointer, checkpoints
 from .config import ModelConfig
-from .data import Blocks, Encoder, find_tokenizer, ngram_losses, open_data
+from .data import Blocks, Encoder, find_tokenizer, ngram_losses, open_data, pack
 from .flops import utilisation
 from .generate import generate
 from .loss import Objective
@@ -60,6 +60,7 @@ TASK_EXAM = 128  # sequences of each length that a task trained alone is evaluat
 T = TypeVar("T")
 HEALTH_BLOCKS = 4  # held-out blocks that lambda, half-life and the range of g are measured on
 PRECISIONS = ("auto", "fp32", "bf16")
+DOCUMENTS = ("joined", "packed")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,6 +109,8 @@ class TrainConfig:
     """SISA's numerics: exact, or clamped as its authors ran it."""
     backend: str = "auto"
     """SISA's attention path; see `python -m sisa_kernels`."""
+    documents: str = "joined"
+    """What a block sees across the ends of documents: everything (joined, the paper's), or each document only itself (packed)."""
     task: str = "text"
     """What to train on: text, or one task alone, evaluated at 1, 2 and 4 times the length: parity, addition (modulo 5; addition-7
     for another modulus), flipflop or recall."""
@@ -174,6 +177,7 @@ def resolve(config: TrainConfig) -> TrainConfig:
     for field in ("beta1", "beta2"):
         require(field, 0 <= getattr(config, field) < 1, "in [0, 1)")
     require("precision", config.precision in PRECISIONS, f"one of {', '.join(PRECISIONS)}")
+    require("documents", config.documents in DOCUMENTS, f"one of {', '.join(DOCUMENTS)}")
     require("parallel", config.parallel in PARALLELS, f"one of {', '.join(PARALLELS)}")
     require("stop_at", config.stop_at is None or config.stop_at >= 1, "at least 1")
     for task in config.tasks:
@@ -188,6 +192,7 @@ def resolve(config: TrainConfig) -> TrainConfig:
         require("seq_len", _resolved(config.seq_len) >= 16, f"at least 16 for the task {config.task}")
         for field in ("data", "val_data", "tokenizer", "tasks"):
             require(field, not getattr(config, field), f"left out with the task {config.task}, which is trained without text")
+        require("documents", config.documents == "joined", f"left at 'joined' with the task {config.task}, which has none")
     return config
 
 
@@ -524,11 +529,11 @@ class _Run:
         if stop:
             return False
         self.model.train()
-        pieces = [(n, x, y) for n, (inputs, targets) in enumerate(groups) for x, y in self._micro_batches(inputs, targets)]
+        pieces = [(n, piece) for n, group in enumerate(groups) for piece in self._micro_batches(*group, text=n == 0)]
         sums = torch.zeros(len(groups), dtype=torch.float64, device=self.device)
-        for count, (n, x, y) in enumerate(pieces, 1):
+        for count, (n, piece) in enumerate(pieces, 1):
             try:
-                sums[n] += self.parallel.backward(x, y, 1 / valid[n], last=count == len(pieces))
+                sums[n] += self.parallel.backward(*piece, 1 / valid[n], last=count == len(pieces))
             except ValueError as error:  # the operators' checks meet a weight that is not finite before the loss does
                 self._dump_batch(ids, {"error": str(error)})
                 raise FloatingPointError(f"{error}, at step {self.step + 1}, on blocks {ids} of the training data") from error
@@ -558,9 +563,13 @@ class _Run:
         bar.update()
         return True
 
-    def _micro_batches(self, inputs: Tensor, targets: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    def _micro_batches(self, inputs: Tensor, targets: Tensor, text: bool) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
+        """Inputs, targets and, of ``text`` whose documents are packed, their bounds."""
         for x, y in zip(inputs.split(self.micro_batch_size), targets.split(self.micro_batch_size)):
-            yield x.to(self.device), y.to(self.device)
+            cu_seqlens = None
+            if text and self.config.documents == "packed":
+                x, y, cu_seqlens = pack(x, y, self.encoder.end_of_text)
+            yield x.to(self.device), y.to(self.device), None if cu_seqlens is None else cu_seqlens.to(self.device)
 
     def _add_row(self, name: str, row: dict[str, Any]) -> None:
         if self.world.main:
@@ -578,8 +587,8 @@ class _Run:
         self.model.eval()
         mine, short = self.world.share(len(self.val_inputs))
         rows = slice(mine.start, mine.stop)
-        pieces = self._micro_batches(*_filled(self.val_inputs[rows], self.val_targets[rows], short))
-        total = self.world.sum([sum(self.objective(x, y).item() for x, y in pieces)])[0]
+        pieces = self._micro_batches(*_filled(self.val_inputs[rows], self.val_targets[rows], short), text=True)
+        total = self.world.sum([sum(self.objective(*piece).item() for piece in pieces)])[0]
         self.val_loss = total / int((self.val_targets != IGNORE).sum())
         if not math.isfinite(self.val_loss):
             raise FloatingPointError(f"the held-out loss must be finite, got {self.val_loss} after step {self.step}")

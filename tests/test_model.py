@@ -81,6 +81,10 @@ def test_packed_documents_do_not_see_each_other(preset):
     torch.testing.assert_close(packed, apart, rtol=1e-4, atol=1e-4)
     with pytest.raises(ValueError, match="cu_seqlens must rise strictly from 0 to the length 60"):
         model(ids, torch.tensor([0, 61], dtype=torch.int32))
+    short = tiny(preset, n_layers=2, max_seq_len=37)
+    torch.testing.assert_close(short(ids, torch.tensor([0, 1, 23, 60], dtype=torch.int32)), packed)
+    with pytest.raises(ValueError, match=r"input_ids must be 1 to 37 \(max_seq_len\) tokens long, got 38"):
+        short(ids, torch.tensor([0, 22, 60], dtype=torch.int32))
 
 
 def test_every_preset_builds_and_controls_change_the_result():

@@ -31,7 +31,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 import sisa_model as sm
 import sisa_model.prepare as prepare_module
 from sisa_model.cli import main
-from sisa_model.data import END_OF_TEXT, Blocks, Encoder, open_data
+from sisa_model.data import END_OF_TEXT, Blocks, Encoder, open_data, pack
 from sisa_model.prepare import PrepareConfig, prepare
 from sisa_model.shards import Shards
 from sisa_model.train import TrainConfig, read_rows, train
@@ -265,7 +265,7 @@ def test_packed_documents_see_nothing_of_each_other(folder):
     shards = Shards(folder)
     blocks = Blocks(shards.train, 300, 0, "training")
     ids = blocks.ids(0, 3)
-    inputs, targets, cu_seqlens = blocks.pack(ids, 256)
+    inputs, targets, cu_seqlens = pack(*blocks.take(ids), 256)
     assert inputs.shape == targets.shape == (1, 900)
     assert cu_seqlens.dtype == torch.int32
     expected = sorted({0, 300, 600, 900} | {i for i, token in enumerate(inputs[0].tolist()) if token == 256})

@@ -125,10 +125,22 @@ def test_it_learns(corpus, tmp_path):
     assert result.val_loss < result.bigram < result.unigram < math.log(257)
 
 
+def test_packed_documents_are_trained_apart(corpus, tmp_path, monkeypatch):
+    """A block is what its documents are one by one: the loss of a packed step from the documents alone."""
+    losses: dict[int, list[float]] = {}
+    for micro in (1, 4):
+        run = train(config(corpus, tmp_path / f"run{micro}", documents="packed", micro_batch_size=micro, steps=2))
+        losses[micro] = [row["loss"] for row in read_rows(run.folder / "train.jsonl")]
+        assert run.finished
+    assert losses[1] == pytest.approx(losses[4], rel=1e-5)
+    with pytest.raises(ValueError, match="documents must be one of joined, packed, got 'apart'"):
+        train(config(corpus, tmp_path / "none", documents="apart"))
+
+
 CHANGES = {
     "preset": "sisa-tiny-ds32", "seed": 1, "steps": 5, "seq_len": 32, "batch_size": 2, "lr": 1e-3, "lambda_lr_scale": 1.0,
     "warmup_steps": 0, "weight_decay": 0.5, "beta1": 0.5, "beta2": 0.5, "clip": 0.01, "precision": "bf16", "backend": "reference",
-    "task": "flipflop", "tasks": ("recall",), "micro_batch_size": 1,
+    "documents": "packed", "task": "flipflop", "tasks": ("recall",), "micro_batch_size": 1,
 }  # fmt: skip
 # What changes no weight is tested by name elsewhere in this file or in test_data.py.
 ELSEWHERE = {

@@ -1,4 +1,4 @@
-"""The command ``sisa``: train, compare, study, plot, generate, info."""
+"""The command ``sisa``: train, compare, study, eval, plot, generate, info."""
 
 import sys
 from dataclasses import dataclass
@@ -12,6 +12,7 @@ import sisa_kernels as sk
 
 from .checkpoint import load
 from .compare import CompareConfig, compare
+from .evaluate import EvalConfig, evaluate
 from .generate import check_sampling, generate
 from .model import LanguageModel, count_parameters
 from .plot_runs import PlotConfig, plot_runs
@@ -84,6 +85,7 @@ COMMANDS: dict[str, Any] = {
     "train": TrainConfig,
     "compare": CompareConfig,
     "study": StudyConfig,
+    "eval": EvalConfig,
     "plot": PlotConfig,
     "generate": GenerateConfig,
     "info": InfoConfig,
@@ -92,6 +94,7 @@ RUNNERS: dict[type, Any] = {
     TrainConfig: train,
     CompareConfig: compare,
     StudyConfig: run_study,
+    EvalConfig: evaluate,
     PlotConfig: plot_runs,
     GenerateConfig: run_generate,
     InfoConfig: run_info,

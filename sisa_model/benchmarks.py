@@ -61,8 +61,8 @@ def read_benchmark(task: str, folder: Path, limit: int | None = None) -> list[Ro
         raise FileNotFoundError(f"task {task} needs {path}: a JSON object {{{fields}}} a line ({benchmark.source})")
     rows = []
     # Not splitlines, which also cuts at separators that JSON leaves unescaped.
-    lines = path.read_text(encoding="utf-8").rstrip("\n").split("\n")
-    for number, line in enumerate(lines[:limit], 1):
+    text = path.read_text(encoding="utf-8").rstrip("\n")
+    for number, line in enumerate(text.split("\n")[:limit] if text else [], 1):
         try:
             row = json.loads(line)
             wrong = [name for name, kind in benchmark.fields.items() if not isinstance(row[name], kind)]
@@ -71,13 +71,13 @@ def read_benchmark(task: str, folder: Path, limit: int | None = None) -> list[Ro
         if wrong:
             raise ValueError(f"{path} line {number}: {wrong[0]} must be {benchmark.fields[wrong[0]].__name__}")
         rows.append(row)
+    if not rows:
+        raise ValueError(f"{path} holds no example")
     if task == "piqa":
         labels = _piqa_labels(folder / PIQA_LABELS)[:limit]
         if len(labels) != len(rows):
             raise ValueError(f"{folder / PIQA_LABELS} must have a label for each of {len(rows)} examples, got {len(labels)}")
         rows = [{**row, "label": label} for row, label in zip(rows, labels)]
-    if not rows:
-        raise ValueError(f"{path} holds no example")
     for number, row in enumerate(rows, 1):
         _check(f"{path} line {number}", task, row)
     return rows

@@ -69,7 +69,7 @@ class HarnessModel(TemplateLM):
         return [(score.total, score.greedy) for score in self.scorer(sequences, "log-likelihoods")]
 
     def loglikelihood_rolling(self, requests: list, disable_tqdm: bool = False) -> list[float]:
-        """The log-likelihood of whole texts, in windows of all the model's positions that do not overlap."""
+        """The log-likelihood of whole texts, each token once, in windows of all the model's positions; the last reaches back."""
         limit = self.scorer.model.config.max_seq_len
         totals = []
         for request in requests:

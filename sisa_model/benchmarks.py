@@ -20,24 +20,26 @@ class Benchmark(NamedTuple):
     fields: dict[str, type]
     source: str
     """The public data set and split that the file holds."""
-    paper: bool
+    examples: int
+    """How many it has."""
+    paper: bool = True
     """The paper reports it."""
 
 
 BENCHMARKS = {
-    "lambada": Benchmark("lambada_test.jsonl", {"text": str}, "EleutherAI/lambada_openai, test", True),
+    "lambada": Benchmark("lambada_test.jsonl", {"text": str}, "EleutherAI/lambada_openai, test", 5153),
     "hellaswag": Benchmark(
         "hellaswag_validation.jsonl", {"query": str, "endings": list, "label": int},
-        "Rowan/hellaswag, validation, query = activity_label: ctx without its [brackets]", True,
+        "Rowan/hellaswag, validation, query = activity_label: ctx without its [brackets]", 10_042,
     ),
     "arc_easy": Benchmark(
-        "arc_easy_test.jsonl", {"question": str, "choices": list, "label": int}, "allenai/ai2_arc ARC-Easy, test", True
+        "arc_easy_test.jsonl", {"question": str, "choices": list, "label": int}, "allenai/ai2_arc ARC-Easy, test", 2376
     ),
     "winogrande": Benchmark(
         "winogrande_xl_validation.jsonl", {"sentence": str, "option1": str, "option2": str, "label": int},
-        "allenai/winogrande winogrande_xl, validation", True,
+        "allenai/winogrande winogrande_xl, validation", 1267,
     ),
-    "piqa": Benchmark("piqa_validation.jsonl", {"goal": str, "sol1": str, "sol2": str}, "baber/piqa, validation", False),
+    "piqa": Benchmark("piqa_validation.jsonl", {"goal": str, "sol1": str, "sol2": str}, "baber/piqa, validation", 1838, False),
 }  # fmt: skip
 PIQA_LABELS = "piqa_validation_labels.txt"
 OPTIONS: dict[str, Callable[[Row], list[str]]] = {

@@ -173,6 +173,9 @@ class _Evaluation:
         benchmarks = [task for task in tasks if task not in NEEDLES]
         folder = config.data_dir
         self.rows = {} if folder is None else {task: read_benchmark(task, folder, config.limit) for task in benchmarks}
+        for task, rows in self.rows.items():
+            if config.limit is None and len(rows) != BENCHMARKS[task].examples:
+                print(f"{task}: {len(rows):,} examples, where the published set has {BENCHMARKS[task].examples:,}")
         self.needles = {task: self._needles(task) for task in tasks if task in NEEDLES}
         self.requests: dict[str, list[list[Request]]] = {}
         self.harness_tasks: dict[str, Any] = {}

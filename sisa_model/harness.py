@@ -152,22 +152,26 @@ def _on_rows(name: str, rows: list[Row]) -> Any:
 
 
 def run_harness(model: HarnessModel, tasks: dict[str, Any], limit: int | None) -> dict[str, list[Figure]]:
-    """The figures of each task: every metric the harness gives, with intervals from resampled examples.
+    """The figures of each task: every metric the harness gives of every filter of the answers, with intervals from the examples.
 
-    Chance is known where the answer is a choice, and for LAMBADA, where it is 0.
+    Chance is known where the answer is a choice, and for LAMBADA, where it is 0. A metric of texts as a whole, such as BLEU, has
+    no score an example to take an interval from: it is printed, and left out.
     """
     names = {task.config.task: name for name, task in tasks.items()}
     found = lm_eval.simple_evaluate(model, tasks=list(tasks.values()), limit=limit, bootstrap_iters=0)
-    figures = {}
+    figures: dict[str, list[Figure]] = {}
     for theirs, samples in found["samples"].items():
-        task = tasks[names[theirs]]
-        guess = None
+        name, task = names[theirs], tasks[names[theirs]]
+        guess = 0.0 if name == "lambada" else None
         if task.OUTPUT_TYPE == "multiple_choice":
             guess = float(np.mean([1 / len(sample["resps"]) for sample in samples]))
-        elif names[theirs] == "lambada":
-            guess = 0.0
-        figures[names[theirs]] = [
-            measured(metric, [sample[metric] for sample in samples], guess if metric.startswith("acc") else None, aggregate)
-            for metric, aggregate in task.aggregation().items()
-        ]
+        figures[name] = []
+        for metric, aggregate in task.aggregation().items():
+            for which in dict.fromkeys(sample["filter"] for sample in samples):
+                title = metric if which == "none" else f"{metric}, {which}"
+                scores = [sample[metric] for sample in samples if sample["filter"] == which]
+                if np.asarray(scores).dtype.kind in "biuf":
+                    figures[name].append(measured(title, scores, guess if metric.startswith("acc") else None, aggregate))
+                else:
+                    print(f"{name}: {title} {aggregate(scores):.4g}, no interval")
     return figures

@@ -181,8 +181,9 @@ def test_the_command_prints_and_writes_every_figure(run, data, tmp_path, capsys)
     flags = [str(run), "--protocol", "paper", "--data-dir", str(data)]
     assert main(["eval", *flags, "--tasks", "lambada,winogrande", "arc_easy"]) == 0
     out = capsys.readouterr().out
-    assert [line.split()[0] for line in out.splitlines()[1:4]] == ["lambada", "winogrande", "arc_easy"]
+    assert [line.split()[0] for line in out.splitlines()[4:7]] == ["lambada", "winogrande", "arc_easy"]
     assert " to " in out
+    assert "lambada: 12 examples, where the published set has 5,153" in out
     rows = read_rows(run / "eval.jsonl")
     assert [row["task"] for row in rows] == ["lambada", "winogrande", "arc_easy"]
     for row in rows:
@@ -200,7 +201,9 @@ def test_the_command_prints_and_writes_every_figure(run, data, tmp_path, capsys)
     capsys.readouterr()
     assert main(["eval", *flags, "--tasks", "piqa,lambada", "--limit", "3"]) == 1
     assert main(["eval", *flags, "--tasks", "winogrande", "--limit", "3"]) == 0
-    assert "a quick look: not in eval.jsonl" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "a quick look: not in eval.jsonl" in out
+    assert "published" not in out
     assert len(read_rows(run / "eval.jsonl")) == 4
     record = json.loads((run / "eval" / "step-00000040-winogrande-paper-limit3.json").read_text())
     assert record["figures"][0]["count"] == 3
@@ -318,6 +321,33 @@ def test_harness_model_scores_texts_and_generates(model):
         ask(model, "generate_until", "the cat ", {"do_sample": True})
     with pytest.raises(ValueError, match=r"a prompt of 8 tokens and 256 more pass the model's 100 positions"):
         ask(with_positions(model, 100), "generate_until", "the cat ", {})
+
+
+def test_harness_task_that_generates_with_filters_and_a_metric_of_the_whole(model, tmp_path, capsys):
+    pytest.importorskip("lm_eval")
+    from lm_eval.tasks import TaskManager
+
+    from sisa_model.harness import HarnessModel, run_harness
+
+    prompts = ("the cat saw the ", "and the dog saw the ")
+    asked = [torch.tensor([list(prompt.encode())]) for prompt in prompts]
+    words = [Encoder(None).decode(generate(model, ids, 9)[0, ids.shape[1] :].tolist()).split(" ")[0] for ids in asked]
+    rows = [{"q": prompts[0], "a": words[0]}, {"q": prompts[1], "a": words[1] + "s"}]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    task = {
+        "task": "pets", "dataset_path": "json", "test_split": "test", "output_type": "generate_until",
+        "dataset_kwargs": {"data_files": {"test": str(tmp_path / "rows.jsonl")}, "cache_dir": str(tmp_path)},
+        "doc_to_text": "{{q}}", "doc_to_target": "{{a}}", "generation_kwargs": {"until": [" "], "max_gen_toks": 9},
+        "filter_list": [
+            {"name": "whole", "filter": [{"function": "take_first"}]},
+            {"name": "initial", "filter": [{"function": "regex", "regex_pattern": "(.)"}, {"function": "take_first"}]},
+        ],
+        "metric_list": [{"metric": "exact_match"}, {"metric": "bleu"}],
+    }  # fmt: skip
+    loaded = TaskManager(include_defaults=False).load([task])["tasks"]
+    figures = run_harness(HarnessModel(Scorer(model, 500), Encoder(None)), loaded, None)["pets"]
+    assert {figure.metric: figure.right for figure in figures} == {"exact_match, whole": "10", "exact_match, initial": "00"}
+    assert "pets: bleu, whole" in capsys.readouterr().out
 
 
 @pytest.mark.slow  # the harness reads all its 14,000 tasks to know one by name

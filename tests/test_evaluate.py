@@ -323,6 +323,7 @@ def test_harness_model_scores_texts_and_generates(model):
         ask(with_positions(model, 100), "generate_until", "the cat ", {})
 
 
+@pytest.mark.slow
 def test_harness_task_that_generates_with_filters_and_a_metric_of_the_whole(model, tmp_path, capsys):
     pytest.importorskip("lm_eval")
     from lm_eval.tasks import TaskManager

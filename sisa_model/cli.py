@@ -1,4 +1,4 @@
-"""The command ``sisa``: prepare, train, compare, study, plot, generate, convert, info, bench-report."""
+"""The command ``sisa``: prepare, train, compare, study, eval, plot, generate, convert, info, bench-report."""
 
 import subprocess
 import sys
@@ -13,6 +13,7 @@ import sisa_kernels as sk
 
 from .checkpoint import load, make_folder_atomically, save
 from .compare import CompareConfig, compare
+from .evaluate import EvalConfig, evaluate
 from .generate import check_sampling, generate
 from .model import LanguageModel, count_parameters
 from .paper_checkpoint import load_paper_checkpoint
@@ -140,6 +141,7 @@ COMMANDS: dict[str, Any] = {
     "train": TrainConfig,
     "compare": CompareConfig,
     "study": StudyConfig,
+    "eval": EvalConfig,
     "plot": PlotConfig,
     "generate": GenerateConfig,
     "convert": ConvertConfig,
@@ -151,6 +153,7 @@ RUNNERS: dict[type, Any] = {
     TrainConfig: train,
     CompareConfig: compare,
     StudyConfig: run_study,
+    EvalConfig: evaluate,
     PlotConfig: plot_runs,
     GenerateConfig: run_generate,
     ConvertConfig: run_convert,

@@ -138,3 +138,23 @@ def _legend(figure: Any, axis: Any, title: str) -> None:
     handles, names = axis.get_legend_handles_labels()
     figure.suptitle(title, y=1.0)
     figure.legend(handles, names, frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=min(4, len(names)))
+
+
+def plot_grid(path: Path, title: str, shares: np.ndarray, depths: list[float], lengths: list[int], trained: int) -> None:
+    """Heat map of ``shares`` [depths, lengths] in [0, 1]: needles found, by place in the text and by its length.
+
+    A line stands after the last length seen in training.
+    """
+    figure, axis = plt.subplots(figsize=(1.6 + 0.7 * len(lengths), 1.2 + 0.32 * len(depths)))
+    image = axis.imshow(100 * shares, vmin=0, vmax=100, cmap="viridis", aspect="auto")
+    for (row, column), share in np.ndenumerate(shares):
+        axis.text(column, row, f"{100 * share:.0f}", ha="center", va="center", fontsize=7, color="w" if share < 0.6 else "k")
+    axis.set_xticks(range(len(lengths)), [f"{length:,}" for length in lengths])
+    axis.set_yticks(range(len(depths)), [f"{100 * depth:.0f} %" for depth in depths])
+    axis.set(xlabel="tokens", ylabel="place of the needle in the text", title=title)
+    axis.grid(False)
+    seen = sum(length <= trained for length in lengths)
+    if 0 < seen < len(lengths):
+        axis.axvline(seen - 0.5, color="w", ls="--", lw=1.5)
+    figure.colorbar(image, label="needles found, %")
+    _finish(figure, path)

@@ -1,4 +1,4 @@
-"""The command ``sisa``: prepare, train, compare, study, plot, generate, convert, info."""
+"""The command ``sisa``: prepare, train, compare, study, plot, inspect, report, generate, convert, info."""
 
 import sys
 from dataclasses import dataclass
@@ -13,6 +13,7 @@ import sisa_kernels as sk
 from .checkpoint import load, make_folder_atomically, save
 from .compare import CompareConfig, compare
 from .generate import check_sampling, generate
+from .inspection import InspectConfig, inspect_run
 from .model import LanguageModel, count_parameters
 from .paper_checkpoint import load_paper_checkpoint
 from .plot_runs import PlotConfig, plot_runs
@@ -116,6 +117,7 @@ COMMANDS: dict[str, Any] = {
     "compare": CompareConfig,
     "study": StudyConfig,
     "plot": PlotConfig,
+    "inspect": InspectConfig,
     "generate": GenerateConfig,
     "convert": ConvertConfig,
     "info": InfoConfig,
@@ -126,6 +128,7 @@ RUNNERS: dict[type, Any] = {
     CompareConfig: compare,
     StudyConfig: run_study,
     PlotConfig: plot_runs,
+    InspectConfig: inspect_run,
     GenerateConfig: run_generate,
     ConvertConfig: run_convert,
     InfoConfig: run_info,

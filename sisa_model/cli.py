@@ -19,6 +19,7 @@ from .paper_checkpoint import load_paper_checkpoint
 from .plot_runs import PlotConfig, plot_runs
 from .prepare import PrepareConfig, prepare
 from .presets import preset_config, presets
+from .report import ReportConfig, report
 from .study import StudyConfig, run_study
 from .train import TrainConfig, find_device, newest_weights, read_encoder, train
 
@@ -118,6 +119,7 @@ COMMANDS: dict[str, Any] = {
     "study": StudyConfig,
     "plot": PlotConfig,
     "inspect": InspectConfig,
+    "report": ReportConfig,
     "generate": GenerateConfig,
     "convert": ConvertConfig,
     "info": InfoConfig,
@@ -129,6 +131,7 @@ RUNNERS: dict[type, Any] = {
     StudyConfig: run_study,
     PlotConfig: plot_runs,
     InspectConfig: inspect_run,
+    ReportConfig: report,
     GenerateConfig: run_generate,
     ConvertConfig: run_convert,
     InfoConfig: run_info,

@@ -1,7 +1,7 @@
 """sisa inspect: what the importance term does in a run's attention, by layer and head, on held-out text."""
 
-import math
 from dataclasses import dataclass
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
@@ -86,9 +86,9 @@ def inspect_model(model: Any, input_ids: Tensor) -> list[Inspection]:
 
     def measure(attn: SisaAttention, x: Tensor, context: Context) -> None:
         q, k, _, b, c, log_decay, theta = attn.operands(x)
-        cos, sin = (table[:, None] for table in context.rotary)
-        inputs = (rotate(q, cos, sin), rotate(k, cos, sin), b, c, log_decay, theta)
-        sequences = [_measure(*scores(*one, attn.lam(), attn.mode)) for one in zip(*(y.split(1) for y in inputs))]
+        cos, sin = (table.double()[:, None] for table in context.rotary)
+        inputs = (x.split(1) for x in (rotate(q.double(), cos, sin), rotate(k.double(), cos, sin), b, c, log_decay, theta))
+        sequences = [_measure(*scores(*one)) for one in zip(*inputs, repeat(attn.lam()), repeat(attn.mode))]
         importance, total, *entropies = torch.stack(sequences).mean(0)
         lives = half_life(log_decay).repeat_interleave(attn.n_heads // attn.n_kv_heads)
         values = (attn.lam(), lives, (importance / total).sqrt(), *entropies)
@@ -119,7 +119,8 @@ def _sequences(config: InspectConfig, train: TrainConfig, sha256: str, vocab: in
     length = config.length or min(LENGTH, train.seq_len or LENGTH)
     if config.text:
         encoder = Encoder(train.tokenizer)
-        tokens, where = encoder.encode([read_text(path) for path in find_files([*config.text])]), ", ".join(map(str, config.text))
+        tokens: Any = encoder.encode([read_text(path) for path in find_files([*config.text])])
+        where = ", ".join(map(str, config.text))
     elif train.task != "text":
         assert train.seq_len is not None
         length = min(length, train.seq_len)
@@ -173,9 +174,8 @@ def table(layers: list[Inspection]) -> str:
     """A Markdown table, a line a layer: means over heads (half-lives: geometric), minimum to maximum."""
     lines = ["| layer | lambda | half-life, tokens | share of the logits | entropy, nats | without importance |", "|---" * 6 + "|"]
     for layer in layers:
-        life = math.exp(np.log(layer.half_life).mean())
-        columns = [(np.mean(x), x) for x in (layer.lam, layer.share, layer.entropy, layer.entropy_without)]
-        columns.insert(1, (life, layer.half_life))
-        cells = [f"{mean:.3g} ({min(x):.3g} to {max(x):.3g})" for mean, x in columns]
+        columns = (layer.lam, layer.half_life, layer.share, layer.entropy, layer.entropy_without)
+        means = [float(np.exp(np.log(x).mean()) if x is layer.half_life else np.mean(x)) for x in columns]
+        cells = [f"{mean:.3g} ({min(x):.3g} to {max(x):.3g})" for mean, x in zip(means, columns)]
         lines.append(f"| {layer.layer} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"

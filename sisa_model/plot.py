@@ -157,6 +157,38 @@ def plot_heads(path: Path, title: str, layers: Rows, panels: dict[str, str]) -> 
     _finish(figure, path)
 
 
+def plot_tables(path: Path, note: str, tables: list[tuple[str, tuple[str, ...], list[list[str]]]], missing: str) -> None:
+    """Tables one below the other under a note: each a title, its columns' titles and its rows, of which the first cell is a label.
+
+    Cells that begin with ``missing`` are grey.
+    """
+    row, letter, gap = 0.21, 0.073, 0.5  # inches: of a line, of a letter, between tables
+    grids = [[["", *columns], *rows] for _, columns, rows in tables]
+    widths = [[letter * (2 + max(len(line[n]) for line in grid)) for n in range(len(grid[0]))] for grid in grids]
+    head = row * (1 + note.count("\n"))
+    height = head + sum(row * len(grid) + gap for grid in grids)
+    width = max(map(sum, widths))
+    figure = plt.figure(figsize=(width, height))
+    figure.text(0, 1, note, va="top", linespacing=1.4)
+    top = height - head
+    for (title, _, _), grid, columns in zip(tables, grids, widths):
+        top -= row * len(grid) + gap
+        axis = figure.add_axes((0, top / height, sum(columns) / width, row * len(grid) / height))
+        axis.set_axis_off()
+        axis.set_title(title, loc="left", fontsize=10, weight="bold")
+        drawn = axis.table(
+            grid, colWidths=[w / sum(columns) for w in columns], cellLoc="left", bbox=matplotlib.transforms.Bbox.unit()
+        )
+        drawn.auto_set_font_size(False)
+        drawn.set_fontsize(8)
+        for (line, column), cell in drawn.get_celld().items():
+            cell.set(edgecolor="0.85", lw=0.5, facecolor="0.95" if 0 in (line, column) else "white")
+            if cell.get_text().get_text().startswith(missing):
+                cell.get_text().set_color("0.6")
+    write_atomically(path, lambda aside: figure.savefig(aside, dpi=130, format="png", bbox_inches="tight"))
+    plt.close(figure)
+
+
 def _curve(axis: Any, number: int, name: str, seeds: list[Rows], field: str) -> None:
     """The ``number``-th model's mean of ``field`` over seeds against step, in a band from minimum to maximum."""
     values = np.array([[row[field] for row in rows] for rows in seeds])

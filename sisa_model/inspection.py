@@ -123,7 +123,8 @@ def _sequences(config: InspectConfig, train: TrainConfig, sha256: str, vocab: in
         where = ", ".join(map(str, config.text))
     elif train.task != "text":
         assert train.seq_len is not None
-        length = min(length, train.seq_len)
+        if length > train.seq_len:
+            raise ValueError(f"length must be at most {train.seq_len}, as the run was trained on {train.task}, got {length}")
         held = exams(find_task(train.task), vocab - 1, train.seq_len, TASK_EXAM, 2**63)[1].inputs
         return held[: config.blocks, :length], f"exam of {train.task}"
     else:

@@ -144,9 +144,10 @@ def _lengths(row: dict[str, Any]) -> dict[int, Figure | None]:
     """The lengths of the authors' needle test that a row holds, with their accuracy; None: the row's own."""
     if row["task"] not in ("niah", "niah_long"):
         return {}
-    if "by_length" in row:
-        return {int(length): Figure(100 * value, row["step"]) for length, value in row["by_length"].items()}
-    return {int(row.get("length", NIAH_LENGTH)): None}
+    by_length = row.get("by_length", {row.get("length", NIAH_LENGTH): None})
+    if len(by_length) == 1:
+        return {int(length): None for length in by_length}
+    return {int(length): Figure(100 * value, row["step"]) for length, value in by_length.items()}
 
 
 def tables(results: list[Results]) -> list[Table]:

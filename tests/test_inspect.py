@@ -156,12 +156,14 @@ def test_the_command_writes_a_table_a_picture_and_json(run, tmp_path, capsys):
     assert other["layers"][1]["share"] == pytest.approx(expected[1].share, rel=1e-9)
 
 
-def test_a_run_on_a_task_is_measured_on_its_exam(tmp_path):
+def test_a_run_on_a_task_is_measured_on_its_exam(tmp_path, capsys):
     folder = train(TrainConfig(task="parity", preset="sisa-tiny-ds32-nodecay", out=tmp_path / "run", **SETTINGS)).folder
     assert main(["inspect", str(folder), "--length", "20"]) == 0
     record = json.loads((folder / "inspect" / "inspect.json").read_text())
     assert (record["measured_on"], record["length"]) == ("exam of parity", 20)
     assert record["layers"][0]["half_life"] == pytest.approx([math.log(2) / 1e-12] * 2), "nothing decays"
+    assert main(["inspect", str(folder), "--length", "33"]) == 1
+    assert "length must be at most 32, as the run was trained on parity, got 33" in capsys.readouterr().err
 
 
 def test_what_cannot_be_inspected_is_named(run, tmp_path, capsys):

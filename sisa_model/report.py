@@ -151,7 +151,7 @@ def _lengths(row: dict[str, Any]) -> dict[int, Figure | None]:
 
 
 def tables(results: list[Results]) -> list[Table]:
-    """Every table of the report, the paper's in its order between the runs' own and what the paper has no figure of."""
+    """The report's tables: the runs, the paper's tables, and what the paper has no figure of."""
     models: dict[str, list[Results]] = {}
     for run in results:
         models.setdefault(run.model, []).append(run)
@@ -162,7 +162,7 @@ def tables(results: list[Results]) -> list[Table]:
         return Cell(_accuracy(figures, {paper.STEPS}), _published(paper.RESULTS.get(model, {}).get(task)))
 
     def along(curve: paper.Curve, found: list[dict[int, dict[int, Figure]]], ends: set[int]) -> list[Cell]:
-        """The cells of a curve beside ``found``: of each run, by step or length, the figures by step."""
+        """The cells of a curve beside ``found``: of each run, by point, the figures by step; no ``ends``: the points are steps."""
         figures = {point: [_last(run[point]) for run in found if point in run] for point in curve.points}
         return [Cell(_accuracy(figures[point], ends or {point}), _published(value)) for point, value in curve.points.items()]
 

@@ -46,22 +46,34 @@ def sisa_attention(
     return torch.cat(list(starmap(_document, documents)), 1).to(dtype)
 
 
-def _document(q, k, v, b, c, log_decay, theta, lam: Tensor, mode: str) -> Tensor:
+def scores(
+    q: Tensor, k: Tensor, b: Tensor, c: Tensor, log_decay: Tensor, theta: Tensor, lam: Tensor, mode: str = "exact"
+) -> tuple[Tensor, Tensor]:
+    """The two terms of Eq. 2, whose sum is s_ij: ``q_i.k_j / sqrt(Dh)`` and the importance term, each fp64 [B, H, L, L].
+
+    Above the diagonal the first is -inf and the second 0. Arguments are those of :func:`sisa_attention`, with RoPE applied to q, k.
+    """
+    q, k, b, c, log_decay, theta, lam = (x.double() for x in (q, k, b, c, log_decay, theta, lam))
     L, H, Dh = q.shape[1:]
     g = log_decay.clamp(min=LOWEST_LOG_DECAY).cumsum(1)
     phase = theta.cumsum(1)
     b = rotate(b, phase.cos(), phase.sin())
-    k, v, b, g, phase = (x.repeat_interleave(H // k.shape[2], 2) for x in (k, v, b, g, phase))
+    k, b, g, phase = (x.repeat_interleave(H // k.shape[2], 2) for x in (k, b, g, phase))
     c = rotate(c, phase.cos(), phase.sin())
     if mode == "clamped":
         g = (g - (g[:, :1] + g[:, -1:]).detach() / 2).clamp(-CLAMP, CLAMP)
-    causal = torch.ones(L, L, dtype=torch.bool, device=q.device).tril()
+    above = torch.ones(L, L, dtype=torch.bool, device=q.device).triu(1)
     g = g.transpose(1, 2)
-    decay = (g[..., :, None] - g[..., None, :]).masked_fill(~causal, -math.inf).exp()
-    score = torch.einsum("bihd,bjhd->bhij", q, k) / math.sqrt(Dh)
-    score = score + lam[:, None, None] * decay * torch.einsum("bihd,bjhd->bhij", c, b)
-    weight = score.masked_fill(~causal, -math.inf).softmax(-1)
-    return torch.einsum("bhij,bjhd->bihd", weight, v)
+    decay = (g[..., :, None] - g[..., None, :]).masked_fill(above, -math.inf).exp()
+    content = torch.einsum("bihd,bjhd->bhij", q, k) / math.sqrt(Dh)
+    importance = lam[:, None, None] * decay * torch.einsum("bihd,bjhd->bhij", c, b)
+    return content.masked_fill(above, -math.inf), importance
+
+
+def _document(q, k, v, b, c, log_decay, theta, lam: Tensor, mode: str) -> Tensor:
+    content, importance = scores(q, k, b, c, log_decay, theta, lam, mode)
+    v = v.repeat_interleave(q.shape[2] // k.shape[2], 2)
+    return torch.einsum("bhij,bjhd->bihd", (content + importance).softmax(-1), v)
 
 
 def forgetting_attention(

@@ -1,4 +1,4 @@
-"""The command ``sisa``: prepare, train, compare, study, eval, plot, generate, convert, info, bench-report."""
+"""The command ``sisa``: prepare, train, compare, study, eval, plot, inspect, report, generate, convert, info, bench-report."""
 
 import subprocess
 import sys
@@ -15,11 +15,13 @@ from .checkpoint import load, make_folder_atomically, save
 from .compare import CompareConfig, compare
 from .evaluate import EvalConfig, evaluate
 from .generate import check_sampling, generate
+from .inspection import InspectConfig, inspect_run
 from .model import LanguageModel, count_parameters
 from .paper_checkpoint import load_paper_checkpoint
 from .plot_runs import PlotConfig, plot_runs
 from .prepare import PrepareConfig, prepare
 from .presets import preset_config, presets
+from .report import ReportConfig, report
 from .study import StudyConfig, run_study
 from .train import TrainConfig, find_device, newest_weights, read_encoder, train
 
@@ -143,6 +145,8 @@ COMMANDS: dict[str, Any] = {
     "study": StudyConfig,
     "eval": EvalConfig,
     "plot": PlotConfig,
+    "inspect": InspectConfig,
+    "report": ReportConfig,
     "generate": GenerateConfig,
     "convert": ConvertConfig,
     "info": InfoConfig,
@@ -155,6 +159,8 @@ RUNNERS: dict[type, Any] = {
     StudyConfig: run_study,
     EvalConfig: evaluate,
     PlotConfig: plot_runs,
+    InspectConfig: inspect_run,
+    ReportConfig: report,
     GenerateConfig: run_generate,
     ConvertConfig: run_convert,
     InfoConfig: run_info,

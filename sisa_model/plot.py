@@ -123,6 +123,72 @@ def plot_task(path: Path, runs: dict[str, list[Rows]], exams: dict[str, str], ti
     _finish(figure, path)
 
 
+def plot_heads(path: Path, title: str, layers: Rows, panels: dict[str, str]) -> None:
+    """Heat maps, layers by heads, of each field of ``layers`` that ``panels`` titles.
+
+    Half-lives have a log scale, changes one about 0, and both entropies the same.
+    """
+    heads, count = len(layers[0]["lam"]), len(layers)
+    columns, entropies = 3, ("entropy", "entropy_without")
+    lines = math.ceil(len(panels) / columns)
+    size = (max(3.4, 0.36 * heads + 1.4), max(2.0, 0.3 * count + 0.9))
+    figure, axes = plt.subplots(lines, columns, figsize=(columns * size[0], lines * size[1]), squeeze=False)
+    for axis, (field, label) in zip(axes.flat, panels.items()):
+        values = np.array([layer[field] for layer in layers])
+        fields = entropies if field in entropies else (field,)
+        low, high = (edge([layer[f] for layer in layers for f in fields]) for edge in (np.min, np.max))
+        scale: Any = matplotlib.colors.Normalize(low, max(high, 1.05 * low))  # so that rounding does not take all colours
+        if field == "half_life":
+            scale = matplotlib.colors.LogNorm(low, max(high, 10 * low))
+        elif field.endswith("_change"):
+            edge = max(abs(low), abs(high), 1e-9)
+            scale = matplotlib.colors.Normalize(-edge, edge)
+        image = axis.imshow(values, norm=scale, cmap="RdBu_r" if field.endswith("_change") else "viridis", aspect="auto")
+        figure.colorbar(image, ax=axis, fraction=0.05, pad=0.02, format="%g")
+        for (layer, head), value in np.ndenumerate(values):
+            text = f"{value:.0f}" if 100 <= value < 1e5 else f"{value:.2g}"
+            dark = np.dot(image.to_rgba(value)[:3], (0.3, 0.6, 0.1)) < 0.5
+            axis.text(head, layer, text, ha="center", va="center", fontsize=6, color="white" if dark else "black")
+        axis.set_xticks(range(heads), range(heads), fontsize=7)
+        axis.set_yticks(range(count), [layer["layer"] for layer in layers], fontsize=7)
+        axis.grid(visible=False)
+        axis.set(xlabel="head", ylabel="layer", title=label)
+    figure.suptitle(title, y=1.0, va="bottom")
+    _finish(figure, path)
+
+
+def plot_tables(path: Path, note: str, tables: list[tuple[str, tuple[str, ...], list[list[str]]]], missing: str) -> None:
+    """Tables one below the other under a note: each a title, its columns' titles and its rows, of which the first cell is a label.
+
+    Cells that begin with ``missing`` are grey.
+    """
+    row, letter, gap = 0.21, 0.073, 0.5  # inches: of a line, of a letter, between tables
+    grids = [[["", *columns], *rows] for _, columns, rows in tables]
+    widths = [[letter * (2 + max(len(line[n]) for line in grid)) for n in range(len(grid[0]))] for grid in grids]
+    head = row * (1 + note.count("\n"))
+    height = head + sum(row * len(grid) + gap for grid in grids)
+    width = max(map(sum, widths))
+    figure = plt.figure(figsize=(width, height))
+    figure.text(0, 1, note, va="top", linespacing=1.4)
+    top = height - head
+    for (title, _, _), grid, columns in zip(tables, grids, widths):
+        top -= row * len(grid) + gap
+        axis = figure.add_axes((0, top / height, sum(columns) / width, row * len(grid) / height))
+        axis.set_axis_off()
+        axis.set_title(title, loc="left", fontsize=10, weight="bold")
+        drawn = axis.table(
+            grid, colWidths=[w / sum(columns) for w in columns], cellLoc="left", bbox=matplotlib.transforms.Bbox.unit()
+        )
+        drawn.auto_set_font_size(False)
+        drawn.set_fontsize(8)
+        for (line, column), cell in drawn.get_celld().items():
+            cell.set(edgecolor="0.85", lw=0.5, facecolor="0.95" if 0 in (line, column) else "white")
+            if cell.get_text().get_text().startswith(missing):
+                cell.get_text().set_color("0.6")
+    write_atomically(path, lambda aside: figure.savefig(aside, dpi=130, format="png", bbox_inches="tight"))
+    plt.close(figure)
+
+
 def _curve(axis: Any, number: int, name: str, seeds: list[Rows], field: str) -> None:
     """The ``number``-th model's mean of ``field`` over seeds against step, in a band from minimum to maximum."""
     values = np.array([[row[field] for row in rows] for rows in seeds])

@@ -70,15 +70,23 @@ def plot_runs(config: PlotConfig) -> Path:
     """
     if config.out.suffix != ".png":
         raise ValueError(f"out must be a .png file, got {config.out}")
-    folders = [folder.resolve() for folder in config.runs]
-    if not folders or len(set(folders)) < len(folders):
-        raise ValueError(f"runs must name at least one run folder, each once, got {' '.join(map(str, config.runs))}")
-    unique = len({folder.name for folder in folders}) == len(folders)
-    runs = [_read(folder, folder.name if unique else str(given)) for folder, given in zip(folders, config.runs)]
+    runs = [_read(folder, name) for name, folder in name_runs(config.runs)]
     config.out.parent.mkdir(parents=True, exist_ok=True)
     _draw(config.out, runs)
     print(f"figure: {config.out}")
     return config.out
+
+
+def name_runs(runs: tuple[Path, ...]) -> list[tuple[str, Path]]:
+    """What to call each run folder, and its whole path: its name, or where two have the same, the path as given.
+
+    Raises ValueError for no run and for one named twice.
+    """
+    folders = [folder.resolve() for folder in runs]
+    if not folders or len(set(folders)) < len(folders):
+        raise ValueError(f"runs must name at least one run folder, each once, got {' '.join(map(str, runs))}")
+    unique = len({folder.name for folder in folders}) == len(folders)
+    return [(folder.name if unique else str(given), folder) for folder, given in zip(folders, runs)]
 
 
 def _read(folder: Path, name: str) -> RunRows:

@@ -1,6 +1,7 @@
 """SISA's attention layer, its controls, and its health: lambda, half-life, range of g."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -110,25 +111,37 @@ class Health:
     """Share of positions whose exponent "clamped" mode would clamp (0 in "exact" mode, which clamps nothing)."""
 
 
+def half_life(log_decay: Tensor) -> Tensor:
+    """Tokens until the importance of a key halves, ln 2 / mean(-log_decay), of each key head; log_decay [B, L, G] -> fp64 [G].
+
+    Where nothing decays it is 6.9e11.
+    """
+    return math.log(2) / -log_decay.double().mean((0, 1)).clamp(max=-1e-12)
+
+
 @torch.no_grad()
-def health(model: Any, input_ids: Tensor) -> list[Health]:
-    """The :class:`Health` of every SISA layer of ``model`` on ``input_ids`` [B, L]; empty for a model without one."""
-    found: list[Health] = []
-
-    def measure(attn: SisaAttention, args: tuple) -> None:
-        log_decay = attn.operands(args[0])[5]
-        g = log_decay.double().cumsum(1)
-        middle = (g[:, :1] + g[:, -1:]) / 2
-        clamped = ((g - middle).abs() > CLAMP).double().mean().item() if attn.mode == "clamped" else 0.0
-        rate = -log_decay.double().mean((0, 1))
-        half_life = (math.log(2) / rate.clamp(min=1e-12)).tolist()
-        found.append(Health(len(found), attn.lam().tolist(), half_life, (g[:, 0] - g[:, -1]).amax(0).tolist(), clamped))
-
-    hooks = [m.register_forward_pre_hook(measure) for m in model.modules() if isinstance(m, SisaAttention)]
+def visit_layers(model: Any, input_ids: Tensor, visit: Callable[[SisaAttention, Tensor, Context], None]) -> None:
+    """Run ``model`` on ``input_ids`` [B, L] and call ``visit(attention, normed input, context)`` at each SISA layer, in order."""
+    hooks = [m.register_forward_pre_hook(lambda m, args: visit(m, *args)) for m in model.modules() if isinstance(m, SisaAttention)]
     try:
         if hooks:
             model.hidden(input_ids)
     finally:
         for hook in hooks:
             hook.remove()
+
+
+def health(model: Any, input_ids: Tensor) -> list[Health]:
+    """The :class:`Health` of every SISA layer of ``model`` on ``input_ids`` [B, L]; empty for a model without one."""
+    found: list[Health] = []
+
+    def measure(attn: SisaAttention, x: Tensor, context: Context) -> None:
+        log_decay = attn.operands(x)[5]
+        g = log_decay.double().cumsum(1)
+        middle = (g[:, :1] + g[:, -1:]) / 2
+        clamped = ((g - middle).abs() > CLAMP).double().mean().item() if attn.mode == "clamped" else 0.0
+        lam, g_range = attn.lam().tolist(), (g[:, 0] - g[:, -1]).amax(0).tolist()
+        found.append(Health(len(found), lam, half_life(log_decay).tolist(), g_range, clamped))
+
+    visit_layers(model, input_ids, measure)
     return found

@@ -67,7 +67,7 @@ def test_info_lists_every_preset(capsys):
     assert "d_model            512" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("command", ["train", "compare", "study", "plot", "generate", "convert", "info"])
+@pytest.mark.parametrize("command", ["train", "compare", "study", "plot", "inspect", "report", "generate", "convert", "info"])
 def test_help_explains_every_flag(command, capsys):
     with pytest.raises(SystemExit) as done:
         main([command, "--help"])

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 MIN_CAPACITY = 64
+MAX_ROWS = 256  # new tokens whose dense scores are held at once
 
 
 def uniform(lengths: list[int]) -> int | None:
@@ -20,6 +21,19 @@ def write(buffer: Tensor, x: Tensor, lengths: list[int]) -> None:
         return
     for row, tokens, start in zip(buffer, x, lengths):
         row[:, start : start + T] = tokens
+
+
+def take(x: Tensor, starts: list[int], count: int) -> Tensor:
+    """A copy of each row's ``count`` entries from ``starts[r]`` on: [B, L, ...] -> [B, count, ...]."""
+    start = uniform(starts)
+    if start is not None:
+        return x[:, start : start + count].clone()
+    return torch.stack([row[start : start + count] for row, start in zip(x, starts)])
+
+
+def last(x: Tensor, lengths: list[int]) -> Tensor:
+    """A copy of each row's entry ``lengths[r] - 1``: [B, L, ...] -> [B, ...]."""
+    return take(x, [n - 1 for n in lengths], 1)[:, 0]
 
 
 def visible(lengths: list[int], new: int, device: torch.device) -> Tensor:

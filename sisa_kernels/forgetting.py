@@ -104,17 +104,16 @@ def forgetting_decode(
     cache.check({"k": k, "v": v, "g": g}, lengths)
     g = g + last(cache.buffers["g"].transpose(1, 2), cache.lengths)[:, None]
     held, T, work = cache.append(lengths, k=k, v=v, g=g), q.shape[1], work_dtype(q)
-    queries = q.transpose(1, 2).to(work)
-    keys, values = (cache.buffers[name][:, :, : max(held) + T].to(work) for name in ("k", "v"))
-    g_keys, hidden = cache.buffers["g"][:, :, None, : max(held) + T], ~visible(held, T, q.device)
+    queries, slots, gqa = q.transpose(1, 2).to(work), max(held) + T, q.shape[2] != k.shape[2]
+    keys, values = (cache.buffers[name][:, :, :slots].to(work) for name in ("k", "v"))
+    g_keys, hidden = cache.buffers["g"][:, :, None, :slots], ~visible(held, T, q.device)
     pieces = []
     with torch.autocast(q.device.type, enabled=False):
         for start in range(0, T, MAX_ROWS):
             rows = slice(start, start + MAX_ROWS)
             bias = (g[:, rows].transpose(1, 2)[..., None] - g_keys).to(work).masked_fill(hidden[:, :, rows], -math.inf)
-            gqa = q.shape[2] != k.shape[2]
             pieces.append(F.scaled_dot_product_attention(queries[:, :, rows], keys, values, attn_mask=bias, enable_gqa=gqa))
-    return torch.cat(pieces, 2).transpose(1, 2).to(q.dtype)
+        return torch.cat(pieces, 2).transpose(1, 2).to(q.dtype)
 
 
 def _documents(q, k, v, log_forget, rotary, cu_seqlens) -> Tensor:

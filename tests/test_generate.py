@@ -57,10 +57,10 @@ def test_filter_keeps_the_smallest_set_that_reaches_top_p():
     assert torch.equal(filter_logits(logits, 99, 1.0), logits)
 
 
-CACHED = (
-    "sisa-tiny-ds16", "sisa-tiny-ds32-nodecay", "sisa-tiny-ds32-norotation", "sisa-tiny-ds32-lambda0", "transformer-tiny",
-    "fox-tiny", "alibi-tiny", "mamba2-tiny", "mamba3-tiny", *(name for name in sm.presets() if name.startswith("hybrid") and "tiny" in name)
-)  # fmt: skip
+SISA = ("sisa-tiny-ds16", "sisa-tiny-ds32-nodecay", "sisa-tiny-ds32-norotation", "sisa-tiny-ds32-lambda0")
+RIVALS = ("transformer-tiny", "fox-tiny", "alibi-tiny", "mamba2-tiny", "mamba3-tiny")
+HYBRIDS = tuple(f"hybrid-{name}-tiny" for name in ("transformer", "sisa", "block", "head"))
+CACHED = (*SISA, *RIVALS, *HYBRIDS)
 
 
 def small(preset="sisa-tiny-ds16", **overrides):
@@ -98,9 +98,8 @@ def test_bf16_over_a_cache(preset):
     whole = model.float()(ids)
     plain = model.bfloat16()(ids)
     logits = torch.cat([model(piece, cache=cache) for piece in ids.split([20, *[1] * 24], 1)], 1)
-    held = cache.layers[0]
-    assert (held.state["h"] if preset.startswith("mamba") else held.buffers["k"].float()).dtype == torch.float32
-    assert preset.startswith("mamba") or held.buffers["k"].dtype == torch.bfloat16
+    held = cache.layers[0].state["h"] if preset.startswith("mamba") else cache.layers[0].buffers["k"]
+    assert held.dtype == (torch.float32 if preset.startswith("mamba") else torch.bfloat16)
     assert relative(logits, whole) <= 2 * relative(plain, whole), "no worse than twice what bf16 costs without a cache"
 
 
@@ -116,7 +115,7 @@ def test_a_cache_changes_no_token(preset):
         assert torch.equal(*outputs)
 
 
-@pytest.mark.parametrize("preset", [name for name in CACHED if name == "sisa-tiny-ds16" or "sisa-tiny-ds32" not in name])
+@pytest.mark.parametrize("preset", ["sisa-tiny-ds16", *RIVALS, *HYBRIDS])
 @pytest.mark.parametrize("use_cache", [True, False])
 def test_rows_of_unequal_prompts_are_continued_as_alone(preset, use_cache):
     model, lengths = small(preset, max_seq_len=20), [7, 1, 4]
@@ -137,6 +136,11 @@ def test_with_a_cache_the_model_sees_each_token_once(monkeypatch):
     seen.clear()
     sm.generate(model, prompt(), 6, use_cache=False)
     assert seen == [7, 8, 9, 10, 10, 10]
+
+
+def test_every_preset_has_a_cache():
+    with torch.device("meta"):
+        assert all(sm.build(preset).cache_refusal() is None for preset in sm.presets())
 
 
 def test_what_cannot_be_cached_is_said():

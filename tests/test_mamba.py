@@ -1,5 +1,6 @@
 """Mamba-2 and Mamba-3: the chunked scan and both mixers against step-by-step fp64 recurrences, the package's names, its kernels."""
 
+import dataclasses
 import math
 import sys
 
@@ -210,12 +211,20 @@ def test_the_state_begins_anew_at_each_document(family):
     assert not torch.allclose(packed, model(ids), atol=1e-3)
 
 
+def in_double(module):
+    """The mixer with every parameter in fp64."""
+    module.double()
+    for name in module.fp32:
+        getattr(module, name).data = getattr(module, name).double()
+    return module
+
+
 def continued(module, u, sizes, lengths=None):
     """The mixer's y of u in pieces over a cache, the last pieces of one token; and the cache."""
     cache = module.make_cache(len(u))
     first, *rest = u.split([*sizes, *[1] * (u.shape[1] - sum(sizes))], 1)
-    y = [module(first, Context((torch.empty(0), torch.empty(0)), lengths=lengths), cache)]
-    return torch.cat([*y, *(module(piece, context(), cache) for piece in rest)], 1), cache
+    beginning = dataclasses.replace(context(), lengths=lengths)
+    return torch.cat([module(first, beginning, cache), *(module(piece, context(), cache) for piece in rest)], 1), cache
 
 
 @pytest.mark.parametrize("sizes", [[1], [130, 1, 2, 70], [2, 65]], ids=str)
@@ -227,29 +236,24 @@ def test_pieces_over_a_cache_are_the_whole(family, sizes):
     y, cache = continued(module, u, sizes)
     assert relative(y, expected) < 3e-6
     assert worst_row(y, expected) < 1e-5
-    module.double()
-    for name in module.fp32:
-        getattr(module, name).data = getattr(module, name).double()
-    y, cache = continued(module, u.double(), sizes)
-    assert relative(y, expected) < 1e-13
+    module, u = in_double(module), u.double()
+    y, cache = continued(module, u, sizes)
+    assert relative(y, module(u, context())) < 1e-13
     assert cache.state["h"].dtype == torch.float64
 
 
 @pytest.mark.parametrize("family", MIXERS)
 @torch.no_grad()
 def test_rows_of_unequal_beginnings_go_on_from_their_last_token(family):
-    """Whatever stands behind it; rows shorter than the convolution, and longer than a chunk."""
-    module, u, lengths = mixer(family), torch.randn(5, 100, 32), [1, 2, 3, 70, 80]
-    padded = torch.cat((u[:, :80], 50 * torch.randn(5, 0, 32)), 1)
+    """Whatever stands behind it; rows shorter than the convolution, and longer than a chunk. In fp64, where no rounding hides."""
+    module, u, lengths = in_double(mixer(family)), 5 * torch.randn(5, 100, 32, dtype=torch.float64), [1, 2, 3, 70, 80]
+    y, cache = continued(module, u, [80, 5], lengths)
     for row, n in enumerate(lengths):
-        padded[row, n:] = 50.0
-    together = torch.cat((padded, u[:, 80:]), 1)
-    y, cache = continued(module, together, [80, 5], lengths)
-    for row, n in enumerate(lengths):
-        alone, single = continued(module, torch.cat((u[row, :n], u[row, 80:]))[None], [n])
-        assert relative(torch.cat((y[row, :n], y[row, 80:])), alone[0].double()) < 1e-6
+        real = [*range(n), *range(80, 100)]
+        alone, single = continued(module, u[row : row + 1, real], [n])
+        assert relative(y[row, real], alone[0]) < 1e-13
         for name, state in single.state.items():
-            assert relative(cache.state[name][row], state[0].double()) < 1e-6, name
+            assert relative(cache.state[name][row], state[0]) < 1e-13, name
 
 
 @pytest.mark.parametrize("family", MIXERS)

@@ -38,8 +38,8 @@ def last(x: Tensor, lengths: list[int]) -> Tensor:
 
 def visible(lengths: list[int], new: int, device: torch.device) -> Tensor:
     """Which slots each of ``new`` tokens behind ``lengths`` sees: itself and all before, bool [B, 1, new, max(lengths) + new]."""
-    last = torch.tensor(lengths, device=device)[:, None] + torch.arange(new, device=device)
-    return (torch.arange(max(lengths) + new, device=device) <= last[..., None])[:, None]
+    own = torch.tensor(lengths, device=device)[:, None] + torch.arange(new, device=device)
+    return (torch.arange(max(lengths) + new, device=device) <= own[..., None])[:, None]
 
 
 def check_lengths(lengths: list[int], held: list[int], length: int) -> None:

@@ -98,10 +98,11 @@ def forgetting_decode(
     check_forgetting(q, k, v, log_forget, None, None)
     refuse_gradients({"q": q, "log_forget": log_forget})
     g = cumulative_decay(log_forget)
-    if not any(cache.lengths):
-        cache.append(lengths, k=k, v=v, g=g)
-        return forgetting_attention(q, k, v, log_forget)
     cache.check({"k": k, "v": v, "g": g}, lengths)
+    if not any(cache.lengths):
+        y = forgetting_attention(q, k, v, log_forget)
+        cache.append(lengths, k=k, v=v, g=g)
+        return y
     g = g + last(cache.buffers["g"].transpose(1, 2), cache.lengths)[:, None]
     held, T, work = cache.append(lengths, k=k, v=v, g=g), q.shape[1], work_dtype(q)
     queries, slots, gqa = q.transpose(1, 2).to(work), max(held) + T, q.shape[2] != k.shape[2]

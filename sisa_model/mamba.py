@@ -47,12 +47,19 @@ class StateCache:
         self.batch = batch
         self.state: dict[str, Tensor] = {}
 
+    def check(self, batch: int, dtype: torch.dtype, device: torch.device) -> None:
+        """Refuse tokens that the state cannot take."""
+        if batch != self.batch:
+            raise ValueError(f"x must have the cache's batch of {self.batch}, got {batch}")
+        if self.state and (dtype, device) != (held := (self.state["h"].dtype, self.state["h"].device)):
+            raise ValueError(f"x must give a state in {held[0]} on {held[1]} as in the cache, got {dtype} on {device}")
+
 
 class Mixer(Fp32Parameters):
     """What Mamba-2 and Mamba-3 share: a projection in, each document for itself, a projection out; the step's bias and D."""
 
     state_sizes: dict[str, tuple[int, ...]]
-    """What the tokens so far leave to later ones: zeros before the first."""
+    """[*size] by name of what the tokens so far leave to later ones."""
 
     def __init__(self, config: ModelConfig, expand: int, **sizes: int):
         super().__init__()
@@ -93,14 +100,13 @@ class Mixer(Fp32Parameters):
         raise NotImplementedError
 
     def state(self, projected: Tensor, cache: StateCache | None) -> dict[str, Tensor]:
-        """What the tokens before left in ``cache``; ValueError for tokens of another batch, dtype or device."""
-        given = len(projected), torch.promote_types(projected.dtype, torch.float32), projected.device
-        if cache is not None and cache.state:
-            held = cache.batch, cache.state["h"].dtype, cache.state["h"].device
-            if given != held:
-                raise ValueError(f"x must be of the cache's batch, dtype and device {held}, got {given}")
-            return cache.state
-        return {name: projected.new_zeros(given[0], *size, dtype=given[1]) for name, size in self.state_sizes.items()}
+        """What the tokens before left in ``cache``, zeros where there were none."""
+        batch, dtype = len(projected), torch.promote_types(projected.dtype, torch.float32)
+        if cache is not None:
+            cache.check(batch, dtype, projected.device)
+            if cache.state:
+                return cache.state
+        return {name: projected.new_zeros(batch, *size, dtype=dtype) for name, size in self.state_sizes.items()}
 
     def steps(self, dt: Tensor, lengths: list[int] | None) -> Tensor:
         """The steps [B, L, H] > 0 of their projections dt, and 0 behind a row's ``lengths[r]``: such a token changes no state."""

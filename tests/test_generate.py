@@ -127,8 +127,9 @@ def test_rows_of_unequal_prompts_are_continued_as_alone(preset, use_cache):
         assert torch.equal(together[row, 7:], alone[0, n:])
 
 
-def test_with_a_cache_the_model_sees_each_token_once(monkeypatch):
-    model, seen = small(max_seq_len=10), []
+@pytest.mark.parametrize("preset", ["sisa-tiny-ds16", *RIVALS, *HYBRIDS])
+def test_with_a_cache_the_model_sees_each_token_once(preset, monkeypatch):
+    model, seen = small(preset, max_seq_len=10), []
     real = model.hidden
     monkeypatch.setattr(model, "hidden", lambda ids, **kwargs: seen.append(ids.shape[1]) or real(ids, **kwargs))
     sm.generate(model, prompt(), 6)

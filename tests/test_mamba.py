@@ -278,9 +278,11 @@ def test_a_cache_is_for_the_same_rows(family):
     module, u = mixer(family), torch.randn(2, 5, 32)
     _, cache = continued(module, u, [4])
     before = dict(cache.state)
-    for wrong, dtype in ((u[:1], torch.float32), (u.double(), torch.float64)):
-        with pytest.raises(ValueError, match="x must be of the cache's batch, dtype and device"):
-            module.to(dtype)(wrong, context(), cache)
+    for held in (cache, module.make_cache(2)):
+        with pytest.raises(ValueError, match="x must have the cache's batch of 2, got 1"):
+            module(u[:1], context(), held)
+    with pytest.raises(ValueError, match=r"a state in torch\.float32 on cpu as in the cache, got torch\.float64 on cpu"):
+        module.double()(u.double(), context(), cache)
     assert all(cache.state[name] is t for name, t in before.items())
     with pytest.raises(ValueError, match="batch must be at least 1, got 0"):
         module.make_cache(0)

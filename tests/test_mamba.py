@@ -227,11 +227,11 @@ def continued(module, u, sizes, lengths=None):
     return torch.cat([module(first, beginning, cache), *(module(piece, context(), cache) for piece in rest)], 1), cache
 
 
-@pytest.mark.parametrize("sizes", [[1], [130, 1, 2, 70], [2, 65]], ids=str)
+@pytest.mark.parametrize("sizes", [[1], [70, 1, 2, 66], [2, 65]], ids=str)
 @pytest.mark.parametrize("family", MIXERS)
 @torch.no_grad()
 def test_pieces_over_a_cache_are_the_whole(family, sizes):
-    module, u = mixer(family), torch.randn(2, 257, 32)
+    module, u = mixer(family), torch.randn(2, 150, 32)
     expected = ORACLES[family](u.double(), *(dict(module.named_parameters())[name].double() for name in ORDER[family]))
     y, cache = continued(module, u, sizes)
     assert relative(y, expected) < 3e-6

@@ -5,7 +5,7 @@ from .attention import backends, sisa_attention
 from .augment import augment_qk
 from .cache import TokenCache
 from .decode import SisaCache, sisa_decode
-from .forgetting import alibi_slopes, forgetting_attention
+from .forgetting import alibi_slopes, forgetting_attention, forgetting_decode
 from .version import __version__
 
 __all__ = [
@@ -16,6 +16,7 @@ __all__ = [
     "augment_qk",
     "backends",
     "forgetting_attention",
+    "forgetting_decode",
     "reference",
     "sisa_attention",
     "sisa_decode",

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 MIN_CAPACITY = 64
+MAX_ROWS = 256  # new tokens whose dense scores are held at once
 
 
 def uniform(lengths: list[int]) -> int | None:
@@ -22,10 +23,23 @@ def write(buffer: Tensor, x: Tensor, lengths: list[int]) -> None:
         row[:, start : start + T] = tokens
 
 
+def take(x: Tensor, starts: list[int], count: int) -> Tensor:
+    """A copy of each row's ``count`` entries from ``starts[r]`` on: [B, L, ...] -> [B, count, ...]."""
+    start = uniform(starts)
+    if start is not None:
+        return x[:, start : start + count].clone()
+    return torch.stack([row[start : start + count] for row, start in zip(x, starts)])
+
+
+def last(x: Tensor, lengths: list[int]) -> Tensor:
+    """A copy of each row's entry ``lengths[r] - 1``: [B, L, ...] -> [B, ...]."""
+    return take(x, [n - 1 for n in lengths], 1)[:, 0]
+
+
 def visible(lengths: list[int], new: int, device: torch.device) -> Tensor:
     """Which slots each of ``new`` tokens behind ``lengths`` sees: itself and all before, bool [B, 1, new, max(lengths) + new]."""
-    last = torch.tensor(lengths, device=device)[:, None] + torch.arange(new, device=device)
-    return (torch.arange(max(lengths) + new, device=device) <= last[..., None])[:, None]
+    own = torch.tensor(lengths, device=device)[:, None] + torch.arange(new, device=device)
+    return (torch.arange(max(lengths) + new, device=device) <= own[..., None])[:, None]
 
 
 def check_lengths(lengths: list[int], held: list[int], length: int) -> None:

@@ -14,11 +14,9 @@ from torch import Tensor
 
 from .attention import sisa_attention
 from .augment import cumulative_decay, register, work_dtype
-from .cache import TokenCache, refuse_gradients, uniform, visible, write
+from .cache import MAX_ROWS, TokenCache, last, refuse_gradients, visible, write
 from .checks import DTYPES, Rotary, check_attention, check_tensor
 from .reference import rotate
-
-MAX_ROWS = 256  # new tokens whose dense scores are held at once
 
 
 class SisaCache(TokenCache):
@@ -88,10 +86,7 @@ def _step(
 ) -> Tensor:  # fmt: skip
     """:func:`decode_eager` of any number T of new tokens, T * (max(lengths) + T) scores a head."""
     T, work = q.shape[1], work_dtype(q)
-    held = uniform(lengths)
-    rows = torch.arange(len(lengths), device=q.device)
-    g_before = g_cache[rows, :, torch.tensor(lengths, device=q.device) - 1] if held is None else g_cache[:, :, held - 1]
-    g = g_before[:, None] + cumulative_decay(log_decay)
+    g = last(g_cache.transpose(1, 2), lengths)[:, None] + cumulative_decay(log_decay)
     phases = _wrap(phase[:, None] + theta.double().cumsum(1))
     phase.copy_(phases[:, -1])
     for buffer, x in zip((k_cache, b_cache, v_cache, g_cache), (*_rotated_keys(k, b, phases, cos, sin), v, g)):
@@ -199,8 +194,7 @@ def sisa_decode(
             phases = _wrap(theta.double().cumsum(1))
             k, b = _rotated_keys(k, b, phases, cos, sin)
             cache.append(lengths, k=k, v=v, b=b, g=cumulative_decay(log_decay))
-            rows = torch.arange(len(cache.lengths), device=q.device)
-            cache.phase = phases[rows, torch.tensor(cache.lengths, device=q.device) - 1]
+            cache.phase = last(phases, cache.lengths)
             return y
         assert cache.phase is not None
         cache.reserve({"k": k, "v": v, "b": b, "g": log_decay.double()})

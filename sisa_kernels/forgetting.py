@@ -15,6 +15,7 @@ from torch import Tensor
 
 from . import sdpa
 from .augment import cumulative_decay, no_second_derivative, refuse_forward_mode, work_dtype
+from .cache import MAX_ROWS, TokenCache, last, refuse_gradients, visible
 from .checks import Rotary, check_forgetting
 from .reference import rotate
 
@@ -69,6 +70,51 @@ def forgetting_attention(
         with torch.autocast(q.device.type, enabled=False):
             return _documents(q, k, v, log_forget, rotary, cu_seqlens)
     return _documents(q, k, v, log_forget, rotary, cu_seqlens)
+
+
+def forgetting_decode(
+    q: Tensor, k: Tensor, v: Tensor, log_forget: Tensor, cache: TokenCache, *, lengths: list[int] | None = None
+) -> Tensor:
+    """Append T new tokens to ``cache`` and return their attention over all it then holds: :func:`forgetting_attention`, continued.
+
+    The cache holds k, v and g: a score's bias ``g_i - g_j`` is formed when it is used, from running sums in fp64 (8 bytes a token
+    and query head). The first tokens run through :func:`forgetting_attention`; T tokens over n take T (n + T) scores a head.
+
+    Args:
+        q, k, v, log_forget: as in :func:`forgetting_attention`, [B, T, heads(, channels)]; B, the heads, the widths, the dtype
+            and the device stay those of the first call.
+        cache: a :class:`TokenCache` of B sequences, changed in place; after an error it is as it was.
+        lengths: for prompts of unequal length, into an empty cache: row r's tokens are its first ``lengths[r]``, the rest is
+            (finite) padding on the right, whose results mean nothing.
+
+    Returns:
+        y [B, T, H, Dv] in q's dtype, without a gradient.
+
+    Raises:
+        TypeError, ValueError: as :func:`forgetting_attention` and :meth:`TokenCache.append`, the latter for q, too.
+    """
+    if not isinstance(cache, TokenCache):
+        raise TypeError(f"cache must be a sisa_kernels.TokenCache, got {type(cache).__name__}")
+    check_forgetting(q, k, v, log_forget, None, None)
+    refuse_gradients({"q": q, "log_forget": log_forget})
+    g = cumulative_decay(log_forget)
+    cache.check({"k": k, "v": v, "g": g}, lengths)
+    if not any(cache.lengths):
+        y = forgetting_attention(q, k, v, log_forget)
+        cache.append(lengths, k=k, v=v, g=g)
+        return y
+    g = g + last(cache.buffers["g"].transpose(1, 2), cache.lengths)[:, None]
+    held, T, work = cache.append(lengths, k=k, v=v, g=g), q.shape[1], work_dtype(q)
+    queries, slots, gqa = q.transpose(1, 2).to(work), max(held) + T, q.shape[2] != k.shape[2]
+    keys, values = (cache.buffers[name][:, :, :slots].to(work) for name in ("k", "v"))
+    g_keys, hidden = cache.buffers["g"][:, :, None, :slots], ~visible(held, T, q.device)
+    pieces = []
+    with torch.autocast(q.device.type, enabled=False):
+        for start in range(0, T, MAX_ROWS):
+            rows = slice(start, start + MAX_ROWS)
+            bias = (g[:, rows].transpose(1, 2)[..., None] - g_keys).to(work).masked_fill(hidden[:, :, rows], -math.inf)
+            pieces.append(F.scaled_dot_product_attention(queries[:, :, rows], keys, values, attn_mask=bias, enable_gqa=gqa))
+        return torch.cat(pieces, 2).transpose(1, 2).to(q.dtype)
 
 
 def _documents(q, k, v, log_forget, rotary, cu_seqlens) -> Tensor:

@@ -8,6 +8,7 @@
 """
 
 from collections.abc import Callable
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -32,8 +33,14 @@ class HeadMix(nn.Module):
         self.norm = nn.RMSNorm(config.d_model, eps=1e-6)
         self.W_O = nn.Linear(config.d_model, config.d_model, bias=False)
 
-    def forward(self, x: Tensor, context: Context) -> Tensor:
-        return self.W_O((self.norm(self.attn(x, context)) + self.ssd(x, context)) / 2)
+    def make_cache(self, batch: int) -> tuple[Any, ...]:
+        """An empty cache of ``batch`` sequences for each kind of heads; ValueError where the attention has none."""
+        kinds: list[Any] = [self.attn, self.ssd]
+        return tuple(heads.make_cache(batch) for heads in kinds)
+
+    def forward(self, x: Tensor, context: Context, cache: tuple[Any, ...] | None = None) -> Tensor:
+        attn, ssd = cache or (None, None)
+        return self.W_O((self.norm(self.attn(x, context, attn)) + self.ssd(x, context, ssd)) / 2)
 
 
 def make_layer(kind: str, attention: Callable[[ModelConfig], nn.Module], config: ModelConfig) -> nn.Module:

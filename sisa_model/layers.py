@@ -24,11 +24,11 @@ class Context:
 class ModelCache:
     """What a model keeps of the tokens so far, so that each more costs one step; made by ``model.make_cache(batch)``.
 
-    A mixer (``Layer.mixer``) that can decode has ``make_cache(batch) -> cache``, empty, taking device and dtype from what comes,
-    and ``forward(x, context, cache=None)``. Given a cache, x [B, T, D] are tokens that follow those in the cache: the mixer
-    returns what it would for them at the end of the whole sequence, and appends them to the cache in place. Where
-    ``context.lengths`` is given (with the first tokens only) row r goes on from its own token ``lengths[r] - 1``. A mixer that
-    cannot decode raises ValueError in ``make_cache``, saying why, or has none.
+    A mixer (``layer.mixer``) has ``make_cache(batch) -> cache``, empty, taking device and dtype from what comes, and
+    ``forward(x, context, cache=None)``. Given a cache, x [B, T, D] are tokens that follow those in the cache: the mixer returns
+    what it would for them at the end of the whole sequence, and appends them to the cache in place. Where ``context.lengths`` is
+    given (with the first tokens only) row r goes on from its own token ``lengths[r] - 1``. A mixer that cannot decode raises
+    ValueError in ``make_cache``, saying why.
     """
 
     layers: list[Any]
@@ -172,6 +172,5 @@ class Layer(nn.Module):
         return self.attn
 
     def forward(self, x: Tensor, context: Context, cache: Any = None) -> Tensor:
-        normed = self.attn_norm(x)
-        x = x + (self.attn(normed, context) if cache is None else self.attn(normed, context, cache))
+        x = x + self.attn(self.attn_norm(x), context, cache)
         return x + self.ffn(self.ffn_norm(x))

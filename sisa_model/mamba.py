@@ -3,6 +3,8 @@
 Parameters have the package's names and shapes, so that weights move between the two. On CUDA in bf16 its kernels run where it is
 installed (:mod:`mamba_kernels`); elsewhere the same mathematics in plain PyTorch, between the projections in fp32 (fp64 for fp64
 weights). E = expand * D inner channels, P = head_dim, H = E / P heads, N = mamba_state, one group of B and C.
+
+Over a cache it is plain PyTorch everywhere, a step being the chunked scan of one token: the kernels take and leave no state.
 """
 
 import contextlib
@@ -12,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sisa_kernels.cache import last, take
 from sisa_kernels.reference import rotate
 
 from .config import ModelConfig
@@ -31,8 +34,32 @@ def wide(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
+class StateCache:
+    """What a mixer keeps of the tokens so far, for ``batch`` sequences: one state, of a size that does not grow with them.
+
+    ``state`` has the mixer's ``state_sizes``, [B, *size] by name, in fp32 (fp64 for fp64 weights; a phase always); empty at
+    first. Raises ValueError for a batch below 1.
+    """
+
+    def __init__(self, batch: int):
+        if batch < 1:
+            raise ValueError(f"batch must be at least 1, got {batch}")
+        self.batch = batch
+        self.state: dict[str, Tensor] = {}
+
+    def check(self, batch: int, dtype: torch.dtype, device: torch.device) -> None:
+        """Refuse tokens that the state cannot take."""
+        if batch != self.batch:
+            raise ValueError(f"x must have the cache's batch of {self.batch}, got {batch}")
+        if self.state and (dtype, device) != (held := (self.state["h"].dtype, self.state["h"].device)):
+            raise ValueError(f"x must give a state in {held[0]} on {held[1]} as in the cache, got {dtype} on {device}")
+
+
 class Mixer(Fp32Parameters):
     """What Mamba-2 and Mamba-3 share: a projection in, each document for itself, a projection out; the step's bias and D."""
+
+    state_sizes: dict[str, tuple[int, ...]]
+    """[*size] by name of what the tokens so far leave to later ones."""
 
     def __init__(self, config: ModelConfig, expand: int, **sizes: int):
         super().__init__()
@@ -52,18 +79,42 @@ class Mixer(Fp32Parameters):
         self.dt_bias.copy_(step + torch.log(-torch.expm1(-step)))
         nn.init.ones_(self.D)
 
-    def forward(self, x: Tensor, context: Context) -> Tensor:
+    def make_cache(self, batch: int) -> StateCache:
+        """An empty cache of ``batch`` sequences."""
+        return StateCache(batch)
+
+    def forward(self, x: Tensor, context: Context, cache: StateCache | None = None) -> Tensor:
         projected = linear(x, self.in_proj.weight)
         lengths = [x.shape[1]] if context.cu_seqlens is None else context.cu_seqlens.diff().tolist()
         device = x.device.type
         lowered = device != "meta" and torch.is_autocast_enabled(device)  # autocast would round what the mixers keep in fp32
         with torch.autocast(device, enabled=False) if lowered else contextlib.nullcontext():
-            y = torch.cat([self.mix(document) for document in projected.split(lengths, 1)], 1)
-        return self.out_proj(y.to(projected.dtype))
+            pieces = [self.mix(document, cache, context.lengths) for document in projected.split(lengths, 1)]
+        return self.out_proj(torch.cat(pieces, 1).to(projected.dtype))
 
-    def mix(self, projected: Tensor) -> Tensor:
-        """The gated output [B, L, E] of one document's projections [B, L, sum(sizes)]."""
+    def mix(self, projected: Tensor, cache: StateCache | None = None, lengths: list[int] | None = None) -> Tensor:
+        """The gated output [B, L, E] of one document's projections [B, L, sum(sizes)], of which ``cache`` holds the beginning.
+
+        The cache's state becomes that after the document: of row r after its first ``lengths[r]`` tokens.
+        """
         raise NotImplementedError
+
+    def state(self, projected: Tensor, cache: StateCache | None) -> dict[str, Tensor]:
+        """What the tokens before left in ``cache``, zeros where there were none."""
+        batch, dtype = len(projected), torch.promote_types(projected.dtype, torch.float32)
+        if cache is not None:
+            cache.check(batch, dtype, projected.device)
+            if cache.state:
+                return cache.state
+        return {name: projected.new_zeros(batch, *size, dtype=dtype) for name, size in self.state_sizes.items()}
+
+    def steps(self, dt: Tensor, lengths: list[int] | None) -> Tensor:
+        """The steps [B, L, H] > 0 of their projections dt, and 0 behind a row's ``lengths[r]``: such a token changes no state."""
+        dt = F.softplus(wide(dt) + self.dt_bias)
+        if lengths is None:
+            return dt
+        real = torch.arange(dt.shape[1], device=dt.device) < torch.tensor(lengths, device=dt.device)[:, None]
+        return dt * real[..., None]
 
     def parts(self, projected: Tensor) -> tuple[Tensor, ...]:
         """The projections apart, in the order of ``sizes``."""
@@ -86,6 +137,7 @@ class Mamba2(Mixer):
         E, N = expand * config.d_model, config.mamba_state
         super().__init__(config, expand, z=E, xBC=E + 2 * N, dt=E // config.head_dim)
         channels = self.sizes["xBC"]
+        self.state_sizes = {"xBC": (CONV - 1, channels), "h": (self.n_heads, N, self.head_dim)}
         self.conv1d = nn.Conv1d(channels, channels, CONV, groups=channels)
         self.A_log = nn.Parameter(torch.empty(self.n_heads, dtype=torch.float32))
         self.norm = nn.RMSNorm(E, eps=NORM_EPS)
@@ -96,20 +148,27 @@ class Mamba2(Mixer):
         self.conv1d.reset_parameters()
         self.A_log.uniform_(*A_RANGE).log_()
 
-    def mix(self, projected: Tensor) -> Tensor:
+    def mix(self, projected: Tensor, cache: StateCache | None = None, lengths: list[int] | None = None) -> Tensor:
         z, xBC, dt = self.parts(projected)
-        kernels = kernels_for(projected)
-        xBC = F.silu(self.convolve(xBC if kernels else wide(xBC)))
-        x, B, C = xBC.split([self.d_inner, self.d_state, self.d_state], -1)
-        dt, A = F.softplus(wide(dt) + self.dt_bias), -self.A_log.exp()
+        dt, A = self.steps(dt, lengths), -self.A_log.exp()
+        kernels = kernels_for(projected) if cache is None else None
+        state = self.state(projected, cache)
+        xBC = xBC if kernels else wide(xBC)
+        xBC = torch.cat((state["xBC"].to(xBC.dtype), xBC), 1)
+        x, B, C = F.silu(self.convolve(xBC)).split([self.d_inner, self.d_state, self.d_state], -1)
         x, B, C = self.heads(x), B[:, :, None], C[:, :, None]
-        y = kernels.mamba2(x, dt, A, B, C, chunk_size=256, D=self.D) if kernels else ssd(x, dt, A, B, C, self.D)
+        if kernels:
+            y = kernels.mamba2(x, dt, A, B, C, chunk_size=256, D=self.D)
+        else:
+            y, h = ssd(x, dt, A, B, C, self.D, state["h"])
+            if cache is not None:
+                cache.state = {"xBC": take(xBC, lengths or [x.shape[1]] * len(x), CONV - 1), "h": h}
         return F.rms_norm(wide(y).flatten(2) * F.silu(wide(z)), (self.d_inner,), wide(self.norm.weight), NORM_EPS)
 
     def convolve(self, x: Tensor) -> Tensor:
-        """Each channel of x [B, L, channels] over its last 4 tokens, zeros before the first."""
+        """Each channel of x over 4 tokens, [B, 3 + L, channels] -> [B, L, channels]."""
         weight, bias = (p.to(x.dtype) for p in self.conv1d.parameters())
-        return F.conv1d(F.pad(x.transpose(1, 2), (CONV - 1, 0)), weight, bias, groups=x.shape[-1]).transpose(1, 2)
+        return F.conv1d(x.transpose(1, 2), weight, bias, groups=x.shape[-1]).transpose(1, 2)
 
 
 class Mamba3(Mixer):
@@ -127,6 +186,7 @@ class Mamba3(Mixer):
         E, N = expand * config.d_model, config.mamba_state
         H = E // config.head_dim
         super().__init__(config, expand, z=E, x=E, B=N, C=N, dt=H, A=H, trap=H, angle=N // 4)
+        self.state_sizes = {"phase": (H, N // 4), "h": (H, N, self.head_dim), "k": (H, N), "x": (H, self.head_dim)}
         self.B_bias = nn.Parameter(torch.empty(H, 1, N, dtype=torch.float32))
         self.C_bias = nn.Parameter(torch.empty(H, 1, N, dtype=torch.float32))
         self.B_norm = nn.RMSNorm(N, eps=NORM_EPS)
@@ -138,21 +198,26 @@ class Mamba3(Mixer):
         nn.init.ones_(self.B_bias)
         nn.init.ones_(self.C_bias)
 
-    def mix(self, projected: Tensor) -> Tensor:
+    def mix(self, projected: Tensor, cache: StateCache | None = None, lengths: list[int] | None = None) -> Tensor:
         z, x, B, C, dt, A, trap, angle = self.parts(projected)
         z, x = self.heads(z), self.heads(x)
-        dt, A = F.softplus(wide(dt) + self.dt_bias), (-F.softplus(wide(A))).clamp(max=-A_FLOOR)
+        dt, A = self.steps(dt, lengths), (-F.softplus(wide(A))).clamp(max=-A_FLOOR)
         B, C = (
             F.rms_norm(wide(t), (self.d_state,), wide(norm.weight), NORM_EPS)[:, :, None]
             for t, norm in ((B, self.B_norm), (C, self.C_norm))
         )
         B_bias, C_bias = self.B_bias.squeeze(1), self.C_bias.squeeze(1)
-        if kernels := kernels_for(projected, powers_of_two=(self.d_state, self.head_dim)):
+        if cache is None and (kernels := kernels_for(projected, powers_of_two=(self.d_state, self.head_dim))):
             angles = angle.float()[:, :, None].expand(-1, -1, self.n_heads, -1)
             steps = ((A * dt).transpose(1, 2), dt.transpose(1, 2), trap.transpose(1, 2))
             y = kernels.mamba3(C, B, x, *steps, C_bias, B_bias, angles, D=self.D, Z=z, chunk_size=64)
         else:
-            y = siso(C + C_bias, B + B_bias, wide(x), A * dt, dt, wide(trap), wide(angle), self.D) * F.silu(wide(z))
+            state = self.state(projected, cache)
+            y, state = siso(C + C_bias, B + B_bias, wide(x), A * dt, dt, wide(trap), wide(angle), self.D, state)
+            y = y * F.silu(wide(z))
+            if cache is not None:
+                ends = lengths or [x.shape[1]] * len(x)
+                cache.state = {name: t if name == "h" else last(t, ends) for name, t in state.items()}
         return y.flatten(2)
 
 
@@ -164,28 +229,39 @@ class MambaBlock(nn.Module):
         self.norm = nn.RMSNorm(d_model, eps=1e-6)
         self.mixer = mixer
 
-    def forward(self, x: Tensor, context: Context) -> Tensor:
-        return x + self.mixer(self.norm(x), context)
+    def forward(self, x: Tensor, context: Context, cache: StateCache | None = None) -> Tensor:
+        return x + self.mixer(self.norm(x), context, cache)
 
 
-def ssd(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor) -> Tensor:
-    """Mamba-2's recurrence: x [B, L, H, P], dt [B, L, H] > 0, A [H] < 0, B and C [B, L, 1, N], D [H] -> [B, L, H, P]."""
+def ssd(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
+    """Mamba-2's recurrence: x [B, L, H, P], dt [B, L, H] > 0, A [H] < 0, B and C [B, L, 1, N], D [H] -> y [B, L, H, P].
+
+    Goes on from the state h [B, H, N, P], and returns the last one, too.
+    """
     now = dt * (C * B).sum(-1) + D
-    return decayed_scan(C, B, dt[..., None] * x, dt * A) + now[..., None] * x
+    y, h = decayed_scan(C, B, dt[..., None] * x, dt * A, h)
+    return y + now[..., None] * x, h
 
 
-def siso(q: Tensor, k: Tensor, x: Tensor, log_decay: Tensor, dt: Tensor, trap: Tensor, angle: Tensor, D: Tensor) -> Tensor:
-    """Mamba-3's recurrence: q, k [B, L, H, N] unrotated, x [B, L, H, P] -> [B, L, H, P].
+def siso(
+    q: Tensor, k: Tensor, x: Tensor, log_decay: Tensor, dt: Tensor, trap: Tensor, angle: Tensor, D: Tensor, state: dict[str, Tensor]
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Mamba-3's recurrence: q, k [B, L, H, N] unrotated, x [B, L, H, P] -> y [B, L, H, P].
 
     log_decay, dt and trap (before its sigmoid) [B, L, H]; angle (before pi tanh) [B, L, S], shared by the heads; D [H].
+    Goes on from ``state``: h [B, H, N, P] and the last token's phase [B, H, S], k (rotated) [B, H, N] and x [B, H, P]. Returns,
+    too, the last h, and phase, k and x of every token.
     """
     lam = trap.sigmoid()
-    now = lam * dt
+    now, later = lam * dt, (1 - lam) * dt
     # Token s enters the state twice: by its own step, and by the next token's, whose trapezoid begins at s.
-    weight = now + F.pad(((1 - lam) * dt)[:, 1:], (0, 0, 0, 1))
+    weight = now + F.pad(later[:, 1:], (0, 0, 0, 1))
+    h = state["h"] + later[:, 0, :, None, None] * state["k"][..., None] * state["x"][..., None, :]
     skip = now * (q * k).sum(-1) + D  # a token's own product is free of the rotation
     # Summed in fp64 and wrapped to one turn, so that the phase keeps its bits at any length.
-    phase = (dt[..., None].double() * (math.pi * angle.tanh())[:, :, None]).cumsum(1).remainder(2 * math.pi).to(x.dtype)
-    width, cos, sin = 2 * angle.shape[-1], phase.cos(), phase.sin()
+    turns = (dt[..., None].double() * (math.pi * angle.tanh())[:, :, None]).cumsum(1)
+    phase = (state["phase"][:, None] + turns).remainder(2 * math.pi)
+    width, cos, sin = 2 * angle.shape[-1], phase.to(x.dtype).cos(), phase.to(x.dtype).sin()
     q, k = (torch.cat((rotate(t[..., :width], cos, sin), t[..., width:]), -1) for t in (q, k))
-    return decayed_scan(q, k, weight[..., None] * x, log_decay) + skip[..., None] * x
+    y, h = decayed_scan(q, k, weight[..., None] * x, log_decay, h)
+    return y + skip[..., None] * x, {"phase": phase, "h": h, "k": k, "x": x}

@@ -64,11 +64,8 @@ class LanguageModel(nn.Module):
 
     def make_cache(self, batch: int) -> ModelCache:
         """An empty cache of ``batch`` sequences; ValueError where a layer cannot decode with one, saying why."""
-        mixers: list[Any] = [layer.mixer for layer in self.layers]
-        for mixer in mixers:
-            if not hasattr(mixer, "make_cache"):
-                raise ValueError(f"{type(mixer).__name__} has no cache")
-        return ModelCache([mixer.make_cache(batch) for mixer in mixers], [0] * batch)
+        layers: list[Any] = list(self.layers)
+        return ModelCache([layer.mixer.make_cache(batch) for layer in layers], [0] * batch)
 
     def cache_refusal(self) -> str | None:
         """Why the model cannot decode with a cache, or None."""

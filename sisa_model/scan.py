@@ -7,17 +7,20 @@ from torch import Tensor
 CHUNK = 64
 
 
-def decayed_scan(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, chunk: int = CHUNK) -> Tensor:
-    """What the state of the tokens before t answers: ``y_t = sum_{s<t} exp(g_t - g_s) (q_t.k_s) v_s``, g the running sum.
+def decayed_scan(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, state: Tensor, chunk: int = CHUNK) -> tuple[Tensor, Tensor]:
+    """What the state before t's own term answers: ``y_t = q_t . exp(log_decay_t) h_{t-1}``, and the state that is left.
+
+    With h_{-1} = 0, ``y_t = sum_{s<t} exp(g_t - g_s) (q_t.k_s) v_s``, g the running sum of log_decay.
 
     Args:
         q, k: [B, L, G, N], each group's serving H / G consecutive heads; fp32 or fp64.
         v: [B, L, H, P].
         log_decay: [B, L, H] <= 0, the decay from t - 1 to t: ``h_t = exp(log_decay_t) h_{t-1} + k_t v_t^T``.
+        state: h_{-1} [B, H, N, P], what the tokens before these left; zeros where there are none.
         chunk: tokens a chunk; memory grows as L * chunk. Changes the speed, not the result beyond rounding.
 
     Returns:
-        y [B, L, H, P]. The token's own term is left to the caller, where Mamba-2 and Mamba-3 differ.
+        y [B, L, H, P] and h_{L-1} [B, H, N, P]. A token's own term in y is left to the caller, where Mamba-2 and Mamba-3 differ.
     """
     B, L, H, P = v.shape
     G = q.shape[2]
@@ -46,14 +49,15 @@ def decayed_scan(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, chunk: int 
 
     # The heads of a group side by side: one product with the group's keys, one with its queries.
     def beside(x: Tensor) -> Tensor:
-        return x.transpose(3, 4).flatten(4)
+        return x.transpose(-3, -2).flatten(-2)
 
     added = k.transpose(-1, -2) @ beside(v * decay(end - g)[..., None])
     carry = decay(end - before).repeat_interleave(P, -1).flatten(3)[..., None, :]
-    state, states = torch.zeros_like(added[:, 0]), []
+    state, states = beside(state.unflatten(1, (G, R))), []
     for c in range(count):
         states.append(state)
         state = state * carry[:, c] + added[:, c]
     carried = (q @ torch.stack(states, 1)).unflatten(-1, (R, P)).transpose(3, 4)
     y = y + carried * decay(g - before)[..., None]
-    return y.flatten(2, 3).transpose(2, 3).flatten(1, 2)[:, :L]
+    state = state.unflatten(-1, (R, P)).transpose(2, 3).flatten(1, 2)
+    return y.flatten(2, 3).transpose(2, 3).flatten(1, 2)[:, :L], state

@@ -223,6 +223,78 @@ def test_alibi_is_the_published_bias():
     torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-5)
 
 
+@torch.no_grad()
+def walk(inputs, sizes, lengths=None):
+    """y of the whole sequence over a cache, in pieces of the given sizes, the rest token by token; and the cache."""
+    L = inputs["q"].shape[1]
+    cache, sizes = sk.TokenCache(len(inputs["q"])), [*sizes, *[1] * (L - sum(sizes))]
+    pieces = [dict(zip(inputs, piece)) for piece in zip(*(x.detach().split(sizes, 1) for x in inputs.values()))]
+    y = [sk.forgetting_decode(**piece, cache=cache, lengths=None if n else lengths) for n, piece in enumerate(pieces)]
+    return torch.cat(y, 1), cache
+
+
+# A half-life of 140 tokens, of 2, of half a token; 300 tokens behind others are more than one piece of scores.
+@pytest.mark.parametrize("decay", [-5.3, -0.9, 1.0])
+@pytest.mark.parametrize("sizes", [[1], [390], [40, 1, 300, 30, 1]], ids=str)
+def test_pieces_over_a_cache_are_the_whole(sizes, decay):
+    inputs, _ = problem(B=2, L=400, H=6, G=2, Dh=16, Dv=24, decay=decay)
+    inputs["log_forget"] = inputs["log_forget"].detach().clone()
+    inputs["log_forget"][0, [30, 100, 395], 1] = -torch.inf  # forgets all before, in every kind of piece
+    y, cache = walk(inputs, sizes)
+    expected = sk.reference.forgetting_attention(**in_fp64(inputs))
+    assert relative(y, expected) <= 1e-6
+    assert worst_row(y, expected) <= 1e-5
+    assert {name: x.dtype for name, x in cache.buffers.items()} == {"k": torch.float32, "v": torch.float32, "g": torch.float64}
+    double = {name: x.detach().double() for name, x in inputs.items()}
+    assert relative(walk(double, sizes)[0], expected) <= 1e-12
+
+
+def test_rows_of_unequal_beginnings_go_on_from_their_last_token():
+    inputs, _ = problem(B=3, L=60, H=4, G=2, Dh=16, decay=-2.0)
+    lengths = [1, 50, 23]
+    y, cache = walk(inputs, [50, 4], lengths)
+    assert cache.lengths == [11, 60, 33]
+    for row, n in enumerate(lengths):
+        real = [*range(n), *range(50, 60)]
+        expected = sk.reference.forgetting_attention(
+            **{name: x.detach().double()[row : row + 1, real] for name, x in inputs.items()}
+        )
+        assert relative(y[row : row + 1, real], expected) <= 1e-6
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_over_a_cache_is_as_good_as_its_inputs(dtype):
+    inputs, _ = problem(B=2, L=100, decay=-1.0, dtype=dtype)
+    expected = sk.reference.forgetting_attention(**in_fp64(inputs))
+    with torch.autocast("cpu", dtype):
+        y, _ = walk(inputs, [40, 30])
+    assert y.dtype == dtype
+    assert relative(y, expected) <= 1.1 * relative(expected.to(dtype), expected)
+
+
+@torch.no_grad()
+def test_bad_uses_of_a_cache_are_named():
+    inputs = {name: x.detach() for name, x in problem(B=2, L=5)[0].items()}
+    _, cache = walk(inputs, [5])
+    before = {name: x.clone() for name, x in cache.buffers.items()}
+    one = {name: x[:, :1] for name, x in inputs.items()}
+    for message, change in [
+        ("cache must be a sisa_kernels.TokenCache, got dict", {"cache": {}}),
+        ("k must have the cache's batch of 2, got 1", {name: x[:1] for name, x in one.items()}),
+        ("k must be torch.float32 on cpu as in the cache, got torch.float64", {name: x.double() for name, x in one.items()}),
+        ("lengths is for the first tokens of an empty cache", {"lengths": [1, 1]}),
+        ("log_forget must be <= 0 everywhere", {"log_forget": one["log_forget"].abs()}),
+    ]:
+        with pytest.raises((ValueError, TypeError), match=message.replace("(", r"\(")):
+            sk.forgetting_decode(**{**one, "cache": cache, **change})
+    with torch.enable_grad():
+        for name, x in one.items():
+            with pytest.raises(ValueError, match=f"{name} requires grad"):
+                sk.forgetting_decode(**{**one, name: x.clone().requires_grad_()}, cache=cache)
+    assert cache.lengths == [5, 5]
+    assert all(torch.equal(x, before[name]) for name, x in cache.buffers.items())
+
+
 def test_op_is_registered_and_compiles():
     inputs, dy = problem(L=63, H=4, G=2, decay=0.0)
     torch.library.opcheck(forgetting.forgetting, tuple(inputs.values()))

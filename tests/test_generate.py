@@ -57,16 +57,22 @@ def test_filter_keeps_the_smallest_set_that_reaches_top_p():
     assert torch.equal(filter_logits(logits, 99, 1.0), logits)
 
 
-CACHED = ("sisa-tiny-ds16", "sisa-tiny-ds32-nodecay", "sisa-tiny-ds32-norotation", "sisa-tiny-ds32-lambda0", "transformer-tiny")
+SISA = ("sisa-tiny-ds16", "sisa-tiny-ds32-nodecay", "sisa-tiny-ds32-norotation", "sisa-tiny-ds32-lambda0")
+RIVALS = ("transformer-tiny", "fox-tiny", "alibi-tiny", "mamba2-tiny", "mamba3-tiny")
+HYBRIDS = tuple(f"hybrid-{name}-tiny" for name in ("transformer", "sisa", "block", "head"))
+CACHED = (*SISA, *RIVALS, *HYBRIDS)
 
 
 def small(preset="sisa-tiny-ds16", **overrides):
-    """A model whose SISA heads halve their importance within 2 tokens, 30 tokens and so on."""
+    """A model whose heads forget, or halve SISA's importance, within 2 tokens, 30 tokens and so on."""
     torch.manual_seed(0)
-    model = sm.build(preset, **{"max_seq_len": 64, "n_heads": 4, "n_kv_heads": 2, **overrides})
+    heads = {"n_heads": 4} if preset.startswith("mamba") else {"n_heads": 4, "n_kv_heads": 2}
+    model = sm.build(preset, **{"max_seq_len": 64, **heads, **overrides})
     for layer in model.layers:
-        if hasattr(layer.attn, "decay_bias"):
-            layer.attn.decay_bias.data = torch.tensor([-0.9, -9.6])[: layer.attn.n_kv_heads]
+        if hasattr(layer.mixer, "decay_bias"):
+            layer.mixer.decay_bias.data = torch.tensor([-0.9, -9.6])[: layer.mixer.n_kv_heads]
+        if hasattr(layer.mixer, "forget_bias"):
+            layer.mixer.forget_bias.data = torch.tensor([0.9, 3.8, 6.5, 0.0])
     return model
 
 
@@ -84,14 +90,16 @@ def test_pieces_over_a_cache_give_the_logits_of_the_whole(preset, sizes):
     assert (logits - whole).norm(dim=-1).max() <= 1e-5 * whole.norm(dim=-1).min()
 
 
+@pytest.mark.parametrize("preset", ["sisa-tiny-ds16", "fox-tiny", "mamba2-tiny", "mamba3-tiny"])
 @torch.no_grad()
-def test_bf16_over_a_cache():
-    model = small().bfloat16()
+def test_bf16_over_a_cache(preset):
+    model = small(preset).bfloat16()
     ids, cache = torch.randint(256, (2, 44), generator=torch.Generator().manual_seed(2)), model.make_cache(2)
     whole = model.float()(ids)
     plain = model.bfloat16()(ids)
     logits = torch.cat([model(piece, cache=cache) for piece in ids.split([20, *[1] * 24], 1)], 1)
-    assert cache.layers[0].buffers["k"].dtype == torch.bfloat16
+    held = cache.layers[0].state["h"] if preset.startswith("mamba") else cache.layers[0].buffers["k"]
+    assert held.dtype == (torch.float32 if preset.startswith("mamba") else torch.bfloat16)
     assert relative(logits, whole) <= 2 * relative(plain, whole), "no worse than twice what bf16 costs without a cache"
 
 
@@ -107,8 +115,9 @@ def test_a_cache_changes_no_token(preset):
         assert torch.equal(*outputs)
 
 
-@pytest.mark.parametrize("preset", ["sisa-tiny-ds16", "transformer-tiny"])
-@pytest.mark.parametrize("use_cache", [True, False])
+@pytest.mark.parametrize(
+    ("preset", "use_cache"), [(preset, True) for preset in ("sisa-tiny-ds16", *RIVALS, *HYBRIDS)] + [("sisa-tiny-ds16", False)]
+)
 def test_rows_of_unequal_prompts_are_continued_as_alone(preset, use_cache):
     model, lengths = small(preset, max_seq_len=20), [7, 1, 4]
     ids = torch.randint(256, (3, 7), generator=torch.Generator().manual_seed(3))
@@ -119,8 +128,9 @@ def test_rows_of_unequal_prompts_are_continued_as_alone(preset, use_cache):
         assert torch.equal(together[row, 7:], alone[0, n:])
 
 
-def test_with_a_cache_the_model_sees_each_token_once(monkeypatch):
-    model, seen = small(max_seq_len=10), []
+@pytest.mark.parametrize("preset", ["sisa-tiny-ds16", *RIVALS, *HYBRIDS])
+def test_with_a_cache_the_model_sees_each_token_once(preset, monkeypatch):
+    model, seen = small(preset, max_seq_len=10), []
     real = model.hidden
     monkeypatch.setattr(model, "hidden", lambda ids, **kwargs: seen.append(ids.shape[1]) or real(ids, **kwargs))
     sm.generate(model, prompt(), 6)
@@ -130,17 +140,23 @@ def test_with_a_cache_the_model_sees_each_token_once(monkeypatch):
     assert seen == [7, 8, 9, 10, 10, 10]
 
 
+def test_every_preset_has_a_cache():
+    with torch.device("meta"):
+        assert all(sm.build(preset).cache_refusal() is None for preset in sm.presets())
+
+
 def test_what_cannot_be_cached_is_said():
     clamped = small(mode="clamped")
     with pytest.raises(ValueError, match="use_cache must be False for this model: SISA in mode 'clamped' has no cache"):
         sm.generate(clamped, prompt(), 3)
     assert sm.generate(clamped, prompt(), 3, use_cache=False).shape == (2, 10)
-    with pytest.raises(ValueError, match="SISA in mode 'clamped' has no cache"):
-        clamped.make_cache(1)
-    other = small()
-    other.layers[1].attn = torch.nn.Identity()
-    with pytest.raises(ValueError, match="use_cache must be False for this model: Identity has no cache"):
-        sm.generate(other, prompt(), 3)
+    for model in (
+        clamped,
+        small("hybrid-sisa-tiny", mode="clamped"),
+        small("hybrid-head-tiny", family="sisa", d_state=16, mode="clamped"),
+    ):
+        with pytest.raises(ValueError, match="SISA in mode 'clamped' has no cache"):
+            model.make_cache(1)
 
 
 def test_bad_uses_of_a_cache_are_named():

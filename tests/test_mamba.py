@@ -1,5 +1,6 @@
 """Mamba-2 and Mamba-3: the chunked scan and both mixers against step-by-step fp64 recurrences, the package's names, its kernels."""
 
+import dataclasses
 import math
 import sys
 
@@ -132,28 +133,36 @@ def with_gradients(family, module, u, dy):
     )
 
 
-def scan_steps(q, k, v, log_decay):
+def scan_steps(q, k, v, log_decay, h):
     q, k = (t.repeat_interleave(v.shape[2] // t.shape[2], 2) for t in (q, k))
-    h, out = v.new_zeros(*v.shape[:1], v.shape[2], q.shape[-1], v.shape[3]), []
+    out = []
     for t in range(v.shape[1]):
         h = log_decay[:, t].exp()[..., None, None] * h
         out.append((q[:, t, :, None] @ h)[:, :, 0])
         h = h + k[:, t, :, :, None] * v[:, t, :, None]
-    return torch.stack(out, 1)
+    return torch.stack(out, 1), h
 
 
 @pytest.mark.parametrize("strength", [0.01, 1.0, 60.0])
 @pytest.mark.parametrize(("L", "chunk", "groups"), [(2, 64, 4), (63, 1, 1), (63, 64, 2), (257, 16, 1), (257, 64, 4), (257, 300, 2)])
 def test_the_scan_is_the_recurrence(L, chunk, groups, strength):
-    """fp32 against fp64, every gradient, decays a token from 0.99 to e^-60, where sums grow to 15,000."""
+    """fp32 against fp64, the last state and every gradient, decays a token from 0.99 to e^-60, where sums grow to 15,000."""
     generator = torch.Generator().manual_seed(L)
-    shapes = {"q": (2, L, groups, 6), "k": (2, L, groups, 6), "v": (2, L, 4, 5), "log_decay": (2, L, 4)}
+    shapes = {"q": (2, L, groups, 6), "k": (2, L, groups, 6), "v": (2, L, 4, 5), "log_decay": (2, L, 4), "h": (2, 4, 6, 5)}
     inputs = {name: torch.randn(*shape, generator=generator) for name, shape in shapes.items()}
     inputs["log_decay"] = -strength * inputs["log_decay"].abs()
-    dy = torch.randn(2, L, 4, 5, generator=generator)
-    y, grads = value_and_grads(decayed_scan, inputs, dy, chunk=chunk)
-    expected, expected_grads = value_and_grads(scan_steps, {n: x.double() for n, x in inputs.items()}, dy.double())
-    assert relative(y, expected) < 1e-6
+    dy = torch.randn(2, L * 20 + 120, generator=generator)
+
+    def chunked(h, **kwargs):
+        return torch.cat([x.flatten(1) for x in decayed_scan(**kwargs, state=h, chunk=chunk)], 1)
+
+    def stepped(**kwargs):
+        return torch.cat([x.flatten(1) for x in scan_steps(**kwargs)], 1)
+
+    y, grads = value_and_grads(chunked, inputs, dy)
+    expected, expected_grads = value_and_grads(stepped, {n: x.double() for n, x in inputs.items()}, dy.double())
+    for part in (slice(L * 20), slice(L * 20, None)):
+        assert relative(y[:, part], expected[:, part]) < 1e-6
     for name, grad in grads.items():
         assert grad.isfinite().all()
         assert relative(grad, expected_grads[name]) < 1e-6, name
@@ -200,6 +209,83 @@ def test_the_state_begins_anew_at_each_document(family):
     apart = torch.cat([model(document) for document in ids.split([1, 2, 67, 20], 1)], 1)
     torch.testing.assert_close(packed, apart, rtol=1e-4, atol=1e-5)
     assert not torch.allclose(packed, model(ids), atol=1e-3)
+
+
+def in_double(module):
+    """The mixer with every parameter in fp64."""
+    module.double()
+    for name in module.fp32:
+        getattr(module, name).data = getattr(module, name).double()
+    return module
+
+
+def continued(module, u, sizes, lengths=None):
+    """The mixer's y of u in pieces over a cache, the last pieces of one token; and the cache."""
+    cache = module.make_cache(len(u))
+    first, *rest = u.split([*sizes, *[1] * (u.shape[1] - sum(sizes))], 1)
+    beginning = dataclasses.replace(context(), lengths=lengths)
+    return torch.cat([module(first, beginning, cache), *(module(piece, context(), cache) for piece in rest)], 1), cache
+
+
+@pytest.mark.parametrize("sizes", [[1], [70, 1, 2, 66], [2, 65]], ids=str)
+@pytest.mark.parametrize("family", MIXERS)
+@torch.no_grad()
+def test_pieces_over_a_cache_are_the_whole(family, sizes):
+    module, u = mixer(family), torch.randn(2, 150, 32)
+    expected = ORACLES[family](u.double(), *(dict(module.named_parameters())[name].double() for name in ORDER[family]))
+    y, cache = continued(module, u, sizes)
+    assert relative(y, expected) < 3e-6
+    assert worst_row(y, expected) < 1e-5
+    module, u = in_double(module), u.double()
+    y, cache = continued(module, u, sizes)
+    assert relative(y, module(u, context())) < 1e-13
+    assert cache.state["h"].dtype == torch.float64
+
+
+@pytest.mark.parametrize("family", MIXERS)
+@torch.no_grad()
+def test_rows_of_unequal_beginnings_go_on_from_their_last_token(family):
+    """Whatever stands behind it; rows shorter than the convolution, and longer than a chunk. In fp64, where no rounding hides."""
+    module, u, lengths = in_double(mixer(family)), 5 * torch.randn(5, 100, 32, dtype=torch.float64), [1, 2, 3, 70, 80]
+    y, cache = continued(module, u, [80, 5], lengths)
+    for row, n in enumerate(lengths):
+        real = [*range(n), *range(80, 100)]
+        alone, single = continued(module, u[row : row + 1, real], [n])
+        assert relative(y[row, real], alone[0]) < 1e-13
+        for name, state in single.state.items():
+            assert relative(cache.state[name][row], state[0]) < 1e-13, name
+
+
+@pytest.mark.parametrize("family", MIXERS)
+@torch.no_grad()
+def test_the_state_does_not_grow(family):
+    module = mixer(family)
+    sizes = [
+        {
+            name: (t.numel(), t.untyped_storage().nbytes())
+            for name, t in continued(module, torch.randn(3, L, 32), [n])[1].state.items()
+        }
+        for L, n in ((1, 1), (90, 80), (300, 300))
+    ]
+    expected = {"mamba2": {"xBC": 3 * 88, "h": 4 * 12 * 16}, "mamba3": {"phase": 4 * 3, "h": 4 * 12 * 16, "k": 4 * 12, "x": 4 * 16}}
+    for size in sizes:
+        assert size == {name: (3 * n, 3 * n * (8 if name == "phase" else 4)) for name, n in expected[family].items()}
+
+
+@pytest.mark.parametrize("family", MIXERS)
+@torch.no_grad()
+def test_a_cache_is_for_the_same_rows(family):
+    module, u = mixer(family), torch.randn(2, 5, 32)
+    _, cache = continued(module, u, [4])
+    before = dict(cache.state)
+    for held in (cache, module.make_cache(2)):
+        with pytest.raises(ValueError, match="x must have the cache's batch of 2, got 1"):
+            module(u[:1], context(), held)
+    with pytest.raises(ValueError, match=r"a state in torch\.float32 on cpu as in the cache, got torch\.float64 on cpu"):
+        module.double()(u.double(), context(), cache)
+    assert all(cache.state[name] is t for name, t in before.items())
+    with pytest.raises(ValueError, match="batch must be at least 1, got 0"):
+        module.make_cache(0)
 
 
 @pytest.mark.parametrize("family", MIXERS)

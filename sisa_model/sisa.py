@@ -122,7 +122,8 @@ def half_life(log_decay: Tensor) -> Tensor:
 @torch.no_grad()
 def visit_layers(model: Any, input_ids: Tensor, visit: Callable[[SisaAttention, Tensor, Context], None]) -> None:
     """Run ``model`` on ``input_ids`` [B, L] and call ``visit(attention, normed input, context)`` at each SISA layer, in order."""
-    hooks = [m.register_forward_pre_hook(lambda m, args: visit(m, *args)) for m in model.modules() if isinstance(m, SisaAttention)]
+    found = [module for module in model.modules() if isinstance(module, SisaAttention)]
+    hooks = [module.register_forward_pre_hook(lambda m, args: visit(m, *args[:2])) for module in found]
     try:
         if hooks:
             model.hidden(input_ids)

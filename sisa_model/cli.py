@@ -22,8 +22,9 @@ from .plot_runs import PlotConfig, plot_runs
 from .prepare import PrepareConfig, prepare
 from .presets import preset_config, presets
 from .report import ReportConfig, report
+from .run import TrainConfig, find_device, newest_weights, read_encoder
 from .study import StudyConfig, run_study
-from .train import TrainConfig, find_device, newest_weights, read_encoder, train
+from .train import train
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,9 +10,10 @@ import numpy as np
 from .checkpoint import write_json, write_text
 from .plot import Rows, plot_compare, plot_task
 from .presets import preset_config
+from .run import TrainConfig
 from .runlog import read_rows
 from .tasks import LENGTHS, TASKS
-from .train import TrainConfig, continue_run, exam_name
+from .train import continue_run, exam_name
 
 # A few minutes a pair of tiny models, of text and of a task.
 DEFAULTS = {"text": {"steps": 2500, "seq_len": 128, "batch_size": 8}, "task": {"steps": 1000, "seq_len": 64, "batch_size": 64}}

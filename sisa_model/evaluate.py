@@ -22,8 +22,8 @@ from .haystack import Haystack
 from .model import LanguageModel
 from .plot import plot_grid
 from .results import Figure, add_rows, measured, table, write_record
+from .run import PRECISIONS, find_device, newest_weights, read_run, versions
 from .scoring import Request, Scorer
-from .train import PRECISIONS, find_device, newest_weights, read_run, versions
 
 PROTOCOLS = ("harness", "paper")
 NEEDLES = ("niah", "niah_long", "needle_grid")

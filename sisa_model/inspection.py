@@ -16,9 +16,10 @@ from .checkpoint import load, write_json, write_text
 from .data import Blocks, Encoder, find_files, open_data, read_text
 from .layers import Context
 from .plot import plot_heads
+from .run import TrainConfig, find_device, newest_weights, read_run
 from .sisa import SisaAttention, half_life, visit_layers
 from .tasks import exams, find_task
-from .train import TASK_EXAM, TrainConfig, find_device, newest_weights, read_run
+from .train import TASK_EXAM
 
 LENGTH = 512  # the default: dense fp64 scores of it take 2 MiB a head
 PANELS = {
@@ -141,7 +142,7 @@ def inspect_run(config: InspectConfig) -> list[Inspection]:
     """Measure, print the table and write the files.
 
     Raises ValueError for a run without a SISA layer, a length or number of blocks out of range, held-out text that changed since
-    the training or is shorter than a block, and as :func:`sisa_model.train.read_run` and :func:`sisa_model.load` do.
+    the training or is shorter than a block, and as :func:`sisa_model.run.read_run` and :func:`sisa_model.load` do.
     """
     device = find_device(config.device)
     record = read_run(config.run)

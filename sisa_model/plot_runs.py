@@ -11,8 +11,8 @@ import tyro
 
 from . import paper
 from .plot import COLORS, Rows, _finish
+from .run import read_run
 from .runlog import read_rows
-from .train import read_run
 
 TRAIN_PANELS = {
     "loss": "training loss, nats a token",
@@ -66,7 +66,7 @@ def plot_runs(config: PlotConfig) -> Path:
     """Draw the runs into ``config.out`` and return it.
 
     Raises ValueError for no run, one named twice, one without a row, or another suffix than .png, and as
-    :func:`sisa_model.train.read_run` does for a folder that is no run.
+    :func:`sisa_model.run.read_run` does for a folder that is no run.
     """
     if config.out.suffix != ".png":
         raise ValueError(f"out must be a .png file, got {config.out}")

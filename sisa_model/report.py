@@ -14,8 +14,8 @@ from .flops import training_flops
 from .plot import plot_tables
 from .plot_runs import name_runs
 from .presets import D_STATES, preset_config
+from .run import TrainConfig, read_run
 from .runlog import read_rows
-from .train import TrainConfig, read_run
 
 MISSING, UNPUBLISHED = "missing", "-"
 NIAH_LENGTH = 512  # of the authors' test
@@ -92,7 +92,7 @@ def report(config: ReportConfig) -> Path:
     """Write the report and return its Markdown file.
 
     Raises ValueError for no run, one named twice or a row of RUN/eval.jsonl that is no evaluation, and as
-    :func:`sisa_model.train.read_run` does for a folder that is no run.
+    :func:`sisa_model.run.read_run` does for a folder that is no run.
     """
     results = [collect(folder, name) for name, folder in name_runs(config.runs)]
     found = tables(results)

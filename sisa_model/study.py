@@ -8,8 +8,9 @@ from typing import Annotated, Any, Literal, NamedTuple
 import tyro
 
 from .presets import D_STATES
+from .run import TrainConfig, read_run, resolve
 from .runlog import read_rows
-from .train import TrainConfig, continue_run, read_run, resolve
+from .train import continue_run
 
 
 class Run(NamedTuple):

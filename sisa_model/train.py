@@ -1,20 +1,16 @@
-"""The training run: configuration, loop, logs, checkpoints, resume (paper, section 4)."""
+"""The training run: its loop, its steps over many processes, its evaluations (paper, section 4)."""
 
 import contextlib
 import dataclasses
-import functools
 import hashlib
-import json
 import math
-import platform
 import signal
-import subprocess
 import time
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,202 +18,31 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-import sisa_kernels as sk
-
 from .checkpoint import load, make_folder_atomically, save, write_json, write_text
-from .checkpointer import Checkpointer, checkpoints
+from .checkpointer import Checkpointer
 from .config import ModelConfig
-from .data import Blocks, Encoder, find_tokenizer, ngram_losses, open_data, pack
+from .data import Blocks, Encoder, ngram_losses, open_data, pack
 from .flops import utilisation
 from .generate import generate
 from .loss import Objective
 from .model import LanguageModel, count_parameters
-from .parallel import PARALLELS, Parallel, World, by_kind, world
+from .parallel import Parallel, World, by_kind, world
 from .plot import plot_health, plot_losses
 from .presets import preset_config
-from .runlog import RunLog, check_logs, peak_memory_mib, read_rows
+from .run import TrainConfig, find_device, free_folder, read_run, require_same_run, resolve, resolved, resumed, versions
+from .runlog import RunLog, peak_memory_mib, read_rows
 from .sisa import health
 from .tasks import IGNORE, LENGTHS, TASKS, Sample, TaskBlocks, accuracy, exams, find_task
 
-# What the paper's presets train with (paper, section 4), and tiny's own: a few minutes on a laptop.
-_PAPER = {
-    "steps": 9536, "batch_size": 256, "micro_batch_size": 8, "seq_len": 2048, "lr": 6e-4, "warmup_steps": 500,
-    "val_every": 1000, "save_every": 500,
-}  # fmt: skip
-_TINY = {
-    "steps": 1000, "batch_size": 16, "micro_batch_size": 32, "seq_len": 256, "lr": 3e-3, "warmup_steps": 40,
-    "val_every": 50, "save_every": 200,
-}  # fmt: skip
-DEFAULTS: dict[str, dict[str, Any]] = {
-    "tiny": _TINY,
-    "50m": _PAPER,
-    "152m": _PAPER,
-    "369m": {**_PAPER, "lr": 3e-4},
-}
 TASK_BATCH = 16  # sequences a step of each retrieval task in the mix
 TASK_EVAL = 256  # sequences a retrieval accuracy is measured on: 256 needles, about 7,000 recalls
 TASK_EXAM = 128  # sequences of each length that a task trained alone is evaluated on
-T = TypeVar("T")
 HEALTH_BLOCKS = 4  # held-out blocks that lambda, half-life and the range of g are measured on
-PRECISIONS = ("auto", "fp32", "bf16")
-DOCUMENTS = ("joined", "packed")
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainConfig:
-    """Train a model. What is left at None takes the preset's value: the paper's, or for tiny presets a few minutes' worth."""
-
-    preset: str = "sisa-tiny-ds16"
-    """Model to train; `sisa info` lists them."""
-    data: tuple[Path, ...] = ()
-    """Text files or folders (plain, .gz, .xz or .zst; lines of <|endoftext|> separate documents), or a folder of `sisa prepare`.
-    Default: Python's standard library."""
-    val_data: tuple[Path, ...] = ()
-    """Held-out text. Default: 5 % of the data, by file (or by document, where files are few)."""
-    tokenizer: Path | None = None
-    """A `tokenizers` JSON file. Default: that of a prepared folder, or bytes."""
-    out: Path | None = None
-    """Run folder, which must not exist yet. Default: runs/PRESET, or PRESET-2, -3 ... if that is taken."""
-    steps: int | None = None
-    """Optimizer steps of the whole run, over which the learning rate falls to 0."""
-    seed: int = 0
-    """Seed of the initial weights, the order of the data and the retrieval tasks."""
-    seq_len: int | None = None
-    """Tokens a sequence."""
-    batch_size: int | None = None
-    """Sequences an optimizer step."""
-    micro_batch_size: int | None = None
-    """Sequences a forward pass of a process; gradients are accumulated over the batch. Changes memory, not the result beyond
-    rounding."""
-    lr: float | None = None
-    """Peak learning rate."""
-    lambda_lr_scale: float = 0.1
-    """Learning rate of lambda_raw relative to the rest."""
-    warmup_steps: int | None = None
-    """Steps of linear warm-up before the cosine; a tenth of a run too short for the preset's."""
-    weight_decay: float = 0.1
-    """AdamW weight decay (never on lambda_raw)."""
-    beta1: float = 0.9
-    """AdamW beta1."""
-    beta2: float = 0.95
-    """AdamW beta2."""
-    clip: float = 1.0
-    """Gradient norm above which gradients are scaled down to it."""
-    precision: str = "auto"
-    """fp32, or bf16 autocast over fp32 weights; auto: bf16 on a GPU, fp32 on a CPU."""
-    mode: str = "exact"
-    """SISA's numerics: exact, or clamped as its authors ran it."""
-    backend: str = "auto"
-    """SISA's attention path; see `python -m sisa_kernels`."""
-    documents: str = "joined"
-    """What a block sees across the ends of documents: everything (joined, the paper's), or each document only itself (packed)."""
-    task: str = "text"
-    """What to train on: text, or one task alone, evaluated at 1, 2 and 4 times the length: parity, addition (modulo 5; addition-7
-    for another modulus), flipflop or recall."""
-    tasks: tuple[str, ...] = ()
-    """Retrieval tasks mixed into training on text and evaluated: needle, recall."""
-    log: tuple[str, ...] = ()
-    """Where curves go beside the run folder's jsonl files: tensorboard (RUN/tensorboard), wandb (Weights & Biases)."""
-    val_every: int | None = None
-    """Steps between evaluations on held-out data."""
-    val_blocks: int = 64
-    """Held-out blocks of text of an evaluation."""
-    save_every: int | None = None
-    """Steps between checkpoints."""
-    keep: int = 2
-    """Checkpoints that stay, the newest."""
-    sample_tokens: int = 200
-    """Tokens of the sample of text written at the end; 0 for none."""
-    device: str = "auto"
-    """cpu, cuda, cuda:1 ...; auto: a GPU if there is one."""
-    parallel: str = "auto"
-    """How the processes of torchrun share the work: ddp (a whole model each) or fsdp (a share of every layer each); auto: ddp."""
-    activation_checkpointing: bool = False
-    """Keep only the layers' inputs for the backward and run each layer again there: less memory, a third more arithmetic."""
-    compile: bool = False
-    """Compile the layers with torch.compile: a slow first step, faster ones after it."""
-    stop_at: int | None = None
-    """Save and stop after this step, as Ctrl-C would, to continue later with --resume."""
-    resume: bool = False
-    """Continue the run in --out, bit for bit on a CPU, with the settings it was begun with; a flag set otherwise is an error."""
-
-
-# All else would make it another run. LAUNCH is as each launch says; the others are as the run began where a launch says nothing.
-LAUNCH = {"device", "parallel", "stop_at", "resume", "out"}
-RESUME_MAY_CHANGE = LAUNCH | {"keep", "activation_checkpointing", "compile", "log"}
-
-
-def _absolute(config: TrainConfig) -> TrainConfig:
-    """With absolute paths to the data, so that a run resumes from any working folder."""
-    data, val_data = (tuple(path.absolute() for path in paths) for paths in (config.data, config.val_data))
-    tokenizer = None if config.tokenizer is None else config.tokenizer.absolute()
-    return dataclasses.replace(config, data=data, val_data=val_data, tokenizer=tokenizer)
-
-
-def resolve(config: TrainConfig) -> TrainConfig:
-    """Fill in the preset's values and check every field; ValueError names the first bad one."""
-    preset_config(config.preset)
-    config = _absolute(config)
-    config = dataclasses.replace(config, tokenizer=find_tokenizer(config.data, config.tokenizer))
-    defaults = dict(next(DEFAULTS[part] for part in config.preset.split("-") if part in DEFAULTS))
-    if config.steps is not None:
-        defaults["warmup_steps"] = min(defaults["warmup_steps"], config.steps // 10)
-    config = dataclasses.replace(config, **{name: value for name, value in defaults.items() if getattr(config, name) is None})
-
-    def require(field: str, ok: bool, allowed: str) -> None:
-        if not ok:
-            raise ValueError(f"{field} must be {allowed}, got {getattr(config, field)!r}")
-
-    for field in ("steps", "seq_len", "batch_size", "micro_batch_size", "val_every", "val_blocks", "save_every", "keep"):
-        require(field, getattr(config, field) >= 1, "at least 1")
-    for field in ("warmup_steps", "weight_decay", "lambda_lr_scale", "sample_tokens", "seed"):
-        require(field, getattr(config, field) >= 0, "at least 0")
-    for field in ("lr", "clip"):
-        require(field, 0 < getattr(config, field) < math.inf, "above 0 and finite")
-    for field in ("beta1", "beta2"):
-        require(field, 0 <= getattr(config, field) < 1, "in [0, 1)")
-    require("precision", config.precision in PRECISIONS, f"one of {', '.join(PRECISIONS)}")
-    require("documents", config.documents in DOCUMENTS, f"one of {', '.join(DOCUMENTS)}")
-    require("parallel", config.parallel in PARALLELS, f"one of {', '.join(PARALLELS)}")
-    require("stop_at", config.stop_at is None or config.stop_at >= 1, "at least 1")
-    for task in config.tasks:
-        require("tasks", task in TASKS, f"among {', '.join(TASKS)}")
-    require("tasks", len(set(config.tasks)) == len(config.tasks), "all different")
-    check_logs(config.log)
-    require("seed", config.seed < 2**63, "below 2 ** 63")
-    if config.tasks:
-        require("seq_len", config.seq_len is not None and config.seq_len >= 64, "at least 64 with retrieval tasks")
-    if config.task != "text":
-        find_task(config.task)
-        require("seq_len", _resolved(config.seq_len) >= 16, f"at least 16 for the task {config.task}")
-        for field in ("data", "val_data", "tokenizer", "tasks"):
-            require(field, not getattr(config, field), f"left out with the task {config.task}, which is trained without text")
-        require("documents", config.documents == "joined", f"left at 'joined' with the task {config.task}, which has none")
-    return config
-
-
-def _resolved(value: T | None) -> T:
-    assert value is not None, "resolve() fills in the preset's values"
-    return value
-
-
-def find_device(name: str, local_rank: int = 0) -> torch.device:
-    """The device of a --device flag, for process ``local_rank`` of a machine; ValueError if this machine has no such device."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda":
-        name = f"cuda:{local_rank}"
-    try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device must be one this machine has, got {name!r}: {str(error).splitlines()[0]}") from error
-    return device
 
 
 def learning_rate(step: int, config: TrainConfig) -> float:
     """Learning rate of step 0, 1 ...: linear warm-up to the peak, then a cosine that would reach 0 at step ``steps``."""
-    peak, steps, warmup_steps = _resolved(config.lr), _resolved(config.steps), _resolved(config.warmup_steps)
+    peak, steps, warmup_steps = resolved(config.lr), resolved(config.steps), resolved(config.warmup_steps)
     if step < warmup_steps:
         return peak * (step + 1) / warmup_steps
     done = (step - warmup_steps) / max(1, steps - warmup_steps)
@@ -239,43 +64,6 @@ def make_optimizer(model: LanguageModel, config: TrainConfig) -> torch.optim.Ada
         {"params": lambdas, "weight_decay": 0.0, "lr_scale": config.lambda_lr_scale},
     ]
     return torch.optim.AdamW(by_kind(groups), lr=0.0, betas=(config.beta1, config.beta2), fused=True)
-
-
-def versions() -> dict[str, str]:
-    """What a run depends on, for its record."""
-    here = Path(__file__).resolve().parent
-    commit = "unknown"
-    with contextlib.suppress(OSError, subprocess.CalledProcessError):
-        git = functools.partial(subprocess.run, cwd=here, capture_output=True, text=True, check=True)
-        top = git(["git", "rev-parse", "--show-toplevel"]).stdout.strip()
-        if Path(top) == here.parent:  # not somebody else's repository around site-packages
-            commit = git(["git", "describe", "--always", "--dirty", "--abbrev=12"]).stdout.strip()
-    return {
-        "sisa": sk.__version__,
-        "commit": commit,
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "threads": str(torch.get_num_threads()),
-    }
-
-
-def read_run(folder: Path) -> dict[str, Any]:
-    """The record of the run in ``folder``, its "train" as a TrainConfig; FileNotFoundError or ValueError if there is none."""
-    path = folder / "run.json"
-    if not path.is_file():
-        raise FileNotFoundError(f"{folder} is not a run folder of sisa train: it has no run.json")
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-        fields = {f.name: _from_json(f, record["train"][f.name]) for f in dataclasses.fields(TrainConfig)}
-        return {**record, "train": TrainConfig(**fields), "corpus": {"sha256": record["corpus"]["sha256"]}}
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path} is not the record of a run of this version of sisa train: {error!r}") from error
-
-
-def read_encoder(folder: Path) -> Encoder:
-    """The tokenizer of the run in ``folder``; raises as :func:`read_run` does, and FileNotFoundError if the file is gone."""
-    return Encoder(read_run(folder)["train"].tokenizer)
 
 
 @dataclass
@@ -306,7 +94,7 @@ def train(config: TrainConfig) -> TrainResult:
     exists, FloatingPointError for a loss or gradient that is not finite (before the optimizer step, leaving bad-batch-N.json),
     OSError for a full disk. Under torchrun every process calls this; RuntimeError if another one is gone.
     """
-    config = _resumed(config) if config.resume else resolve(config)
+    config = resumed(config) if config.resume else resolve(config)
     with world() as processes:
         return _Run(config, processes).run()
 
@@ -324,43 +112,14 @@ def continue_run(config: TrainConfig) -> bool:
     return train(dataclasses.replace(config, resume=begun)).finished
 
 
-def require_same_run(config: TrainConfig) -> dict[str, Any]:
-    """The settings of the run in ``config.out``; ValueError for a field of ``config`` that is set, and set otherwise."""
-    assert config.out is not None
-    saved, default, config = vars(read_run(config.out)["train"]), TrainConfig(), _absolute(config)
-    for name, value in saved.items():
-        given = getattr(config, name)
-        if name not in RESUME_MAY_CHANGE and given != getattr(default, name) and given != value:
-            raise ValueError(f"{name} must stay {value!r}, as the run in {config.out} has it, got {given!r}")
-    return saved
-
-
-def _resumed(config: TrainConfig) -> TrainConfig:
-    """The configuration in the run folder, with what this call may change; ValueError for a flag that contradicts it."""
-    if config.out is None:
-        raise ValueError("resume needs out, the run folder to continue")
-    saved = require_same_run(config)
-    given = {name: getattr(config, name) for name in RESUME_MAY_CHANGE}
-    given = {name: value for name, value in given.items() if name in LAUNCH or value != getattr(TrainConfig(), name)}
-    return resolve(TrainConfig(**{**saved, **given}))
-
-
-def _from_json(field: dataclasses.Field, value: Any) -> Any:
-    if field.name in ("data", "val_data"):
-        return tuple(Path(x) for x in value)
-    if field.name in ("tasks", "log"):
-        return tuple(value)
-    return Path(value) if field.name in ("tokenizer", "out") and value is not None else value
-
-
 class _Run:
     """A training run: what is set up before the first step, and the loop. Every process has one; the main one writes."""
 
     def __init__(self, config: TrainConfig, processes: World):
         self.config, self.world = config, processes
-        self.steps, self.seq_len = _resolved(config.steps), _resolved(config.seq_len)
-        self.batch_size, self.micro_batch_size = _resolved(config.batch_size), _resolved(config.micro_batch_size)
-        self.val_every, self.save_every = _resolved(config.val_every), _resolved(config.save_every)
+        self.steps, self.seq_len = resolved(config.steps), resolved(config.seq_len)
+        self.batch_size, self.micro_batch_size = resolved(config.batch_size), resolved(config.micro_batch_size)
+        self.val_every, self.save_every = resolved(config.val_every), resolved(config.save_every)
         self.device = find_device(config.device, processes.local_rank)
         if processes.size == 1 and config.parallel != "auto":
             raise ValueError(
@@ -402,7 +161,7 @@ class _Run:
         config = self.config
         if config.out is not None and config.out.exists() and not config.resume:
             raise FileExistsError(f"out {config.out} exists; choose another folder, or continue its run with --resume")
-        return config.out or _free_folder(Path("runs") / config.preset)
+        return config.out or free_folder(Path("runs") / config.preset)
 
     def _read_text(self) -> None:
         config, verify = self.config, self.world.main
@@ -689,22 +448,3 @@ def signal_again(handler: Any) -> None:
     """Set what Ctrl-C does from here on, where signals can be handled at all (the main thread)."""
     with contextlib.suppress(ValueError):
         signal.signal(signal.SIGINT, handler)
-
-
-def newest_weights(folder: Path) -> Path:
-    """The folder of a run's final weights, or of its newest checkpoint; FileNotFoundError if it has neither."""
-    found = [*checkpoints(folder), folder / "final"]
-    if not found[-1].is_dir():
-        found.pop()
-    if not found:
-        raise FileNotFoundError(f"{folder} holds no final weights and no checkpoint")
-    return found[-1]
-
-
-def _free_folder(wanted: Path) -> Path:
-    taken = 1
-    folder = wanted
-    while folder.exists():
-        taken += 1
-        folder = wanted.with_name(f"{wanted.name}-{taken}")
-    return folder

@@ -16,9 +16,10 @@ from sisa_model.data import Encoder
 from sisa_model.evaluate import EvalConfig, evaluate, without_importance
 from sisa_model.generate import generate
 from sisa_model.results import add_rows, interval
+from sisa_model.run import TrainConfig
 from sisa_model.runlog import read_rows
 from sisa_model.scoring import Request, Scorer
-from sisa_model.train import TrainConfig, train
+from sisa_model.train import train
 
 WORDS = ["cat", "dog", "bird", "fish", "mouse", "horse"]
 TEXT = "the cat saw the dog and the dog saw the cat. "

@@ -10,7 +10,8 @@ from conftest import relative
 import sisa_model as sm
 from sisa_model.cli import main
 from sisa_model.generate import filter_logits
-from sisa_model.train import TrainConfig, train
+from sisa_model.run import TrainConfig
+from sisa_model.train import train
 
 
 @pytest.fixture(scope="module")

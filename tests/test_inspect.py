@@ -12,8 +12,9 @@ import sisa_model as sm
 from sisa_kernels import reference
 from sisa_model.cli import main
 from sisa_model.inspection import inspect_model
+from sisa_model.run import TrainConfig
 from sisa_model.sisa import SisaAttention
-from sisa_model.train import TrainConfig, train
+from sisa_model.train import train
 
 SETTINGS = {"steps": 2, "seq_len": 32, "batch_size": 2, "val_blocks": 2, "val_every": 2, "save_every": 2, "sample_tokens": 0}
 

@@ -14,7 +14,9 @@ import torch
 from conftest import ROOT
 from safetensors.torch import load_file
 
-from sisa_model.train import TrainConfig, read_rows, train
+from sisa_model.run import TrainConfig
+from sisa_model.runlog import read_rows
+from sisa_model.train import train
 
 # The number of answers differs between processes and micro-batches, and 33 is a multiple of neither.
 RECALL = {"tasks": ("recall",), "batch_size": 33, "micro_batch_size": 16}

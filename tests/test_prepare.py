@@ -33,8 +33,10 @@ import sisa_model.prepare as prepare_module
 from sisa_model.cli import main
 from sisa_model.data import END_OF_TEXT, Blocks, Encoder, open_data, pack
 from sisa_model.prepare import PrepareConfig, prepare
+from sisa_model.run import TrainConfig
+from sisa_model.runlog import read_rows
 from sisa_model.shards import Shards
-from sisa_model.train import TrainConfig, read_rows, train
+from sisa_model.train import train
 
 COMMAND = [sys.executable, "-c", "import sys; from sisa_model.cli import main; sys.exit(main(sys.argv[1:]))"]
 TEXTS = [f"document {n}: " + "lorem ipsum, naïve 你好\n" * (n % 7 + 1) + f"end of {n}" for n in range(300)]

@@ -8,7 +8,7 @@ import pytest
 from sisa_model import paper
 from sisa_model.cli import main
 from sisa_model.report import TITLES, collect, tables
-from sisa_model.train import TrainConfig, resolve
+from sisa_model.run import TrainConfig, resolve
 
 
 def run_folder(path, preset, evals=(), step=9536, rate=10.0, val=None, **settings):

@@ -11,8 +11,9 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from sisa_model.cli import main
+from sisa_model.run import TrainConfig
 from sisa_model.runlog import RunLog, peak_memory_mib, read_rows
-from sisa_model.train import TrainConfig, train
+from sisa_model.train import train
 
 VAL = {
     "step": 2, "loss": 1.5, "needle_accuracy_by_depth": [0.5, 0.5],

@@ -23,8 +23,9 @@ import sisa_model as sm
 from sisa_model.checkpoint import make_folder_atomically, write_atomically
 from sisa_model.cli import main
 from sisa_model.presets import preset_config
+from sisa_model.run import TrainConfig, resolve
 from sisa_model.runlog import read_rows
-from sisa_model.train import TrainConfig, learning_rate, make_optimizer, resolve, train
+from sisa_model.train import learning_rate, make_optimizer, train
 
 COMMAND = [sys.executable, "-c", "import sys; from sisa_model.cli import main; sys.exit(main(sys.argv[1:]))"]
 

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from sisa_model.train import TrainConfig, train
+from sisa_model.run import TrainConfig
+from sisa_model.train import train
 
 dist.init_process_group("gloo")
 for fields in json.loads(Path(sys.argv[1]).read_text()):

@@ -16,7 +16,9 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from sisa_model.train import TrainConfig, newest_weights, read_rows, train
+from sisa_model.run import TrainConfig, newest_weights
+from sisa_model.runlog import read_rows
+from sisa_model.train import train
 
 STEPS = 600
 

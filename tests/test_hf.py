@@ -224,7 +224,8 @@ def test_trainer_steps_saves_and_resumes(tmp_path):
     def run(steps, resume=None):
         arguments = TrainingArguments(
             tmp_path, max_steps=steps, save_steps=1, per_device_train_batch_size=2, gradient_accumulation_steps=2,
-            learning_rate=1e-2, lr_scheduler_type="constant", activation_checkpointing=True, use_cpu=True, disable_tqdm=True, report_to=[],
+            learning_rate=1e-2, lr_scheduler_type="constant", activation_checkpointing=True, use_cpu=True,
+            disable_tqdm=True, report_to=[],
         )  # fmt: skip
         model = wrapped()
         trainer = Trainer(model, arguments, train_dataset=rows)

@@ -44,8 +44,7 @@ class SisaConfig(PreTrainedConfig):
 
     def __init__(self, **kwargs: Any):
         names = {self.attribute_map.get(name, name): value for name, value in kwargs.items()}
-        if not names.setdefault("tie_word_embeddings", True):
-            raise ValueError("tie_word_embeddings must be True: the embedding is the output matrix")
+        names.setdefault("tie_word_embeddings", True)
         try:
             config = ModelConfig(**{name: names.pop(name) for name in FIELDS if name in names})
         except TypeError as error:
@@ -53,9 +52,12 @@ class SisaConfig(PreTrainedConfig):
         for name, value in dataclasses.asdict(config).items():
             setattr(self, name, value)
         super().__init__(**names)
+        self.model_config()
 
     def model_config(self) -> ModelConfig:
-        """The ModelConfig of these fields."""
+        """The ModelConfig of these fields; ValueError for what no model can have, as they may have been set since."""
+        if not self.tie_word_embeddings:
+            raise ValueError("tie_word_embeddings must be True: the embedding is the output matrix")
         return ModelConfig(**{name: getattr(self, name) for name in FIELDS})
 
 

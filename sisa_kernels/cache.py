@@ -118,3 +118,8 @@ class TokenCache:
         before = self.lengths
         self.advance(next(iter(new.values())).shape[1], lengths)
         return before
+
+    def select(self, rows: list[int]) -> None:
+        """Let row r be what row ``rows[r]`` was: the beams that go on, say."""
+        self.lengths = [self.lengths[row] for row in rows]
+        self.buffers = {name: x[rows] for name, x in self.buffers.items()}

@@ -31,6 +31,10 @@ class SisaCache(TokenCache):
         super().__init__(batch)
         self.phase: Tensor | None = None
 
+    def select(self, rows: list[int]) -> None:
+        super().select(rows)
+        self.phase = self.phase[rows] if self.phase is not None else None
+
 
 def _wrap(phase: Tensor) -> Tensor:
     return phase - 2 * math.pi * (phase / (2 * math.pi)).round()

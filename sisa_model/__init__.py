@@ -5,6 +5,6 @@ from .generate import generate
 from .model import build, count_parameters
 from .paper_checkpoint import load_paper_checkpoint
 from .presets import presets
-from .sisa import health
+from .sisa import SisaAttention, health
 
-__all__ = ["build", "count_parameters", "generate", "health", "load", "load_paper_checkpoint", "presets", "save"]
+__all__ = ["SisaAttention", "build", "count_parameters", "generate", "health", "load", "load_paper_checkpoint", "presets", "save"]

@@ -12,12 +12,14 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from .config import ModelConfig
 from .dcp import INDEX, read_tensors
 from .model import LanguageModel
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
+MODEL_TYPE = "sisa"  # what transformers' Auto classes know the models by (sisa_model.hf)
 
 
 def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
@@ -60,7 +62,8 @@ def make_folder_atomically(folder: Path, fill: Callable[[Path], None]) -> None:
 def save(model: LanguageModel, folder: str | Path) -> None:
     """Write ``config.json`` and ``model.safetensors`` into ``folder``, made if need be.
 
-    Each file is written aside and renamed. Raises OSError (a full disk, say) with any earlier files still whole.
+    Each file is written aside and renamed; transformers reads the folder too (:mod:`sisa_model.hf`). Raises OSError (a full disk,
+    say) with any earlier files still whole.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -70,11 +73,12 @@ def save(model: LanguageModel, folder: str | Path) -> None:
         write_atomically(folder / WEIGHTS, lambda aside: save_file(state, aside, metadata={"format": "pt"}))
     except SafetensorError as error:
         raise OSError(f"cannot write {folder / WEIGHTS}: {error}") from error
-    write_json(folder / CONFIG, dataclasses.asdict(model.config))
+    named = {"model_type": MODEL_TYPE, "architectures": ["SisaForCausalLM"]}
+    write_json(folder / CONFIG, named | dataclasses.asdict(model.config))
 
 
 def load(folder: str | Path, device: str | torch.device = "cpu", **overrides: Any) -> LanguageModel:
-    """The model that :func:`save` wrote into ``folder``, or that of a run's checkpoint, on ``device``, in fp32.
+    """The model that :func:`save`, transformers' ``save_pretrained`` or a run's checkpoint left in ``folder``, in fp32.
 
     ``overrides`` change fields that do not change the weights' shapes (mode, backend, max_seq_len). Raises FileNotFoundError
     if a file is missing and ValueError for one that is truncated, foreign, or of another model.
@@ -101,12 +105,19 @@ def load_state(model: LanguageModel, folder: Path) -> None:
     if not weights.is_file():
         raise FileNotFoundError(f"no weights at {weights}")
     try:
-        model.load_state_dict(load_file(weights))
+        state = load_file(weights)
     except SafetensorError as error:
         raise ValueError(f"{weights} is truncated or not a safetensors file: {error}") from error
+    copy_state(model, state, weights)
+
+
+def copy_state(model: LanguageModel, state: dict[str, Tensor], source: str | Path) -> None:
+    """Copy all of ``state``, which came from ``source``, into ``model``; ValueError naming tensors as :func:`load_state` does."""
+    try:
+        model.load_state_dict(state)
     except RuntimeError as error:
         reasons = "; ".join(line.strip() for line in str(error).splitlines()[1:4])
-        raise ValueError(f"{weights} does not hold this {model.config.family} model: {reasons}") from error
+        raise ValueError(f"{source} does not hold this {model.config.family} model: {reasons}") from error
 
 
 def read_config(path: Path, **overrides: Any) -> ModelConfig:
@@ -115,6 +126,11 @@ def read_config(path: Path, **overrides: Any) -> ModelConfig:
         raise FileNotFoundError(f"no model configuration at {path}")
     try:
         fields = json.loads(path.read_text(encoding="utf-8"))
+        if fields.pop("model_type", MODEL_TYPE) != MODEL_TYPE:
+            raise ValueError("its model_type is not 'sisa'")
+        fields.pop("architectures", None)
+        if "transformers_version" in fields:  # written by save_pretrained, among settings of its own
+            fields = {name: fields[name] for name in ModelConfig.__dataclass_fields__ if name in fields}
         return ModelConfig(**{**fields, **overrides})
-    except (TypeError, ValueError) as error:
+    except (AttributeError, TypeError, ValueError) as error:
         raise ValueError(f"{path} is not a model configuration of this package: {error}") from error

@@ -8,6 +8,7 @@
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
@@ -15,6 +16,19 @@ from torch import Tensor, nn
 from .config import ModelConfig
 from .layers import Context, Layer
 from .mamba import Mamba2, Mamba3, MambaBlock
+
+
+@dataclass
+class HeadCaches:
+    """What both kinds of heads of a layer keep of the tokens so far."""
+
+    attn: Any
+    ssd: Any
+
+    def select(self, rows: list[int]) -> None:
+        """Let row r be what row ``rows[r]`` was: the beams that go on, say."""
+        self.attn.select(rows)
+        self.ssd.select(rows)
 
 
 class HeadMix(nn.Module):
@@ -33,13 +47,13 @@ class HeadMix(nn.Module):
         self.norm = nn.RMSNorm(config.d_model, eps=1e-6)
         self.W_O = nn.Linear(config.d_model, config.d_model, bias=False)
 
-    def make_cache(self, batch: int) -> tuple[Any, ...]:
+    def make_cache(self, batch: int) -> HeadCaches:
         """An empty cache of ``batch`` sequences for each kind of heads; ValueError where the attention has none."""
-        kinds: list[Any] = [self.attn, self.ssd]
-        return tuple(heads.make_cache(batch) for heads in kinds)
+        attn, ssd = (heads.make_cache(batch) for heads in (self.attn, self.ssd))  # type: ignore[operator]
+        return HeadCaches(attn, ssd)
 
-    def forward(self, x: Tensor, context: Context, cache: tuple[Any, ...] | None = None) -> Tensor:
-        attn, ssd = cache or (None, None)
+    def forward(self, x: Tensor, context: Context, cache: HeadCaches | None = None) -> Tensor:
+        attn, ssd = (None, None) if cache is None else (cache.attn, cache.ssd)
         return self.W_O((self.norm(self.attn(x, context, attn)) + self.ssd(x, context, ssd)) / 2)
 
 

@@ -36,6 +36,12 @@ class ModelCache:
     lengths: list[int]
     """Tokens held, and so the next token's position, of each row."""
 
+    def select(self, rows: list[int]) -> None:
+        """Let row r be what row ``rows[r]`` was, in every layer; its caches have ``select`` too."""
+        self.lengths = [self.lengths[row] for row in rows]
+        for layer in self.layers:
+            layer.select(rows)
+
 
 def rotary_tables(length: int, head_dim: int, device: torch.device, base: float = 10000.0) -> tuple[Tensor, Tensor]:
     """RoPE's (cos, sin) of the first ``length`` positions, each [length, head_dim / 2] fp32, for interleaved channel pairs."""

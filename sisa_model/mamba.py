@@ -54,6 +54,11 @@ class StateCache:
         if self.state and (dtype, device) != (held := (self.state["h"].dtype, self.state["h"].device)):
             raise ValueError(f"x must give a state in {held[0]} on {held[1]} as in the cache, got {dtype} on {device}")
 
+    def select(self, rows: list[int]) -> None:
+        """Let row r be what row ``rows[r]`` was: the beams that go on, say."""
+        self.batch = len(rows)
+        self.state = {name: x[rows] for name, x in self.state.items()}
+
 
 class Mixer(Fp32Parameters):
     """What Mamba-2 and Mamba-3 share: a projection in, each document for itself, a projection out; the step's bias and D."""

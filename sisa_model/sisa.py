@@ -13,7 +13,7 @@ import sisa_kernels as sk
 from sisa_kernels.reference import CLAMP
 
 from .config import ModelConfig
-from .layers import Context, Fp32Parameters, PackedLinear
+from .layers import Context, Fp32Parameters, PackedLinear, rotary_tables
 
 LAMBDA_RAW_INIT = -1.0  # softplus(-1) = 0.3133
 DECAY_BIAS_INIT = -5.0  # a half-life of about 103 tokens
@@ -27,9 +27,31 @@ class SisaAttention(Fp32Parameters):
     and theta are fp32 from there on, and so is ``lambda_raw`` (lambda = softplus(lambda_raw)) whatever the module is cast to:
     in bf16 it would never move.
     Controls drop the parameters that they make idle: without decay g = 0, without rotation Phi = 0.
+
+    In a model of one's own, :meth:`of` makes it from widths, and ``attn(x)`` is causal attention with RoPE over x [B, L, D].
     """
 
     fp32 = ("lambda_raw",)
+
+    @classmethod
+    def of(cls, d_model: int, n_heads: int, d_state: int = 16, **fields: Any) -> "SisaAttention":
+        """The layer by itself, initialised; ``fields`` are the layer's others of ModelConfig.
+
+        These are n_kv_heads, init_std, decay, rotation, lam (not "zero"), mode and backend. Raises ValueError as ModelConfig does,
+        and for fields of whole models.
+        """
+        unknown = sorted(fields.keys() - {"n_kv_heads", "init_std", "decay", "rotation", "lam", "mode", "backend"})
+        if unknown:
+            raise ValueError(f"{unknown[0]} is not a field of the layer by itself")
+        if fields.get("lam") == "zero":
+            raise ValueError("lam must be per-head or shared, got 'zero', which leaves no importance term")
+        model: dict[str, Any] = {"n_layers": 1, "vocab_size": 1, "max_seq_len": 1, "d_ff_transformer": 1, "d_ff": 1}
+        config = ModelConfig(family="sisa", d_model=d_model, n_heads=n_heads, d_state=d_state, **model, **fields)
+        attn = cls(config)
+        for matrix in (attn.proj.weight, attn.W_O.weight):
+            nn.init.normal_(matrix, std=config.init_std)
+        attn.reset_parameters()
+        return attn
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -81,7 +103,8 @@ class SisaAttention(Fp32Parameters):
             raise ValueError("SISA in mode 'clamped' has no cache: what it clamps depends on the whole sequence")
         return sk.SisaCache(batch)
 
-    def forward(self, x: Tensor, context: Context, cache: sk.SisaCache | None = None) -> Tensor:
+    def forward(self, x: Tensor, context: Context | None = None, cache: sk.SisaCache | None = None) -> Tensor:
+        context = context or Context(rotary_tables(x.shape[1], self.head_dim, x.device))
         q, k, v, b, c, log_decay, theta = self.operands(x)
         if cache is not None:
             y = sk.sisa_decode(

@@ -49,7 +49,7 @@ class TrainConfig:
     preset: str = "sisa-tiny-ds16"
     """Model to train; `sisa info` lists them."""
     data: tuple[Path, ...] = ()
-    """Text files or folders (plain, .gz, .xz or .zst; lines of <|endoftext|> separate documents), or a folder of `sisa prepare`.
+    """Text files or folders (plain, .gz, .xz or .zst; lines of `<|endoftext|>` separate documents), or a folder of `sisa prepare`.
     Default: Python's standard library."""
     val_data: tuple[Path, ...] = ()
     """Held-out text. Default: 5 % of the data, by file (or by document, where files are few)."""

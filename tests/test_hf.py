@@ -18,7 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM  # noqa: E402
 from sisa_model.hf import SisaConfig, SisaForCausalLM  # noqa: E402
 
 FAMILIES = ["sisa-tiny-ds16", "transformer-tiny", "fox-tiny", "alibi-tiny", "mamba2-tiny", "mamba3-tiny", "hybrid-sisa-tiny"]
-CACHED = ["sisa-tiny-ds16", "transformer-tiny"]
+CACHED = [*FAMILIES, "hybrid-head-tiny"]
 
 
 def small(preset="sisa-tiny-ds16", **overrides):

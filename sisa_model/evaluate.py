@@ -22,7 +22,7 @@ from .haystack import Haystack
 from .model import LanguageModel
 from .plot import plot_grid
 from .results import Figure, add_rows, measured, table, write_record
-from .run import PRECISIONS, find_device, newest_weights, read_run, versions
+from .run import PRECISIONS, find_device, read_run, versions, weights_by_step
 from .scoring import Request, Scorer
 
 PROTOCOLS = ("harness", "paper")
@@ -48,7 +48,9 @@ class EvalConfig:
     """
 
     run: tyro.conf.Positional[Path]
-    """Run folder of `sisa train` (of an unfinished run its newest checkpoint), or with --tokenizer a folder of model weights."""
+    """Run folder of `sisa train`, or with --tokenizer a folder of model weights."""
+    checkpoint: str = "newest"
+    """Which weights of a run: its newest (final, once it is finished), the step of a checkpoint, or all, one after the other."""
     tasks: tuple[str, ...] = ("lambada", "hellaswag", "arc_easy", "winogrande", "niah")
     """Tasks, separated by commas or spaces."""
     protocol: str = "harness"
@@ -91,12 +93,18 @@ def find_subject(config: EvalConfig) -> Subject:
     if (config.run / "run.json").is_file():
         if config.tokenizer is not None:
             raise ValueError(f"tokenizer must be left out for a run folder, which knows its own, got {config.tokenizer}")
-        record, weights = read_run(config.run)["train"], newest_weights(config.run)
-        step = record.steps if weights.name == "final" else int(weights.name.removeprefix("step-"))
+        record = read_run(config.run)["train"]
+        held = weights_by_step(config.run, record.steps)
+        step = [*held][-1] if config.checkpoint == "newest" else int(config.checkpoint)
+        if step not in held:
+            raise ValueError(f"checkpoint must be newest, all or one of {', '.join(map(str, held))}, got {config.checkpoint}")
+        weights = held[step]
         model, encoder, trained = read_config(weights / CONFIG), Encoder(record.tokenizer), record.seq_len
     elif (config.run / CONFIG).is_file():
         if config.tokenizer is None:
             raise ValueError(f"tokenizer must be given for a folder of model weights: a file, or bytes ({config.run})")
+        if config.checkpoint != "newest":
+            raise ValueError(f"checkpoint must be left at newest for a folder of model weights, got {config.checkpoint}")
         model, weights, step = read_config(config.run / CONFIG), config.run, None
         encoder, trained = Encoder(None if config.tokenizer == "bytes" else Path(config.tokenizer)), model.max_seq_len
     else:
@@ -134,6 +142,8 @@ def check(config: EvalConfig) -> tuple[str, ...]:
     for field, allowed in (("protocol", PROTOCOLS), ("precision", PRECISIONS)):
         if getattr(config, field) not in allowed:
             raise ValueError(f"{field} must be one of {', '.join(allowed)}, got {getattr(config, field)!r}")
+    if config.checkpoint not in ("newest", "all") and not config.checkpoint.isdecimal():
+        raise ValueError(f"checkpoint must be newest, all or a step, got {config.checkpoint!r}")
     for field in ("limit", "max_seq_len", "batch_tokens"):
         if getattr(config, field) is not None and getattr(config, field) < 1:
             raise ValueError(f"{field} must be at least 1, got {getattr(config, field)}")
@@ -158,9 +168,17 @@ def check(config: EvalConfig) -> tuple[str, ...]:
 def evaluate(config: EvalConfig) -> dict[str, list[Figure]]:
     """Evaluate, print the table, write the files; returns each task's figures under the name that eval.jsonl has for it.
 
-    Raises ValueError, FileNotFoundError or OSError for bad settings, data or folders before the model runs.
+    Of several checkpoints, the last one's. Raises ValueError, FileNotFoundError or OSError for bad settings, data or folders before
+    the model runs.
     """
-    return _Evaluation(config, check(config)).run()
+    tasks = check(config)
+    if config.checkpoint != "all":
+        return _Evaluation(config, tasks).run()
+    found: dict[str, list[Figure]] = {}
+    for step in weights_by_step(config.run, read_run(config.run)["train"].steps):
+        print(f"step {step:,}")
+        found = _Evaluation(dataclasses.replace(config, checkpoint=str(step)), tasks).run()
+    return found
 
 
 class _Evaluation:

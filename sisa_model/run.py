@@ -7,6 +7,7 @@ import json
 import math
 import platform
 import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -261,14 +262,22 @@ def _from_json(field: dataclasses.Field, value: Any) -> Any:
     return Path(value) if field.name in ("tokenizer", "out") and value is not None else value
 
 
-def newest_weights(folder: Path) -> Path:
-    """The folder of a run's final weights, or of its newest checkpoint; FileNotFoundError if it has neither."""
-    found = [*checkpoints(folder), folder / "final"]
-    if not found[-1].is_dir():
-        found.pop()
+def weights_by_step(folder: Path, steps: int) -> dict[int, Path]:
+    """The folders of a run's weights by their step, oldest first: its checkpoints, and ``final`` after the last of ``steps``.
+
+    FileNotFoundError if it has neither.
+    """
+    found = {int(path.name.removeprefix("step-")): path for path in checkpoints(folder)}
+    if (folder / "final").is_dir():
+        found[steps] = folder / "final"
     if not found:
         raise FileNotFoundError(f"{folder} holds no final weights and no checkpoint")
-    return found[-1]
+    return found
+
+
+def newest_weights(folder: Path) -> Path:
+    """The folder of a run's final weights, or of its newest checkpoint; FileNotFoundError if it has neither."""
+    return [*weights_by_step(folder, sys.maxsize).values()][-1]
 
 
 def free_folder(wanted: Path) -> Path:

@@ -64,7 +64,7 @@ def trained(tmp_path_factory):
     """A run that has learned a little of TEXT, so that some last words come out right and some don't."""
     folder = tmp_path_factory.mktemp("trained")
     (folder / "text.txt").write_text(TEXT * 400)
-    settings = {"steps": 40, "seq_len": 64, "batch_size": 8, "val_blocks": 1, "val_every": 40, "save_every": 40}
+    settings = {"steps": 40, "seq_len": 64, "batch_size": 8, "val_blocks": 1, "val_every": 40, "save_every": 20}
     return train(TrainConfig(data=(folder / "text.txt",), out=folder / "run", lr=5e-3, sample_tokens=0, **settings)).folder
 
 
@@ -389,6 +389,23 @@ def test_longer_examples_need_max_seq_len(run, tmp_path, capsys):
     assert main(flags) == 1
     assert "lambada: sequence 0 takes 1202 positions, and the model has 1024 (max_seq_len)" in capsys.readouterr().err
     assert main([*flags, "--max-seq-len", "2000"]) == 0
+
+
+def test_every_checkpoint_of_a_run(run, data):
+    """`--checkpoint all` leaves a row a step, the paper's curves; each is what that step's weights give by themselves."""
+    settings = {"run": run, "tasks": ("lambada",), "protocol": "paper", "data_dir": data}
+    last = evaluate(EvalConfig(checkpoint="all", **settings))
+    rows = {row["step"]: row["accuracy"] for row in read_rows(run / "eval.jsonl")}
+    assert list(rows) == [20, 40]
+    assert last["lambada"][0].value == rows[40] == evaluate(EvalConfig(**settings))["lambada"][0].value
+    assert evaluate(EvalConfig(checkpoint="20", **settings))["lambada"][0].value == rows[20]
+    for wrong, allowed in (("30", "checkpoint must be newest, all or one of 20, 40, got 30"), ("last", "or a step, got 'last'")):
+        with pytest.raises(ValueError, match=allowed):
+            evaluate(EvalConfig(checkpoint=wrong, **settings))
+    with pytest.raises(ValueError, match="checkpoint must be left at newest for a folder of model weights"):
+        evaluate(EvalConfig(**{**settings, "run": run / "final"}, tokenizer="bytes", checkpoint="20"))
+    with pytest.raises(FileNotFoundError, match="final is not a run folder of sisa train"):
+        evaluate(EvalConfig(**{**settings, "run": run / "final"}, tokenizer="bytes", checkpoint="all"))
 
 
 def test_bad_folders_are_named(run, data, tmp_path, capsys):

@@ -23,7 +23,7 @@ import sisa_model as sm
 from sisa_model.checkpoint import make_folder_atomically, write_atomically
 from sisa_model.cli import main
 from sisa_model.presets import preset_config
-from sisa_model.run import TrainConfig, resolve
+from sisa_model.run import TrainConfig, resolve, resumed
 from sisa_model.runlog import read_rows
 from sisa_model.train import learning_rate, make_optimizer, train
 
@@ -367,11 +367,13 @@ def test_bad_settings_are_named_before_anything_is_written(corpus, tmp_path, cha
 
 
 def test_an_existing_run_is_not_overwritten_nor_silently_changed(corpus, tmp_path):
-    train(config(corpus, tmp_path / "run", stop_at=2))
+    train(config(corpus, tmp_path / "run", stop_at=2, weight_decay=0.5))
     with pytest.raises(FileExistsError, match=r"out .*run exists; choose another folder, or continue its run with --resume"):
         train(config(corpus, tmp_path / "run"))
     with pytest.raises(ValueError, match=r"lr must stay 0.003, as the run in .* has it, got 0.1"):
         train(TrainConfig(out=tmp_path / "run", resume=True, lr=0.1))
+    begun = TrainConfig(out=tmp_path / "run", resume=True, weight_decay=TrainConfig.weight_decay)
+    assert resumed(begun).weight_decay == 0.5, "a flag at its default counts as left out"
     copy = shutil.copytree(corpus, tmp_path / "copy")
     train(config(copy, tmp_path / "other", stop_at=2))
     (copy / "0.txt").write_text("another text")

@@ -119,8 +119,10 @@ class Checkpointer:
                 damaged.append((folder, error))
                 continue
             for bad, reason in damaged:
-                bad.rename(bad.with_name(f"damaged-{bad.name}"))
-                warnings.warn(f"{reason}; set aside as damaged-{bad.name}, and {folder.name} is taken", stacklevel=2)
+                aside = bad.with_name(f"damaged-{bad.name}")
+                shutil.rmtree(aside, ignore_errors=True)  # of the same step, damaged before
+                bad.rename(aside)
+                warnings.warn(f"{reason}; set aside as {aside.name}, and {folder.name} is taken", stacklevel=2)
             return folder, state
         if damaged:
             raise damaged[0][1]

@@ -8,9 +8,11 @@ from typing import Any
 import numpy as np
 
 from .checkpoint import write_json, write_text
+from .parallel import world
 from .plot import Rows, plot_compare, plot_task
 from .presets import preset_config
 from .run import TrainConfig
+from .run import resolve as resolve_run
 from .runlog import read_rows
 from .tasks import LENGTHS, TASKS
 from .train import continue_run, exam_name
@@ -76,18 +78,34 @@ def compare(config: CompareConfig) -> Path:
     config = resolve(config)
     out = config.out
     assert out is not None, "resolve() fills it in"
-    if out.exists() and not config.resume:
-        raise FileExistsError(f"out {out} exists; choose another folder, or continue its comparison with --resume")
+    with world() as processes:  # one for all runs: torchrun's processes can meet only once
+        if processes.from_main(out.exists) and not config.resume:
+            raise FileExistsError(f"out {out} exists; choose another folder, or continue its comparison with --resume")
+        if _train_all(config, out):
+            processes.from_main(lambda: _write(config, out))
+        elif processes.main:
+            print(f"stopped; continue the comparison with: sisa compare --out {out} --resume (and the same flags)")
+    return out
+
+
+def _train_all(config: CompareConfig, out: Path) -> bool:
+    """Begin, resume or pass over each run; False if one was stopped."""
     shared = ("task", "data", "tokenizer", "steps", "seq_len", "batch_size", "lr", "val_every", "device")
     settings: dict[str, Any] = {name: getattr(config, name) for name in shared}
     settings["tasks"] = tuple(TASKS) if config.task == "text" else ()
     # Seeds outermost: a comparison that is cut short still holds whole pairs.
-    for seed in config.seeds:
-        for preset in config.presets:
-            identity: dict[str, Any] = {"preset": preset, "seed": seed, "out": out / f"{preset}-seed{seed}"}
-            if not continue_run(TrainConfig(sample_tokens=0, **identity, **settings)):
-                print(f"stopped; continue the comparison with: sisa compare --out {out} --resume (and the same flags)")
-                return out
+    runs = [
+        TrainConfig(sample_tokens=0, preset=preset, seed=seed, out=out / f"{preset}-seed{seed}", **settings)
+        for seed in config.seeds
+        for preset in config.presets
+    ]
+    for run in runs:
+        resolve_run(run)  # what is wrong with the last is said before the first begins
+    return all(map(continue_run, runs))
+
+
+def _write(config: CompareConfig, out: Path) -> None:
+    """Draw and tabulate the finished runs."""
     folders = {preset: [out / f"{preset}-seed{seed}" for seed in config.seeds] for preset in config.presets}
     runs = {preset: [read_rows(folder / "val.jsonl") for folder in seeds] for preset, seeds in folders.items()}
     training = {preset: [read_rows(folder / "train.jsonl") for folder in seeds] for preset, seeds in folders.items()}
@@ -103,7 +121,6 @@ def compare(config: CompareConfig) -> Path:
     write_text(out / "table.md", table)
     write_json(out / "results.json", {"config": dataclasses.asdict(config), "val": runs})
     print(f"\n{table}\nfigure: {out / 'compare.png'}")
-    return out
 
 
 def summary(runs: dict[str, list[Rows]], training: dict[str, list[Rows]]) -> str:

@@ -28,6 +28,7 @@ from .shards import INDEX, RECORD, SPLITS, TOKENIZER, VERSION, Shards, file_sha2
 from .sources import Position, find_sources, read
 
 BYTES = "bytes"
+LEFTOVERS = (".shard-?????.*", f".{INDEX}.*.tmp", f".{TOKENIZER}.*.tmp")  # of a run that was killed; what else is hidden stays
 BATCH_CHARACTERS = 2**20  # what a worker encodes at once: about half a second's work
 
 
@@ -90,7 +91,7 @@ def prepare(config: PrepareConfig) -> Shards:
         return _finished(config.out, "is finished already")
     index = {"version": VERSION, "complete": False, "options": options, "dtype": dtype.str}
     config.out.mkdir(parents=True, exist_ok=True)
-    for leftover in config.out.glob(".*"):  # of a run that was killed
+    for leftover in itertools.chain(*map(config.out.glob, LEFTOVERS)):
         shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
     write_json(config.out / INDEX, index)
     if tokenizer is not None:

@@ -119,7 +119,8 @@ class TrainConfig:
     stop_at: int | None = None
     """Save and stop after this step, as Ctrl-C would, to continue later with --resume."""
     resume: bool = False
-    """Continue the run in --out, bit for bit on a CPU, with the settings it was begun with; a flag set otherwise is an error."""
+    """Continue the run in --out, bit for bit on a CPU, with the settings it was begun with. A flag set otherwise is an error; one
+    set to its default counts as left out."""
 
 
 # All else would make it another run. LAUNCH is as each launch says; the others are as the run began where a launch says nothing.

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 import tyro
 
+from .parallel import world
 from .presets import D_STATES
 from .run import TrainConfig, read_run, resolve
 from .runlog import read_rows
@@ -85,11 +86,12 @@ def run_study(config: StudyConfig) -> None:
     trains = [_train_config(config, run) for run in runs]
     for train in trains:
         resolve(train)
-    for train in trains:
-        if not continue_run(train):
+    with world() as processes:  # one for all runs: torchrun's processes can meet only once
+        finished = all(map(continue_run, trains))
+    if processes.main:
+        if not finished:
             print("stopped; the same command continues the study")
-            break
-    print(listing(runs, config.out))
+        print(listing(runs, config.out))
 
 
 def _train_config(config: StudyConfig, run: Run) -> TrainConfig:

@@ -104,12 +104,14 @@ def continue_run(config: TrainConfig) -> bool:
 
     Raises as :func:`train` does, and ValueError for a field of ``config`` that is set, and set otherwise in a run that was begun.
     """
-    assert config.out is not None
-    begun = (config.out / "run.json").is_file()
-    if begun and (config.out / "final").is_dir():
-        require_same_run(config)
-        return True
-    return train(dataclasses.replace(config, resume=begun)).finished
+    out = config.out
+    assert out is not None
+    with world() as processes:  # which it needs is for one process to say: a shared disk may show another something else
+        begun, finished = processes.from_main(lambda: ((out / "run.json").is_file(), (out / "final").is_dir()))
+        if begun and finished:
+            require_same_run(config)
+            return True
+        return train(dataclasses.replace(config, resume=begun)).finished
 
 
 class _Run:

@@ -5,7 +5,7 @@ import json
 import pytest
 
 import sisa_model as sm
-from sisa_model.cli import main
+from sisa_model.cli import COMMANDS, main
 from sisa_model.compare import CompareConfig, compare
 from sisa_model.runlog import read_rows
 
@@ -51,11 +51,13 @@ def test_compare_trains_alike_and_reports(small, capsys, monkeypatch):
         ({"presets": ("transformer-tiny", "lstm")}, "preset must be one of"),
         ({"seeds": ()}, "seeds must be at least one and all different"),
         ({"steps": 0}, "steps must be at least 1"),
+        ({"seeds": (0, -1)}, "seed must be at least 0, got -1"),
     ],
 )
 def test_bad_comparisons_are_named(small, changes, message):
     with pytest.raises(ValueError, match=message):
         compare(CompareConfig(**{**small, **changes}))
+    assert not small["out"].exists(), "the first run has begun before the last was checked"
 
 
 def test_info_lists_every_preset(capsys):
@@ -67,7 +69,7 @@ def test_info_lists_every_preset(capsys):
     assert "d_model            512" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("command", ["train", "compare", "study", "plot", "inspect", "report", "generate", "convert", "info"])
+@pytest.mark.parametrize("command", COMMANDS)
 def test_help_explains_every_flag(command, capsys):
     with pytest.raises(SystemExit) as done:
         main([command, "--help"])

@@ -159,6 +159,25 @@ def test_sigterm_to_one_process_stops_all_and_a_kill_ends_the_job(corpus, tmp_pa
     assert time.time() - started < 60, "the job hung"
 
 
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["compare", "--presets", "sisa-tiny-ds16", "transformer-tiny"],
+        pytest.param(["study", "--only", "sisa-tiny-ds16", "transformer-tiny"], marks=pytest.mark.slow),
+    ],
+)
+def test_several_runs_follow_each_other_in_one_launch(corpus, tmp_path, command):
+    """A batch of one sequence leaves the second process without a share; what is printed and written is, once."""
+    flags = ["--data", corpus, "--out", tmp_path / "all", "--steps", "2", "--seq-len", "64", "--batch-size", "1"]
+    process = torchrun(2, "-m", "sisa_model", *command, *map(str, flags), "--val-every", "2")
+    out, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, out
+    runs = [path.parent for path in (tmp_path / "all").glob("*/final")]
+    assert len(runs) == 2
+    assert all(len(read_rows(run / "train.jsonl")) == 2 for run in runs)
+    assert out.count("| chance |" if command[0] == "compare" else "state ") == 1, out
+
+
 @pytest.mark.slow
 def test_what_two_saved_four_resume(corpus, tmp_path):
     for kind in ("ddp", "fsdp"):

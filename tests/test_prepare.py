@@ -207,6 +207,18 @@ def test_killed_and_run_again_it_gives_the_same_bytes(tmp_path):
     assert not list(out.glob(".*"))
 
 
+def test_hidden_files_that_are_not_its_own_stay(tmp_path):
+    """A folder of hidden files alone counts as empty: a repository just begun, a new home."""
+    write_jsonl(tmp_path / "data.jsonl", [f"document {n}" for n in range(40)])
+    out = tmp_path / "out"
+    (out / ".git").mkdir(parents=True)
+    (out / ".git" / "HEAD").write_text("ref: refs/heads/main")
+    (out / ".gitignore").write_text("*.bin")
+    prepare(settings(tmp_path / "data.jsonl", out))
+    assert (out / ".git" / "HEAD").read_text() == "ref: refs/heads/main"
+    assert (out / ".gitignore").read_text() == "*.bin"
+
+
 def test_held_out_documents_and_their_copies_are_never_trained_on(tmp_path, capsys):
     texts = [*TEXTS, *(f"{text}\n\n" for text in TEXTS[::2]), f"a text about {END_OF_TEXT} in a text", "", " \n"]
     shards = prepare(settings(write_jsonl(tmp_path / "a.jsonl", texts), tmp_path / "out"))

@@ -235,7 +235,7 @@ def choose(call: Call, mode: str, Dh: int, input_dtype: torch.dtype) -> tuple[Ke
     out: list[tuple[str, str]] = []
     while len(legal) > 1 and selfcheck.possible(call.device):
         attend, Ds = _checked(legal[0][0], mode), call.width - Dh
-        fault = selfcheck.fault(attend, call.device, input_dtype, Dh, Ds, call.value_width, mode, call.grouped)
+        fault = selfcheck.fault(attend, call.device, input_dtype, Dh, Ds, call.value_width, mode, call.grouped, call.grad)
         if fault is None:
             break
         out.append((legal.pop(0)[0].name, fault))

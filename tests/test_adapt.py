@@ -81,6 +81,18 @@ def test_every_new_parameter_learns():
     assert all((a != b).any() for a, b in zip(before, added))
 
 
+def test_autocast():
+    model, ids = adapted(), tokens()
+    expected = model(ids).logits
+    with torch.autocast("cpu", torch.bfloat16):
+        found = model(ids, labels=ids)
+        assert model.generate(ids, max_new_tokens=2, do_sample=False, pad_token_id=0).shape == (3, 14)
+    # bf16 has 8 bits, and three layers round a few times each.
+    assert (found.logits - expected).norm() / expected.norm() < 0.05
+    found.loss.backward()
+    assert model.model.layers[0].self_attn.lambda_raw.grad.all()
+
+
 @pytest.mark.parametrize("attn", ["sdpa", "eager"])
 @pytest.mark.parametrize("layers", [None, [0, 2], [1]])
 @pytest.mark.parametrize("side", ["left", "right"])

@@ -91,6 +91,16 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
     return _AlignedLinear.apply(x, weight)
 
 
+class Linear(nn.Linear):
+    """``nn.Linear`` without bias by :func:`linear`: a module, so that hooks and what takes its place (LoRA, say) see its input."""
+
+    def __init__(self, d_in: int, d_out: int):
+        super().__init__(d_in, d_out, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight)
+
+
 class PackedLinear(nn.Module):
     """Several bias-free projections of one input as one matrix product; the state dict holds each matrix under its own name.
 
@@ -155,11 +165,11 @@ class SwiGLU(nn.Module):
     def __init__(self, d_model: int, d_ff: int):
         super().__init__()
         self.w_in = PackedLinear(d_model, {"w_gate": d_ff, "w_up": d_ff})
-        self.w_down = nn.Linear(d_ff, d_model, bias=False)
+        self.w_down = Linear(d_ff, d_model)
 
     def forward(self, x: Tensor) -> Tensor:
         gate, up = self.w_in(x)
-        return linear(F.silu(gate) * up, self.w_down.weight)
+        return self.w_down(F.silu(gate) * up)
 
 
 class Layer(nn.Module):

@@ -245,6 +245,18 @@ def test_linear_is_the_product_with_rows_on_cache_lines(rows, d_in, d_out):
     assert torch.equal(linear(x.double(), weight.double()), F.linear(x.double(), weight.double()))
 
 
+@pytest.mark.parametrize("preset", ["sisa-tiny-ds16", "mamba2-tiny", "mamba3-tiny"])
+def test_every_linear_is_called(preset):
+    """Not its weight alone: what is put in its place, or hooked to it, has effect."""
+    model, seen = sm.build(preset), []
+    linears = [module for module in model.modules() if isinstance(module, torch.nn.Linear)]
+    for module in linears:
+        module.register_forward_hook(lambda m, *_: seen.append(m))
+    model(tokens())
+    assert linears
+    assert {id(module) for module in seen} == {id(module) for module in linears}
+
+
 def test_meta_model_can_be_materialised():
     with torch.device("meta"):
         model = sm.build("sisa-tiny-ds16")

@@ -33,8 +33,8 @@ def alibi_slopes(heads: int, device: torch.device | str | None = None) -> Tensor
     if heads < 1:
         raise ValueError(f"heads must be at least 1, got {heads}")
     power = 2 ** (heads.bit_length() - 1)
-    steps = torch.arange(1, power + 1, device=device) * (8 / power)
-    between = (2 * torch.arange(heads - power, device=device) + 1) * (4 / power)
+    steps = torch.arange(1, power + 1, dtype=torch.float32, device=device) * (8 / power)
+    between = (2 * torch.arange(heads - power, dtype=torch.float32, device=device) + 1) * (4 / power)
     return torch.cat((steps, between)).neg().exp2()
 
 

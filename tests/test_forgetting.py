@@ -223,6 +223,11 @@ def test_alibi_is_the_published_bias():
     assert torch.equal(sk.alibi_slopes(12), torch.cat((halves, sk.alibi_slopes(16)[:8:2])))
     with pytest.raises(ValueError, match="heads must be at least 1, got 0"):
         sk.alibi_slopes(0)
+    try:
+        torch.set_default_dtype(torch.bfloat16)
+        assert sk.alibi_slopes(8).dtype == torch.float32
+    finally:
+        torch.set_default_dtype(torch.float32)
 
     inputs, _ = problem(L=300, H=12, Dh=16)
     q, k, v = (inputs[name].transpose(1, 2) for name in ("q", "k", "v"))

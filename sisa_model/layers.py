@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sisa_kernels.cache import uniform
+
 
 @dataclass
 class Context:
@@ -53,6 +55,13 @@ def rotary_at(positions: Tensor, head_dim: int, base: float = 10000.0) -> tuple[
     frequency = base ** (-torch.arange(0, head_dim, 2, dtype=torch.float64, device=positions.device) / head_dim)
     angle = positions.double()[..., None] * frequency
     return angle.cos().float(), angle.sin().float()
+
+
+def rotary_behind(held: list[int], length: int, head_dim: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """RoPE's (cos, sin) of ``length`` tokens behind ``held[r]`` of each row r, as :class:`Context` has them."""
+    start = uniform(held)
+    first = start if start is not None else torch.tensor(held, device=device)[:, None]
+    return rotary_at(first + torch.arange(length, device=device), head_dim)
 
 
 ALIGNED = 16  # fp32 numbers in a cache line

@@ -210,6 +210,14 @@ def test_a_layer_of_ones_own():
     assert block.bfloat16().attn.lambda_raw.dtype == torch.float32
 
 
+@torch.no_grad()
+def test_a_layer_of_ones_own_over_its_cache():
+    attn, x = Block(d_state=8).attn, 10 * torch.randn(1, 20, 32)
+    cache = attn.make_cache(1)
+    pieces = [attn(piece, cache=cache) for piece in x.split([12, 1, 7], 1)]
+    torch.testing.assert_close(torch.cat(pieces, 1), attn(x))
+
+
 def test_its_fields_are_alive_and_checked():
     outputs = []
     for fields in ({}, {"n_kv_heads": 2}, {"init_std": 0.2}, {"decay": False}, {"rotation": False}, {"d_state": 8}):

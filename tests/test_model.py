@@ -190,8 +190,10 @@ def test_bad_ids_are_named():
     model = tiny()
     with pytest.raises(ValueError, match=r"input_ids must lie in \[0, 257\), got 0 to 257"):
         model(torch.tensor([[0, 257]]))
-    with pytest.raises(ValueError, match=r"input_ids must be int64 \[batch, length\], got torch.float32 \[1, 3\]"):
+    with pytest.raises(ValueError, match=r"input_ids must be int64 \[batch >= 1, length\], got torch.float32 \[1, 3\]"):
         model(torch.zeros(1, 3))
+    with pytest.raises(ValueError, match=r"input_ids must be int64 \[batch >= 1, length\], got torch.int64 \[0, 3\]"):
+        model(torch.zeros(0, 3, dtype=torch.int64))
 
 
 def test_lambda_stays_fp32_and_keeps_its_bits():

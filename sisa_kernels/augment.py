@@ -280,7 +280,7 @@ def _guard_compiled(device: torch.device, dtype: torch.dtype, Dh: int, Ds: int) 
         return
     (q, k, _, *rest), dq = selfcheck.problem(device, dtype, Dh=Dh, Ds=Ds, Dv=Dh + Ds, decay=selfcheck.DECAY)
     inputs = [q, k, *rest]
-    angle = torch.arange(q.shape[1] * (Dh // 2), device=device).view(-1, Dh // 2).float()
+    angle = torch.arange(q.shape[1] * (Dh // 2), device=device).view(q.shape[1], Dh // 2).float()
     tables = (None, None) if Dh % 2 else (angle.cos(), angle.sin())
 
     def outcome(forward: Callable, backward: Callable, work: torch.dtype | None) -> list[Tensor]:

@@ -92,7 +92,6 @@ def _step(
     T, work = q.shape[1], work_dtype(q)
     g = last(g_cache.transpose(1, 2), lengths)[:, None] + cumulative_decay(log_decay)
     phases = _wrap(phase[:, None] + theta.double().cumsum(1))
-    phase.copy_(phases[:, -1])
     for buffer, x in zip((k_cache, b_cache, v_cache, g_cache), (*_rotated_keys(k, b, phases, cos, sin), v, g)):
         write(buffer, x, lengths)
 
@@ -116,6 +115,7 @@ def _step(
         score = score.unflatten(2, (heads, -1)) + lam * decay * (c_rows @ states.mT).unflatten(2, (heads, -1))
         weight = score.masked_fill(~mask[:, :, None, piece], -math.inf).softmax(-1)
         out.append((weight.flatten(2, 3) @ values).unflatten(2, (heads, -1)).flatten(1, 2).transpose(1, 2))
+    phase.copy_(phases[:, -1])  # last: all before can be done again after an error, as slots behind a row's tokens hold nothing
     return torch.cat(out, 1).to(v.dtype)
 
 

@@ -22,6 +22,7 @@ from . import selfcheck
 from .augment import augment, cumulative_decay, work_dtype
 from .checks import Rotary
 from .reference import CLAMP
+from .sdpa import padded
 
 # A single call may span this fall of g: exp(+-range/2) must leave room in the format for the operands themselves.
 ONE_CALL_RANGE = {torch.float64: 1000.0, torch.float32: 80.0, torch.bfloat16: 80.0, torch.float16: 10.0}
@@ -234,7 +235,7 @@ def choose(call: Call, mode: str, Dh: int, input_dtype: torch.dtype) -> tuple[Ke
     out: list[tuple[str, str]] = []
     while len(legal) > 1 and selfcheck.possible(call.device):
         attend, Ds = _checked(legal[0][0], mode), call.width - Dh
-        fault = selfcheck.fault(attend, call.device, input_dtype, Dh, Ds, call.value_width, mode, call.grouped)
+        fault = selfcheck.fault(attend, call.device, input_dtype, Dh, Ds, call.value_width, mode, call.grouped, call.grad)
         if fault is None:
             break
         out.append((legal.pop(0)[0].name, fault))
@@ -275,6 +276,5 @@ def one_call(
             raise ValueError(f"kernel {kernel.name!r} of backend 'flash' {legal}")
         width, value_width = legal
     q_aug, k_aug = augment(q, k, b, c, log_decay, theta, lam, *(rotary or (None, None)), [0], clamp, width, dtype)
-    value = F.pad(v.to(dtype), (0, value_width - v.shape[3]))
-    y = kernel.attend(q_aug, k_aug, value, Dh**-0.5, deterministic)
+    y = kernel.attend(q_aug, k_aug, padded(v.to(dtype), value_width), Dh**-0.5, deterministic)
     return y[..., : v.shape[3]].to(q.dtype)

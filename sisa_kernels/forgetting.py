@@ -33,8 +33,8 @@ def alibi_slopes(heads: int, device: torch.device | str | None = None) -> Tensor
     if heads < 1:
         raise ValueError(f"heads must be at least 1, got {heads}")
     power = 2 ** (heads.bit_length() - 1)
-    steps = torch.arange(1, power + 1, device=device) * (8 / power)
-    between = (2 * torch.arange(heads - power, device=device) + 1) * (4 / power)
+    steps = torch.arange(1, power + 1, dtype=torch.float32, device=device) * (8 / power)
+    between = (2 * torch.arange(heads - power, dtype=torch.float32, device=device) + 1) * (4 / power)
     return torch.cat((steps, between)).neg().exp2()
 
 
@@ -141,7 +141,7 @@ def half_document(q: Tensor, k: Tensor, v: Tensor, log_forget: Tensor) -> Tensor
     g = cumulative_decay(log_forget)
     width = -(-max(Dh + HALF_PARTS * H // G, Dv) // 8) * 8  # flash kernels take one width, a multiple of 8
     unit = (HALF_UNIT * _head_channels(q, G)).repeat(1, HALF_PARTS).expand(*q.shape[:2], -1, -1)
-    query, value = (_padded(x, width).transpose(1, 2) for x in (torch.cat((q, unit), 3), v))
+    query, value = (sdpa.padded(x, width).transpose(1, 2) for x in (torch.cat((q, unit), 3), v))
     pieces = []
     for start in range(0, L, HALF_CHUNK):
         end = min(start + HALF_CHUNK, L)
@@ -151,7 +151,7 @@ def half_document(q: Tensor, k: Tensor, v: Tensor, log_forget: Tensor) -> Tensor
         for _ in range(1, HALF_PARTS):
             rest = (rest - parts[-1]).detach()
             parts.append(rest.to(q.dtype))
-        key = _padded(torch.cat((k[:, :end], *parts), 3), width).transpose(1, 2)
+        key = sdpa.padded(torch.cat((k[:, :end], *parts), 3), width).transpose(1, 2)
         causal = {"attn_mask": _lower_right(end - start, end)} if start else {"is_causal": True}
         rows = query[:, :, start:end], key, value[:, :, :end]
         pieces.append(F.scaled_dot_product_attention(*rows, scale=Dh**-0.5, enable_gqa=H != G, **causal))
@@ -163,10 +163,6 @@ def _lower_right(queries: int, keys: int) -> Tensor:
     from torch.nn.attention.bias import causal_lower_right  # here: it loads TorchDynamo, 4 seconds
 
     return causal_lower_right(queries, keys)
-
-
-def _padded(x: Tensor, width: int) -> Tensor:
-    return F.pad(x, (0, width - x.shape[3]))
 
 
 def _head_channels(q: Tensor, G: int) -> Tensor:
@@ -184,7 +180,7 @@ def _operands(q: Tensor, k: Tensor, v: Tensor, log_forget: Tensor) -> tuple[Tens
     (H, Dh), G, Dv = q.shape[2:], k.shape[2], v.shape[3]
     bias = slice(Dh, Dh + H // G)
     width = max(bias.stop, Dv)
-    q_aug, k_aug, value = (_padded(x, width) for x in (q, k, v))
+    q_aug, k_aug, value = (sdpa.padded(x, width) for x in (q, k, v))
     q_aug[..., bias] = math.sqrt(Dh) * _head_channels(q, G)
     return q_aug, k_aug, value, bias
 
@@ -231,7 +227,7 @@ def forgetting_backward(
     """
     scale, Dh, Dv = q.shape[3] ** -0.5, q.shape[3], v.shape[3]
     q_aug, k_aug, value, bias = _operands(q, k, v, log_forget)
-    dout, out = (_padded(x, value.shape[3]) for x in (dy, y))
+    dout, out = (sdpa.padded(x, value.shape[3]) for x in (dy, y))
     dq_aug, dk_aug, dv = (torch.zeros_like(x) for x in (q_aug, k_aug, value))
     dlog_forget = torch.zeros_like(log_forget, dtype=torch.float64)
     for start, end in _chunks(k_aug, log_forget, bias):

@@ -75,6 +75,11 @@ def attend_backward(
     return dq, torch.einsum("bgrij,bigrw->bjgw", dscore, q), torch.einsum("bgrij,bigrw->bjgw", weight, dout)
 
 
+def padded(x: Tensor, width: int) -> Tensor:
+    """x [B, L, heads, channels] with zeros up to ``width`` channels, which lie side by side, as flash kernels take for granted."""
+    return F.pad(x, (0, width - x.shape[3])).contiguous()  # a pad keeps the order of strides that x has
+
+
 def merge(part: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
     """The attention over two sets of keys from that over each, all as :func:`attend` returns it."""
     total = torch.logaddexp(part[1], other[1])
@@ -110,8 +115,7 @@ def _operands(q, k, v, b, c, log_decay, theta, lam, cos, sin):
     bounds = chunk_bounds(g, g.shape[1] if has_flash(q.device) else MAX_DENSE_CHUNK)
     starts = [start for start, _ in bounds]
     q_aug, k_aug = augment(q, k, b, c, log_decay, theta, lam, cos, sin, starts, math.inf, width, dtype)
-    v = F.pad(v.to(dtype), (0, width - v.shape[3]))
-    return q_aug, k_aug, v, bounds, g, segment_middle(g, starts)
+    return q_aug, k_aug, padded(v.to(dtype), width), bounds, g, segment_middle(g, starts)
 
 
 def _scaled(x: Tensor, scale: Tensor, importance: slice) -> Tensor:
@@ -164,7 +168,7 @@ def sdpa_exact_backward(
     Dh, scale, Dv = q.shape[3], q.shape[3] ** -0.5, v.shape[3]
     importance = slice(Dh, Dh + b.shape[3])
     q_aug, k_aug, value, bounds, g, middle = _operands(q, k, v, b, c, log_decay, theta, lam, cos, sin)
-    dout, out = (F.pad(t, (0, value.shape[3] - Dv)) for t in (dy, y))
+    dout, out = (padded(t, value.shape[3]) for t in (dy, y))
     decay_flux = g.new_zeros(g.shape[0], len(bounds), g.shape[2])
     phase_flux = g.new_zeros(*decay_flux.shape, b.shape[3] // 2)
     lasts = [end - 1 for _, end in bounds]

@@ -100,7 +100,8 @@ class LlamaSisaAttention(Fp32Parameters):
         **kwargs: Any,
     ) -> tuple[Tensor, None]:
         q, k, v = (p(hidden_states).unflatten(-1, (-1, self.head_dim)) for p in (self.q_proj, self.k_proj, self.v_proj))
-        q, k = apply_rotary_pos_emb(q, k, *position_embeddings, unsqueeze_dim=2)
+        # Under autocast the tables are fp32, and what they turn would be.
+        q, k = (t.to(v.dtype) for t in apply_rotary_pos_emb(q, k, *position_embeddings, unsqueeze_dim=2))
         b, c, alpha, theta = self.importance(hidden_states).split(list(self.sizes.values()), -1)
         log_decay = -F.softplus(alpha.float() + self.decay_bias.float())
         b, c = (t.unflatten(-1, (-1, self.d_state)) for t in (b, c))

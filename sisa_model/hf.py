@@ -184,6 +184,9 @@ class SisaForCausalLM(PreTrainedModel, GenerationMixin):
         logits = F.linear(slice_logits_to_keep(x, logits_to_keep), self.model.embed.weight)
         loss = None
         if labels is not None:
+            if attention_mask is not None:
+                # Padding before a row's first token has that token's logits, which would be trained to repeat it.
+                labels = labels.masked_fill((attention_mask.cumsum(1) <= 1)[:, -labels.shape[1] :], -100)
             loss = self.loss_function(
                 logits=logits, labels=labels, vocab_size=self.config.vocab_size, num_items_in_batch=num_items_in_batch
             )

@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sisa_kernels.cache import uniform
+
 
 @dataclass
 class Context:
@@ -55,6 +57,13 @@ def rotary_at(positions: Tensor, head_dim: int, base: float = 10000.0) -> tuple[
     return angle.cos().float(), angle.sin().float()
 
 
+def rotary_behind(held: list[int], length: int, head_dim: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """RoPE's (cos, sin) of ``length`` tokens behind ``held[r]`` of each row r, as :class:`Context` has them."""
+    start = uniform(held)
+    first = start if start is not None else torch.tensor(held, device=device)[:, None]
+    return rotary_at(first + torch.arange(length, device=device), head_dim)
+
+
 ALIGNED = 16  # fp32 numbers in a cache line
 
 
@@ -89,6 +98,16 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
     if plain or not any(width % ALIGNED for width in weight.shape):
         return F.linear(x, weight)
     return _AlignedLinear.apply(x, weight)
+
+
+class Linear(nn.Linear):
+    """``nn.Linear`` without bias by :func:`linear`: a module, so that hooks and what takes its place (LoRA, say) see its input."""
+
+    def __init__(self, d_in: int, d_out: int):
+        super().__init__(d_in, d_out, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight)
 
 
 class PackedLinear(nn.Module):
@@ -155,11 +174,11 @@ class SwiGLU(nn.Module):
     def __init__(self, d_model: int, d_ff: int):
         super().__init__()
         self.w_in = PackedLinear(d_model, {"w_gate": d_ff, "w_up": d_ff})
-        self.w_down = nn.Linear(d_ff, d_model, bias=False)
+        self.w_down = Linear(d_ff, d_model)
 
     def forward(self, x: Tensor) -> Tensor:
         gate, up = self.w_in(x)
-        return linear(F.silu(gate) * up, self.w_down.weight)
+        return self.w_down(F.silu(gate) * up)
 
 
 class Layer(nn.Module):

@@ -18,7 +18,7 @@ from sisa_kernels.cache import last, take
 from sisa_kernels.reference import rotate
 
 from .config import ModelConfig
-from .layers import Context, Fp32Parameters, linear
+from .layers import Context, Fp32Parameters, Linear
 from .mamba_kernels import kernels_for
 from .scan import decayed_scan
 
@@ -71,7 +71,7 @@ class Mixer(Fp32Parameters):
         self.d_inner, self.d_state, self.head_dim = expand * config.d_model, config.mamba_state, config.head_dim
         self.n_heads = self.d_inner // self.head_dim
         self.sizes = sizes
-        self.in_proj = nn.Linear(config.d_model, sum(sizes.values()), bias=False)
+        self.in_proj = Linear(config.d_model, sum(sizes.values()))
         self.dt_bias = nn.Parameter(torch.empty(self.n_heads, dtype=torch.float32))
         self.D = nn.Parameter(torch.empty(self.n_heads, dtype=torch.float32))
         self.out_proj = nn.Linear(self.d_inner, config.d_model, bias=False)
@@ -89,7 +89,7 @@ class Mixer(Fp32Parameters):
         return StateCache(batch)
 
     def forward(self, x: Tensor, context: Context, cache: StateCache | None = None) -> Tensor:
-        projected = linear(x, self.in_proj.weight)
+        projected = self.in_proj(x)
         lengths = [x.shape[1]] if context.cu_seqlens is None else context.cu_seqlens.diff().tolist()
         device = x.device.type
         lowered = device != "meta" and torch.is_autocast_enabled(device)  # autocast would round what the mixers keep in fp32

@@ -8,12 +8,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from sisa_kernels.cache import check_lengths, uniform
+from sisa_kernels.cache import check_lengths
 from sisa_kernels.checks import check_documents
 
 from .config import ModelConfig
 from .hybrid import make_layer
-from .layers import Context, ModelCache, PackedLinear, rotary_at, rotary_tables
+from .layers import Context, ModelCache, PackedLinear, rotary_behind, rotary_tables
 from .mamba import Mixer
 from .presets import preset_config
 from .rivals import AlibiAttention, ForgettingAttention
@@ -84,8 +84,8 @@ class LanguageModel(nn.Module):
         self, input_ids: Tensor, cu_seqlens: Tensor | None = None, cache: ModelCache | None = None, lengths: list[int] | None = None
     ) -> Tensor:
         """The final normed states [B, L, D], before the output matrix."""
-        if input_ids.ndim != 2 or input_ids.dtype not in (torch.int64, torch.int32):
-            raise ValueError(f"input_ids must be int64 [batch, length], got {input_ids.dtype} {list(input_ids.shape)}")
+        if input_ids.ndim != 2 or not len(input_ids) or input_ids.dtype not in (torch.int64, torch.int32):
+            raise ValueError(f"input_ids must be int64 [batch >= 1, length], got {input_ids.dtype} {list(input_ids.shape)}")
         length, config = input_ids.shape[1], self.config
         check_documents(cu_seqlens, input_ids)
         readable = input_ids.device.type == "cpu" and not torch.compiler.is_compiling()  # elsewhere reading values costs a wait
@@ -111,10 +111,7 @@ class LanguageModel(nn.Module):
             return self.final_norm(x)
         self._check_cache(input_ids, cu_seqlens, cache, lengths)
         x = self.embed(input_ids)
-        start = uniform(cache.lengths)
-        positions = torch.arange(length, device=x.device)
-        positions = positions + (torch.tensor(cache.lengths, device=x.device)[:, None] if start is None else start)
-        rotary = rotary_at(positions, config.head_dim)
+        rotary = rotary_behind(cache.lengths, length, config.head_dim, x.device)
         for layer, held_by_layer in zip(self.layers, cache.layers):
             x = layer(x, Context(rotary, lengths=lengths), held_by_layer)
         cache.lengths = [n + new for n, new in zip(cache.lengths, lengths or [length] * len(cache.lengths))]

@@ -13,7 +13,7 @@ import sisa_kernels as sk
 from sisa_kernels.reference import CLAMP
 
 from .config import ModelConfig
-from .layers import Context, Fp32Parameters, PackedLinear, rotary_tables
+from .layers import Context, Fp32Parameters, PackedLinear, rotary_behind
 
 LAMBDA_RAW_INIT = -1.0  # softplus(-1) = 0.3133
 DECAY_BIAS_INIT = -5.0  # a half-life of about 103 tokens
@@ -104,7 +104,8 @@ class SisaAttention(Fp32Parameters):
         return sk.SisaCache(batch)
 
     def forward(self, x: Tensor, context: Context | None = None, cache: sk.SisaCache | None = None) -> Tensor:
-        context = context or Context(rotary_tables(x.shape[1], self.head_dim, x.device))
+        held = cache.lengths if cache is not None else [0]
+        context = context or Context(rotary_behind(held, x.shape[1], self.head_dim, x.device))
         q, k, v, b, c, log_decay, theta = self.operands(x)
         if cache is not None:
             y = sk.sisa_decode(

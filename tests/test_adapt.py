@@ -81,6 +81,18 @@ def test_every_new_parameter_learns():
     assert all((a != b).any() for a, b in zip(before, added))
 
 
+def test_autocast():
+    model, ids = adapted(), tokens()
+    expected = model(ids).logits
+    with torch.autocast("cpu", torch.bfloat16):
+        found = model(ids, labels=ids)
+        assert model.generate(ids, max_new_tokens=2, do_sample=False, pad_token_id=0).shape == (3, 14)
+    # bf16 has 8 bits, and three layers round a few times each.
+    assert (found.logits - expected).norm() / expected.norm() < 0.05
+    found.loss.backward()
+    assert model.model.layers[0].self_attn.lambda_raw.grad.all()
+
+
 @pytest.mark.parametrize("attn", ["sdpa", "eager"])
 @pytest.mark.parametrize("layers", [None, [0, 2], [1]])
 @pytest.mark.parametrize("side", ["left", "right"])
@@ -196,6 +208,14 @@ def test_a_layer_of_ones_own():
     assert abs(block.attn.proj.matrices()["W_B"].std().item() - 0.02) < 0.002
     assert F.softplus(block.attn.lambda_raw).tolist() == pytest.approx([0.3133] * 4, abs=1e-4)
     assert block.bfloat16().attn.lambda_raw.dtype == torch.float32
+
+
+@torch.no_grad()
+def test_a_layer_of_ones_own_over_its_cache():
+    attn, x = Block(d_state=8).attn, 10 * torch.randn(1, 20, 32)
+    cache = attn.make_cache(1)
+    pieces = [attn(piece, cache=cache) for piece in x.split([12, 1, 7], 1)]
+    torch.testing.assert_close(torch.cat(pieces, 1), attn(x))
 
 
 def test_its_fields_are_alive_and_checked():

@@ -79,6 +79,19 @@ def test_strided_inputs():
     torch.testing.assert_close(grads_strided, grads, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("order", [(0, 1, 3, 2), (0, 2, 3, 1)])  # channels apart; the length innermost, which a pad would keep
+@pytest.mark.parametrize("Dv", [64, 80, 96])  # narrower than the augmented keys, as wide, wider
+@pytest.mark.parametrize("mode", ["exact", "clamped"])
+def test_values_whose_channels_lie_apart(mode, Dv, order):
+    inputs, dy = problem(L=65, Dv=Dv)
+    back = [order.index(axis) for axis in range(4)]
+    apart = {**inputs, "v": inputs["v"].detach().permute(order).contiguous().permute(back)}
+    assert apart["v"].stride(3) > 1
+    expected = value_and_grads(sk.sisa_attention, inputs, dy, mode=mode)
+    found = value_and_grads(sk.sisa_attention, apart, dy.permute(order).contiguous().permute(back), mode=mode)
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("mode", ["exact", "clamped"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_is_as_good_as_its_inputs(dtype, mode):

@@ -370,6 +370,25 @@ def test_bad_input_is_named_and_leaves_the_cache(held, change, error, message):
     assert all(torch.equal(cache.buffers[name], x) for name, x in before.items())
 
 
+def test_an_error_on_the_way_leaves_the_cache(monkeypatch):
+    inputs, _ = problem(L=20, theta=1.0)
+    whole = sk.reference.sisa_attention(**in_fp64(inputs))[:, 10:]
+    head, tail = ({n: x.detach()[:, piece] if n != "lam" else x.detach() for n, x in inputs.items()}
+                  for piece in (slice(10), slice(10, 20)))  # fmt: skip
+    cache = sk.SisaCache(1)
+    sk.sisa_decode(**head, cache=cache)
+    with monkeypatch.context() as broken:
+        broken.setattr(decode_module, "visible", lambda *_: (_ for _ in ()).throw(MemoryError()))
+        with pytest.raises(MemoryError):
+            sk.sisa_decode(**tail, cache=cache)
+    assert relative(sk.sisa_decode(**tail, cache=cache), whole) <= 5e-6
+
+
+def test_one_channel_a_head():
+    inputs, _ = problem(L=20, Dh=1, Ds=2, Dv=1)
+    assert relative(sk.sisa_attention(**inputs), sk.reference.sisa_attention(**in_fp64(inputs))) <= 5e-6
+
+
 def test_a_cache_has_rows():
     with pytest.raises(ValueError, match="batch must be at least 1, got 0"):
         sk.SisaCache(0)

@@ -1,5 +1,6 @@
 """backend="flash": the table of stock kernels by call, every row that runs here, and what a wrong kernel leads to."""
 
+import contextlib
 import functools
 import subprocess
 import sys
@@ -9,9 +10,11 @@ import pytest
 import torch
 from conftest import ROOT, in_fp64, problem, relative, value_and_grads
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 
 import sisa_kernels as sk
 from sisa_kernels import flash, selfcheck
+from sisa_kernels.augment import _guard_compiled
 from sisa_kernels.flash import Call, Kernel
 
 HOPPER, AMPERE, ADA, BLACKWELL, TURING = (9, 0), (8, 0), (8, 9), (10, 0), (7, 5)
@@ -135,6 +138,49 @@ def test_a_first_use_within(context):
         y = sk.sisa_attention(**inputs, backend="flash")
     assert selfcheck.fault.cache_info().misses == 1
     assert relative(y, sk.reference.sisa_attention(**in_fp64(inputs))) <= 5e-6
+
+
+@pytest.mark.parametrize("backend", ["flash", "sdpa"])
+@pytest.mark.parametrize("context", [lambda: torch.device("meta"), lambda: default_dtype(torch.float64)])
+def test_a_first_use_under_other_defaults(context, backend):
+    """Neither the default device nor the default dtype is the problem's (a warning here would be an error)."""
+    selfcheck.fault.cache_clear()
+    _guard_compiled.cache_clear()
+    inputs, _ = problem(L=64, Dh=24)
+    y_ref = sk.reference.sisa_attention(**in_fp64(inputs))
+    with context():
+        y = sk.sisa_attention(**inputs, backend=backend)
+    assert relative(y, y_ref) <= 5e-6
+
+
+@contextlib.contextmanager
+def default_dtype(dtype):
+    torch.set_default_dtype(dtype)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+def test_a_first_use_under_an_activation_checkpoint():
+    selfcheck.fault.cache_clear()
+    inputs, dy = problem(L=64, Dh=24)
+    expected = value_and_grads(sk.reference.sisa_attention, inputs, dy)[1]
+    attend = functools.partial(sk.sisa_attention, backend="flash")
+    y = checkpoint(attend, *inputs.values(), use_reentrant=False)
+    assert selfcheck.fault.cache_info().misses == 1
+    grads = torch.autograd.grad(y, list(inputs.values()), dy)
+    assert max(relative(grad, right) for grad, right in zip(grads, expected.values())) <= 2e-5
+
+
+def test_a_kernel_for_inference_alone_is_checked_without_its_backward(monkeypatch):
+    def legal(call):
+        return "has no backward" if call.grad else (80, 80)
+
+    row = Kernel("forward", "for the test", legal, flash.TABLE[0].attend)
+    monkeypatch.setattr(flash, "TABLE", (row, *flash.TABLE))
+    inputs, _ = problem(L=63)
+    with torch.no_grad():  # a warning that it is left out would be an error
+        sk.sisa_attention(**inputs, backend="flash")
+        assert flash.choose(flash.Call(CPU, (0, 0), torch.float32, 63, 80, 64, grad=False), "exact", 64, torch.float32)[0] is row
 
 
 class Recorder(TorchDispatchMode):

@@ -100,6 +100,17 @@ def test_strided_inputs():
     torch.testing.assert_close(value_and_grads(sk.forgetting_attention, strided, dy), plain, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("order", [(0, 1, 3, 2), (0, 2, 3, 1)])  # channels apart; the length innermost, which a pad would keep
+@pytest.mark.parametrize("Dv", [64, 65, 80])  # narrower than the keys with their bias, as wide, wider
+def test_inputs_whose_channels_lie_apart(Dv, order):
+    inputs, dy = problem(L=65, Dv=Dv)
+    back = [order.index(axis) for axis in range(4)]
+    *wide, dy_apart = (x.detach().permute(order).contiguous().permute(back) for x in (*list(inputs.values())[:3], dy))
+    apart = dict(zip(NAMES, (*wide, inputs["log_forget"])))
+    expected = value_and_grads(sk.forgetting_attention, inputs, dy)
+    torch.testing.assert_close(value_and_grads(sk.forgetting_attention, apart, dy_apart), expected, rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_is_as_good_as_its_inputs(dtype):
     """The error is held to twice that of rounding the oracle's own result and gradients to the dtype."""
@@ -212,6 +223,11 @@ def test_alibi_is_the_published_bias():
     assert torch.equal(sk.alibi_slopes(12), torch.cat((halves, sk.alibi_slopes(16)[:8:2])))
     with pytest.raises(ValueError, match="heads must be at least 1, got 0"):
         sk.alibi_slopes(0)
+    try:
+        torch.set_default_dtype(torch.bfloat16)
+        assert sk.alibi_slopes(8).dtype == torch.float32
+    finally:
+        torch.set_default_dtype(torch.float32)
 
     inputs, _ = problem(L=300, H=12, Dh=16)
     q, k, v = (inputs[name].transpose(1, 2) for name in ("q", "k", "v"))

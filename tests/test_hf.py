@@ -214,6 +214,19 @@ def test_loss_is_shifted_masked_and_normalised():
     torch.testing.assert_close(model(ids, logits_to_keep=2).logits, logits[:, -2:])
 
 
+def test_loss_is_that_without_padding():
+    model, ids = wrapped(), tokens()[:1]
+    padded, mask = F.pad(ids, (3, 0)), F.pad(torch.ones_like(ids), (3, 0))
+    expected = model(ids, labels=ids).loss
+    for turn in (0, -3):  # on the left, on the right
+        ids, real = padded.roll(turn, 1), mask.roll(turn, 1)
+        torch.testing.assert_close(model(ids, attention_mask=real, labels=ids.masked_fill(real == 0, -100)).loss, expected)
+    with torch.no_grad():  # behind a cache the mask is longer than the labels
+        first = model(padded[:, :6], attention_mask=mask[:, :6], use_cache=True)
+        rest = model(padded[:, 6:], attention_mask=mask, cache=first.cache, labels=padded[:, 6:])
+    torch.testing.assert_close(rest.loss, F.cross_entropy(rest.logits[0, :-1], padded[0, 7:]))
+
+
 def test_trainer_steps_saves_and_resumes(tmp_path):
     pytest.importorskip("accelerate")
     from transformers import Trainer, TrainingArguments

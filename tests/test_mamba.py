@@ -295,7 +295,7 @@ def test_autocast_rounds_the_projections_alone(family):
     exact, seen = module(u, context()), {}
     module.out_proj.register_forward_pre_hook(lambda _, args: seen.update(y=args[0]))
     with torch.autocast("cpu", torch.bfloat16):
-        projected = mamba.linear(u, module.in_proj.weight)
+        projected = module.in_proj(u)
         module(u, context())
     between = module.mix(projected)
     assert torch.equal(seen["y"], between.bfloat16())

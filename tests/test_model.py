@@ -190,8 +190,10 @@ def test_bad_ids_are_named():
     model = tiny()
     with pytest.raises(ValueError, match=r"input_ids must lie in \[0, 257\), got 0 to 257"):
         model(torch.tensor([[0, 257]]))
-    with pytest.raises(ValueError, match=r"input_ids must be int64 \[batch, length\], got torch.float32 \[1, 3\]"):
+    with pytest.raises(ValueError, match=r"input_ids must be int64 \[batch >= 1, length\], got torch.float32 \[1, 3\]"):
         model(torch.zeros(1, 3))
+    with pytest.raises(ValueError, match=r"input_ids must be int64 \[batch >= 1, length\], got torch.int64 \[0, 3\]"):
+        model(torch.zeros(0, 3, dtype=torch.int64))
 
 
 def test_lambda_stays_fp32_and_keeps_its_bits():
@@ -243,6 +245,18 @@ def test_linear_is_the_product_with_rows_on_cache_lines(rows, d_in, d_out):
     with torch.autocast("cpu", torch.bfloat16):
         assert linear(x, weight).dtype == torch.bfloat16
     assert torch.equal(linear(x.double(), weight.double()), F.linear(x.double(), weight.double()))
+
+
+@pytest.mark.parametrize("preset", ["sisa-tiny-ds16", "mamba2-tiny", "mamba3-tiny"])
+def test_every_linear_is_called(preset):
+    """Not its weight alone: what is put in its place, or hooked to it, has effect."""
+    model, seen = sm.build(preset), []
+    linears = [module for module in model.modules() if isinstance(module, torch.nn.Linear)]
+    for module in linears:
+        module.register_forward_hook(lambda m, *_: seen.append(m))
+    model(tokens())
+    assert linears
+    assert {id(module) for module in seen} == {id(module) for module in linears}
 
 
 def test_meta_model_can_be_materialised():

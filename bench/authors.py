@@ -41,7 +41,7 @@ def attention(q, k, v, b, c, log_decay, theta, lam, rotary: Rotary, clamp: float
 class Attention(SisaAttention):
     """SISA's layer with the authors' attention in place of ours."""
 
-    def forward(self, x: Tensor, context: Context) -> Tensor:
+    def forward(self, x: Tensor, context: Context, cache: None = None) -> Tensor:
         return self.W_O(attention(*self.operands(x), self.lam(), context.rotary).flatten(2))
 
 

@@ -118,7 +118,8 @@ def sisa_attention(
         rotary: (cos, sin) of the positions, each [L, Dh/2] fp32, applied to q and k inside (interleaved pairs, indexed by the
             place in the packed sequence); None: already applied, or not wanted.
         mode: "exact", Eq. 2 at any length and decay; "clamped", the authors' formulation with g's distance from the middle of
-            its range clamped to +-11, to reproduce their numbers and run their weights (wrong once the range passes 22).
+            its range clamped to +-11, to reproduce their numbers and run their weights (wrong once the range passes 22;
+            in fp16 on a GPU exp(11) leaves operands above 1 no room: use bf16).
         backend: "auto"; "sdpa", exact by query chunks on stock kernels; "flash", one call of a stock kernel on augmented operands,
             the first of a table that is legal and right (in exact mode an error once the range of g is too wide for one call);
             "triton", exact in one kernel on a GPU, its products past the horizon left out; "reference", the dense fp64 oracle.

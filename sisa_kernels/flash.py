@@ -109,6 +109,13 @@ def _half_on_cuda(call: Call, capabilities: str, ok: bool) -> str | None:
     return None if call.dtype in HALF else f"takes bfloat16 and float16, not {str(call.dtype)[6:]}"
 
 
+def _to_128(width: int, value: int) -> Widths | str:
+    """The sizes that cuDNN, and flash-attn 4 on Blackwell, have kernels for."""
+    if max(width, value) <= 128:
+        return width, value
+    return (192, 128) if width <= 192 and value <= 128 else f"takes widths to 128 each, or 192 and 128, not {width} and {value}"
+
+
 def _on_cpu(call: Call) -> Widths | str:
     width = max(call.width, call.value_width)
     return (width, width) if call.device.type == "cpu" else "needs a CPU"
@@ -122,10 +129,7 @@ def _cudnn(call: Call) -> Widths | str:
         return "is not deterministic"
     if call.length == 1:
         return "takes more than one key"
-    width, value = _up(call.width, 8), _up(call.value_width, 8)
-    if max(width, value) <= 128:
-        return width, value
-    return (192, 128) if width <= 192 and value <= 128 else f"takes widths to 128 each, or 192 and 128, not {width} and {value}"
+    return _to_128(_up(call.width, 8), _up(call.value_width, 8))
 
 
 def _cute(call: Call) -> Widths | str:
@@ -141,9 +145,7 @@ def _cute(call: Call) -> Widths | str:
         if call.grouped and call.grad:  # its backward with shared key heads knows one width
             width = value = max(width, value)
         return (width, value) if max(width, value) <= 256 else f"takes widths to 256, not {width} and {value}"
-    if max(width, value) <= 128:
-        return width, value
-    return (192, 128) if width <= 192 and value <= 128 else f"takes widths to 128 each, or 192 and 128, not {width} and {value}"
+    return _to_128(width, value)
 
 
 def _one_width(call: Call) -> Widths | str:

@@ -41,6 +41,15 @@ def two_threads():
     torch.set_num_threads(2)
 
 
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    """A folder of sixty short texts, enough for files to be held out."""
+    folder = tmp_path_factory.mktemp("corpus")
+    for n in range(60):
+        (folder / f"{n}.txt").write_text(f"{n} " + "the quick brown fox jumps over the lazy dog; " * (10 + n % 7))
+    return folder
+
+
 NAMES = ("q", "k", "v", "b", "c", "log_decay", "theta", "lam")
 
 

@@ -31,14 +31,6 @@ def one_thread(two_threads):
     torch.set_num_threads(1)  # as torchrun's workers have
 
 
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("corpus")
-    for n in range(60):
-        (folder / f"{n}.txt").write_text(f"{n} " + "the quick brown fox jumps over the lazy dog; " * (10 + n % 7))
-    return folder
-
-
 def settings(corpus, out, **changes):
     defaults = {
         "steps": 4,

@@ -30,14 +30,6 @@ from sisa_model.train import learning_rate, make_optimizer, train
 COMMAND = [sys.executable, "-c", "import sys; from sisa_model.cli import main; sys.exit(main(sys.argv[1:]))"]
 
 
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("corpus")
-    for n in range(60):
-        (folder / f"{n}.txt").write_text(f"{n} " + "the quick brown fox jumps over the lazy dog; " * (10 + n % 7))
-    return folder
-
-
 def config(corpus, out, **changes):
     defaults = {"steps": 6, "seq_len": 64, "batch_size": 4, "warmup_steps": 2, "val_every": 3, "val_blocks": 4, "sample_tokens": 0}
     return TrainConfig(data=(corpus,), out=out, **{**defaults, **changes})

@@ -505,7 +505,7 @@ def layer_groups(s: Setting) -> list[list[Case]]:
 
 
 def decode_step(preset: str, length: int, s: Setting) -> Callable[[], object]:
-    """The first layer's next token behind a cache of ``length``; every 32nd takes the cache back to it."""
+    """The first layer's next token behind ``length`` tokens; every 32nd takes a cache of tokens back to them."""
     torch.manual_seed(0)
     model = authors.build(preset, n_layers=1, vocab_size=8).to(s.device)
     layer, width, head = model.layers[0], model.config.d_model, model.config.head_dim
@@ -516,7 +516,7 @@ def decode_step(preset: str, length: int, s: Setting) -> Callable[[], object]:
 
     @torch.no_grad()
     def call() -> Tensor:
-        if cache.lengths[0] >= length + 32:
+        if isinstance(cache, sk.TokenCache) and cache.lengths[0] >= length + 32:
             cache.lengths = [length]
         return layer(states[:, length:], turns[1], cache)
 

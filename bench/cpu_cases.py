@@ -55,6 +55,7 @@ DECODERS = tuple(preset for preset in LAYERS if not preset.startswith("authors")
 CONTEXTS = (512, 4096, 8192)
 MODELS = {  # by (batch, length), the trainer's
     (8, 128): ("transformer-tiny", "sisa-tiny-ds16", "authors-tiny-ds16", "mamba2-tiny", "mamba3-tiny"),
+    (8, 2048): ("transformer-tiny", "sisa-tiny-ds16", "authors-tiny-ds16"),
     (1, 2048): ("transformer-50m", "sisa-50m-ds16", "authors-50m-ds16"),
 }
 if QUICK:

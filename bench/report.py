@@ -6,6 +6,7 @@ is not drawn, the command that measures them is printed, and the command fails.
 
 import argparse
 import math
+import re
 import statistics
 import sys
 from collections.abc import Callable, Iterable, Sequence
@@ -27,6 +28,7 @@ RIVALS = {  # baseline, to its first hyphen: how it is called
     "transformer": "the Transformer's",
     **dict.fromkeys(("flash", "cudnn", "efficient"), "plain attention + RoPE"),
 }
+PANEL_GAP = 3.5  # between panels, in bars
 DOUBLINGS = 3  # of the length, over which a slope is taken
 NAMES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 
@@ -88,7 +90,7 @@ OPERATORS = {  # section: title, path -> label and colour
         {"sisa": ("ours, exact", OURS), "unpadded": ("v not padded", OTHER), "eager+sdpa": ("as published", THEIRS)},
     ),
 }
-WHOLE = {"layer": "one 152M layer", "decode": "a token of one 152M layer", "model": "training step"}
+WHOLE = {"model": "training step", "layer": "one 152M layer", "decode": "a token of one 152M layer"}
 FAMILIES = {"sisa": ("SISA", OURS), "authors": ("as published", THEIRS)}
 FAMILIES |= {"fox": ("FoX", OTHER), "alibi": ("ALiBi", OTHER), "mamba2": ("Mamba-2", THIRD), "mamba3": ("Mamba-3", THIRD)}
 
@@ -105,7 +107,7 @@ def operator_bars(rows: Sequence[Row], paths: dict[str, tuple[str, str]]) -> lis
 
 def model_bars(rows: Sequence[Row]) -> list[Bar]:
     found = []
-    for row in sorted(rows, key=lambda row: row["shape"]):
+    for row in sorted(rows, key=lambda row: [int(n) for n in re.findall(r"\d+", row["shape"])]):
         family, scale, *state = row["path"].split("-")
         if family in FAMILIES:
             name, color = FAMILIES[family]
@@ -128,18 +130,23 @@ def speed_figure(rows: list[Row], path: Path) -> None:
     panels = [(title, found) for title, found in panels if found]
     split = math.ceil(len(panels) / 2)
     columns = [panels[:split], panels[split:]] if split < len(panels) else [panels]
-    heights = [[len(found) + 2 for _, found in column] for column in columns]
-    figure = plt.figure(figsize=(5.5 * len(columns), 0.22 * max(map(sum, heights)) + 0.8))
+    heights = [[len(found) for _, found in column] for column in columns]
+    tallest = max(sum(height) + PANEL_GAP * len(height) for height in heights)
+    figure = plt.figure(figsize=(5.5 * len(columns), 0.22 * tallest + 0.8))
     grid = figure.add_gridspec(1, len(columns))
     for place, (column, height) in enumerate(zip(columns, heights)):
-        inner = grid[place].subgridspec(len(column), 1, height_ratios=height, hspace=0.55)
+        below = tallest - sum(height) - PANEL_GAP * len(height)  # empty: bars are as thick in every column
+        ratios = [*height, below] if below else height
+        gap = PANEL_GAP * len(ratios) / sum(ratios)
+        inner = grid[place].subgridspec(len(ratios), 1, height_ratios=ratios, hspace=gap)
         for line, (title, found) in enumerate(column):
             bars(figure.add_subplot(inner[line]), found, title)
     figure.suptitle("how many times as fast: forward + backward, a training step with its optimizer", fontsize=10)
     footer(
         figure,
         rows,
-        "bars: ratio of medians of rounds in which all take turns; lines: 20th to 80th percentile of the rounds' ratios",
+        "bars: ratio of medians of rounds in which all take turns; lines: 20th to 80th percentile of the rounds' ratios;\n"
+        "the 152M Mamba-2 and -3 have 31 and 30 layers, the others 12: a layer of theirs is smaller",
     )
     _finish(figure, path)
 

@@ -10,7 +10,7 @@ import os
 import shutil
 import sys
 
-from setuptools import setup
+from setuptools import Extension, setup
 
 ISA_FLAGS = {
     "avx512": ["-mavx512f", "-mavx512dq", "-mavx512vl", "-mavx512bw", "-mavx2", "-mfma", "-mf16c"],
@@ -65,33 +65,43 @@ def extension() -> dict:
     if isa != "default":
         flags += [f"-DCPU_CAPABILITY={isa.upper()}", f"-DCPU_CAPABILITY_{isa.upper()}"]
     cuda = builds_cuda(wanted)
-    archs = os.environ.setdefault("TORCH_CUDA_ARCH_LIST", CUDA_ARCHS).replace(";", " ") if cuda else ""
-    record = {"TORCH": torch.__version__, "VECTOR": isa.upper(), "FLAGS": " ".join(flags), "CUDA_ARCHS": archs}
-    defines = [f'-DSISA_{name}="{value}"' for name, value in record.items()]
+
+    def module(cuda: bool) -> Extension:
+        archs = os.environ.setdefault("TORCH_CUDA_ARCH_LIST", CUDA_ARCHS).replace(";", " ") if cuda else ""
+        record = {"TORCH": torch.__version__, "VECTOR": isa.upper(), "FLAGS": " ".join(flags), "CUDA_ARCHS": archs}
+        defines = [f'-DSISA_{name}="{value}"' for name, value in record.items()]
+        return (CUDAExtension if cuda else CppExtension)(
+            "sisa_kernels._C",
+            sorted([*glob.glob("csrc/*.cpp"), *glob.glob("csrc/cpu/*.cpp"), *(glob.glob("csrc/cuda/*.cu") if cuda else [])]),
+            depends=glob.glob("csrc/**/*.h", recursive=True) + glob.glob("csrc/**/*.cuh", recursive=True),
+            extra_compile_args={"cxx": [*flags, *defines, *(["-DSISA_WITH_CUDA"] if cuda else [])], "nvcc": ["-O3", "-std=c++20"]},
+            extra_link_args=["-fopenmp"],
+        )
 
     class OptionalBuild(BuildExtension):
         def build_extensions(self) -> None:
             try:
                 super().build_extensions()
             except Exception as error:
+                (built,) = self.extensions
                 if wanted == "1":
                     raise
-                say(
-                    f"sisa: the extension did not build, the package will run in plain PyTorch: {error}",
-                    "To see why: python setup.py build_ext --inplace; to build it for fewer GPUs: TORCH_CUDA_ARCH_LIST; for none:",
-                    "SISA_BUILD_CUDA=0",
-                )
+                if any(source.endswith(".cu") for source in built.sources):
+                    say(
+                        f"sisa: the CUDA kernels did not build, the extension is built without them: {error}",
+                        "To see why: SISA_BUILD_CUDA=1 python setup.py build_ext --inplace; to build them for fewer GPUs:",
+                        "TORCH_CUDA_ARCH_LIST",
+                    )
+                    vars(built).update(vars(module(cuda=False)))
+                    self.build_extensions()
+                else:
+                    say(
+                        f"sisa: the extension did not build, the package will run in plain PyTorch: {error}",
+                        "To see why: python setup.py build_ext --inplace",
+                    )
+                    built.optional = True  # setuptools does not miss its file
 
-    cxx = [*flags, *defines, *(["-DSISA_WITH_CUDA"] if cuda else [])]
-    module = (CUDAExtension if cuda else CppExtension)(
-        "sisa_kernels._C",
-        ["csrc/sisa.cpp", "csrc/cpu/augment.cpp", "csrc/cpu/decode.cpp", *(["csrc/cuda/augment.cu"] if cuda else [])],
-        depends=glob.glob("csrc/**/*.h", recursive=True) + glob.glob("csrc/**/*.cuh", recursive=True),
-        extra_compile_args={"cxx": cxx, "nvcc": ["-O3", "-std=c++20"]},
-        extra_link_args=["-fopenmp"],
-        optional=wanted != "1",
-    )
-    return {"ext_modules": [module], "cmdclass": {"build_ext": OptionalBuild}}
+    return {"ext_modules": [module(cuda)], "cmdclass": {"build_ext": OptionalBuild}}
 
 
 setup(**extension())

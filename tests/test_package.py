@@ -18,6 +18,12 @@ from sisa_model.cli import main
 # Dependencies of sisa_model and of the tests, and what is slow in torch: operators alone need none of them.
 FOREIGN = {"sisa_model", "matplotlib", "safetensors", "tokenizers", "transformers", "tyro", "pytest", "torch._inductor"}
 
+CUDA_FAILS = "#ifdef SISA_WITH_CUDA\n#error cuda_runtime.h: No such file or directory\n#endif\n"
+EMPTY_MODULE = """#include <Python.h>
+static PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C"};
+PyMODINIT_FUNC PyInit__C() { return PyModule_Create(&module); }
+"""
+
 
 def python(*arguments, **options):
     """The standard output of a Python process; its standard error where it fails."""
@@ -54,6 +60,32 @@ def build(kind: str, source: Path, out: Path) -> Path:
     python("-c", code, str(out), cwd=source, env=env)
     (made,) = out.iterdir()
     return made
+
+
+def test_a_cuda_toolkit_that_cannot_build_leaves_the_extension_of_the_cpu(tmp_path):
+    """An nvcc without its headers, say: setup.py builds stand-ins for the sources, with the toolkit and then without."""
+    sources = {"sisa.cpp": CUDA_FAILS + EMPTY_MODULE, "cpu/augment.cpp": "", "cpu/decode.cpp": "", "cuda/augment.cu": ""}
+    for name, text in sources.items():
+        (tmp_path / "csrc" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "csrc" / name).write_text(text)
+    (tmp_path / "sisa_kernels").mkdir()
+    nvcc = tmp_path / "toolkit" / "bin" / "nvcc"
+    nvcc.parent.mkdir(parents=True)
+    nvcc.write_text("#!/bin/sh\nexit 1\n")
+    nvcc.chmod(0o755)
+    (tmp_path / "setup.py").write_text(
+        f"import torch.utils.cpp_extension as c; c.torch.version.cuda, c.CUDA_HOME = '13.0', {str(nvcc.parent.parent)!r}\n"
+        + (ROOT / "setup.py").read_text()
+    )
+    command = [sys.executable, "setup.py", "build_ext", "--inplace"]
+    env = {name: value for name, value in os.environ.items() if name != "SISA_BUILD_CUDA"}
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "sisa: the CUDA kernels did not build, the extension is built without them: " in done.stderr
+    assert "did not build, the package will run in plain PyTorch" not in done.stderr
+    assert [path.name.partition(".")[0] for path in (tmp_path / "sisa_kernels").glob("*.so")] == ["_C"]
+    demanded = subprocess.run(command, cwd=tmp_path, env={**env, "SISA_BUILD_CUDA": "1"}, capture_output=True, text=True)
+    assert demanded.returncode
 
 
 @pytest.mark.slow

@@ -78,4 +78,9 @@ SISA_INLINE double key_scale(double head_width, double lam, bool shared) {
   return shared ? 1.0 : sqrt(sqrt(head_width) * lam);
 }
 
+// dL/dlam from the sum of dL/dexponent over what carries lam: all of s^2 on the query, or half of it on either side.
+SISA_INLINE double d_lam(double total, double lam, bool shared) {
+  return total / ((shared ? 1.0 : 2.0) * lam);
+}
+
 }  // namespace sisa

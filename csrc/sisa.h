@@ -2,10 +2,21 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 namespace sisa {
 
 enum class DType : int32_t { float32, bfloat16, float16 };
+
+// Calls f with a std::type_identity of the dtype; the types of half precision are the compiler's.
+template <class BFloat16, class Half, class F>
+void with_type(DType dtype, F f) {
+  switch (dtype) {
+    case DType::float32: return f(std::type_identity<float>());
+    case DType::bfloat16: return f(std::type_identity<BFloat16>());
+    case DType::float16: return f(std::type_identity<Half>());
+  }
+}
 
 // A tensor [batch, length, heads, channels] of any strides (a view of a packed projection, for one). data is null where absent.
 struct Rows {
@@ -25,6 +36,14 @@ struct AugmentParams {
   double clamp;
   Rows q_aug, k_aug;
 };
+
+// Calls f with the types of the inputs and of the augmented tensors.
+template <class BFloat16, class Half, class F>
+void with_types(const AugmentParams& p, F f) {
+  with_type<BFloat16, Half>(p.q.dtype, [&]<class T>(std::type_identity<T> inputs) {
+    with_type<BFloat16, Half>(p.q_aug.dtype, [&]<class O>(std::type_identity<O> augmented) { f(inputs, augmented); });
+  });
+}
 
 struct AugmentBackwardParams : AugmentParams {
   Rows dq, dk, db, dc;
@@ -50,7 +69,6 @@ namespace cpu {
 void augment(const AugmentParams& params);
 void augment_backward(const AugmentBackwardParams& params);
 void decode(const DecodeParams& params);
-const char* vector_isa();
 }  // namespace cpu
 
 }  // namespace sisa

@@ -1,13 +1,14 @@
 """``python -m sisa_kernels``: the build, the devices, every backend, and each path's error against the fp64 oracle."""
 
 import functools
+import os
 import platform
 import time
 
 import torch
 
 from . import __version__, _extension, backends, sisa_attention
-from .selfcheck import NAMES, oracle, problem, relative_errors, results
+from .selfcheck import NAMES, described, oracle, problem, relative_errors, results
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 CASES = {"weak decay": -5.0, "strong decay": 1.0}
@@ -29,8 +30,8 @@ def self_check(device: torch.device) -> list[str]:
                 attend = functools.partial(sisa_attention, mode=mode, backend=backend)
                 try:
                     found = results(attend, inputs, dy)  # also pays for what a first call registers and compiles
-                except ValueError as error:
-                    lines.append(f"{head} {str(error).split(';')[0]}")
+                except Exception as error:  # whatever keeps a path from running here
+                    lines.append(f"{head} {described(error)}")
                     continue
                 start = time.perf_counter()
                 results(attend, inputs, dy)
@@ -56,6 +57,9 @@ def main() -> None:
         print("cuda: no device")
     for name, state in backends(table=True).items():
         print(f"backend {name:18} {state}")
+    forced = os.environ.pop("SISA_BACKEND", None)
+    if forced is not None:
+        print(f"SISA_BACKEND={forced} does not count below: each row is the path that it names")
     for device in devices:
         print(f"\nself-check on {device}, length {LENGTH}: relative error against the fp64 oracle of Eq. 2")
         print("\n".join(self_check(device)))

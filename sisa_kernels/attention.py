@@ -1,16 +1,15 @@
 """sisa_attention: the argument checks, the choice of a path, and the dispatch to it."""
 
-import functools
 import os
-import warnings
-from itertools import repeat
 
 import torch
 from torch import Tensor
 
 from . import _extension, flash, reference, selfcheck
-from .augment import guard_compiled, refuse_forward_mode
+from .augment import guard_compiled
 from .checks import Rotary, check_attention
+from .ops import refuse_forward_mode, say_once, without_autocast
+from .reference import by_document
 from .sdpa import sdpa_exact
 
 try:
@@ -51,11 +50,6 @@ def _triton_state() -> str:
     return "available" if torch.cuda.is_available() else "needs a CUDA device"
 
 
-@functools.cache
-def _say_once(message: str) -> None:
-    warnings.warn(message, stacklevel=3)
-
-
 def _triton_refusal(q: Tensor, v: Tensor, b: Tensor) -> str | None:
     """Why the Triton path cannot run on these operands, or None."""
     state = _triton_state()
@@ -64,9 +58,8 @@ def _triton_refusal(q: Tensor, v: Tensor, b: Tensor) -> str | None:
 
 def _triton_fault(q: Tensor, v: Tensor, b: Tensor) -> str | None:
     """What the first use of the Triton path on such operands finds wrong with it, or None."""
-    if not selfcheck.possible(q.device):
-        return None
-    return selfcheck.fault(triton_attention.exact_attention, q.device, q.dtype, q.shape[3], b.shape[3], v.shape[3])
+    attend, widths = triton_attention.exact_attention, (q.shape[3], b.shape[3], v.shape[3])
+    return selfcheck.fault("triton", attend, q.device, q.dtype, *widths)
 
 
 def _preferred(mode: str, device: torch.device) -> str:
@@ -76,18 +69,24 @@ def _preferred(mode: str, device: torch.device) -> str:
     return "sdpa" if device.type in ("cpu", "meta") else "triton"
 
 
-def _choose(backend: str, mode: str, q: Tensor, v: Tensor, b: Tensor) -> str:
-    """The path that runs: SISA_BACKEND if set, else ``backend``, with "auto" resolved by mode, device and operands."""
+def asked_backend(backend: str) -> tuple[str, str]:
+    """SISA_BACKEND if set, else ``backend``, and the name of the one that counts; ValueError where it is no backend."""
     name = "SISA_BACKEND" if "SISA_BACKEND" in os.environ else "backend"
     backend = os.environ.get("SISA_BACKEND", backend)
     if backend not in BACKENDS:
         raise ValueError(f"{name} must be one of {', '.join(BACKENDS)}, got {backend!r}")
+    return backend, name
+
+
+def _choose(backend: str, mode: str, q: Tensor, v: Tensor, b: Tensor) -> str:
+    """The path that runs: what is asked for, with "auto" resolved by mode, device and operands."""
+    backend, name = asked_backend(backend)
     if backend == "auto":
         path = _preferred(mode, q.device)
         why = (_triton_refusal(q, v, b) or _triton_fault(q, v, b)) if path == "triton" else None
         if why is None:
             return path
-        _say_once(f"exact SISA attention on {q.device.type} runs the 'sdpa' path with densely tiled scores, not 'triton': {why}")
+        say_once(f"exact SISA attention on {q.device.type} runs the 'sdpa' path with densely tiled scores, not 'triton': {why}")
         return "sdpa"
     if backend == "triton":
         why = "it computes mode 'exact' only" if mode != "exact" else _triton_refusal(q, v, b)
@@ -120,8 +119,9 @@ def sisa_attention(
         mode: "exact", Eq. 2 at any length and decay; "clamped", the authors' formulation with g's distance from the middle of
             its range clamped to +-11, to reproduce their numbers and run their weights (wrong once the range passes 22;
             in fp16 on a GPU exp(11) leaves operands above 1 no room: use bf16).
-        backend: "auto"; "sdpa", exact by query chunks on stock kernels; "flash", one call of a stock kernel on augmented operands,
-            the first of a table that is legal and right (in exact mode an error once the range of g is too wide for one call);
+        backend: "auto"; "sdpa", exact by query chunks on stock kernels (in mode "clamped", which takes one call, the same as
+            "flash"); "flash", one call of a stock kernel on augmented operands, the first of a table that is legal and right (in
+            exact mode an error once the range of g is too wide for one call);
             "triton", exact in one kernel on a GPU, its products past the horizon left out; "reference", the dense fp64 oracle.
             The environment variable SISA_BACKEND overrides it. A named backend that cannot run is an error, never a fallback.
         cu_seqlens: [documents + 1] int32, rising from 0 to L: documents packed into one sequence (B = 1), where decay, phase
@@ -133,7 +133,8 @@ def sisa_attention(
 
     Raises:
         TypeError, ValueError: an argument of the wrong type, shape, dtype, device or range; the message names it. The ranges of
-            log_decay and lam are checked for CPU tensors only (on a GPU the check would stall the device).
+            log_decay and lam are checked for CPU tensors only (on a GPU the check would stall the device). Wrong bounds in
+            cu_seqlens on a GPU are an assertion there, which fails at some later call; in a compiled call they are not checked.
     """
     check_attention(q, k, v, b, c, log_decay, theta, lam, rotary, mode, cu_seqlens)
     path = _choose(backend, mode, q, v, b)
@@ -142,26 +143,15 @@ def sisa_attention(
     refuse_forward_mode(q, k, v, b, c, log_decay, theta, lam)
     if path != "triton":
         guard_compiled(q, b)
-    if q.device.type != "meta" and torch.is_autocast_enabled(q.device.type):
-        # Autocast reaches into the paths and would run their fp32 products in half precision.
-        with torch.autocast(q.device.type, enabled=False):
-            return _documents(path, mode, q, k, v, b, c, log_decay, theta, lam, rotary, cu_seqlens)
-    return _documents(path, mode, q, k, v, b, c, log_decay, theta, lam, rotary, cu_seqlens)
 
+    def attend(q, k, v, b, c, log_decay, theta, *tables: Tensor) -> Tensor:
+        cos, sin = (table[0] for table in tables) if tables else (None, None)
+        if path == "sdpa" and mode == "exact":
+            return sdpa_exact(q, k, v, b, c, log_decay, theta, lam, cos, sin)[0].to(q.dtype)
+        return flash.one_call(q, k, v, b, c, log_decay, theta, lam, cos, sin, mode)
 
-def _documents(path: str, mode: str, q, k, v, b, c, log_decay, theta, lam, rotary, cu_seqlens) -> Tensor:
-    if path == "triton":
-        tables, horizon = rotary or (None, None), triton_attention.default_horizon(q.dtype)
-        return triton_attention.triton_exact(q, k, v, b, c, log_decay, theta, lam, *tables, cu_seqlens, horizon)[0]
-    if cu_seqlens is None:
-        return _document(path, mode, q, k, v, b, c, log_decay, theta, lam, rotary)
-    lengths = cu_seqlens.diff().tolist()
-    tables = zip(*(table.split(lengths) for table in rotary)) if rotary is not None else repeat(None)
-    pieces = zip(*(x.split(lengths, 1) for x in (q, k, v, b, c, log_decay, theta)), repeat(lam), tables)
-    return torch.cat([_document(path, mode, *piece) for piece in pieces], 1)
-
-
-def _document(path: str, mode: str, q, k, v, b, c, log_decay, theta, lam, rotary) -> Tensor:
-    if path == "sdpa" and mode == "exact":
-        return sdpa_exact(q, k, v, b, c, log_decay, theta, lam, *(rotary or (None, None)))[0].to(q.dtype)
-    return flash.one_call(q, k, v, b, c, log_decay, theta, lam, rotary, mode)
+    with without_autocast(q.device):
+        if path == "triton":
+            tables, horizon = rotary or (None, None), triton_attention.default_horizon(q.dtype)
+            return triton_attention.triton_exact(q, k, v, b, c, log_decay, theta, lam, *tables, cu_seqlens, horizon)[0]
+        return by_document(attend, cu_seqlens, q, k, v, b, c, log_decay, theta, *(table[None] for table in rotary or ()))

@@ -1,68 +1,34 @@
 """The augmentation: decay, phase and lambda folded into wider queries and keys, so that SISA is one attention call.
 
 ``Qhat_i = [q_i ; s exp(g_i - m) R(Phi_i) c_i]``, ``Khat_j = [k_j ; s exp(m - g_j) R(Phi_j) b_j]``, ``s = Dh^(1/4) sqrt(lam)``
-(paper, Proposition 1). This file holds the scans and rotations that every path shares, and the paper's own clamped form.
-The ops ``sisa::augment`` and ``sisa::augment_backward`` are compiled (csrc/) where the extension is loaded: for the CPU,
-and for CUDA if it was built so. Their PyTorch implementation here serves everywhere else, fp64 included.
+(paper, Proposition 1). The ops ``sisa::augment`` and ``sisa::augment_backward`` are compiled (csrc/) where the extension is
+loaded: for the CPU, and for CUDA if it was built so. Their PyTorch implementation here serves everywhere else, fp64 included.
 """
 
 import functools
 import math
 import warnings
 from collections.abc import Callable
-from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from . import _extension, selfcheck
-from .checks import DTYPES, Rotary, check_operands, check_tensor
-from .reference import CLAMP, LOWEST_LOG_DECAY, rotate
+from .checks import DTYPES, Rotary, check_operands, check_shapes, check_tensor
+from .ops import library, no_second_derivative, refuse_forward_mode, register
+from .reference import CLAMP, rotate
+from .scans import (
+    cumulative_decay,
+    cumulative_phase,
+    pair_products,
+    segment_middle,
+    to_key_heads,
+    to_query_heads,
+    work_dtype,
+)
 
 
-def work_dtype(x: Tensor) -> torch.dtype:
-    """The dtype a path computes in: fp64 for fp64 inputs, fp32 for every other."""
-    return torch.promote_types(x.dtype, torch.float32)
-
-
-def cumulative_decay(log_decay: Tensor) -> Tensor:
-    """g [B, L, G] in fp64: one scalar a token and head, so fp64 costs little and differences of g keep fp32's last digit."""
-    return log_decay.double().clamp(min=LOWEST_LOG_DECAY).cumsum(1)
-
-
-def cumulative_phase(theta: Tensor) -> tuple[Tensor, Tensor]:
-    """Cosine and sine of the phase, each [B, L, G, Ds/2] in theta's dtype; summed and wrapped in fp64, accurate at any length."""
-    phase = theta.double().cumsum(1).remainder(2 * math.pi).to(theta.dtype)
-    return phase.cos(), phase.sin()
-
-
-def to_query_heads(x: Tensor, heads: int) -> Tensor:
-    """Repeat each key head (axis 2) for the query heads that share it."""
-    return x if x.shape[2] == heads else x.repeat_interleave(heads // x.shape[2], 2)
-
-
-def to_key_heads(x: Tensor, heads: int) -> Tensor:
-    """Sum over the query heads that share a key head (axis 2): the derivative of :func:`to_query_heads`."""
-    return x if x.shape[2] == heads else x.unflatten(2, (heads, -1)).sum(3)
-
-
-def segment_middle(g: Tensor, starts: list[int]) -> Tensor:
-    """The middle of g's range in each token's segment, [B, L, G] like g; segments begin at ``starts`` and g never rises."""
-    L = g.shape[1]
-    ends = [*starts[1:], L]
-    middle = (g[:, starts] + g[:, [end - 1 for end in ends]]) / 2
-    lengths = torch.tensor([end - start for start, end in zip(starts, ends)], device=g.device)
-    return middle.repeat_interleave(lengths, 1, output_size=L)
-
-
-def pair_products(du: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
-    """At u = e^x R(phase) c with du = dL/du: (dL/dx summed over the channels, dL/dphase of each channel pair), in fp64."""
-    du0, du1, u0, u1 = du[..., 0::2], du[..., 1::2], u[..., 0::2], u[..., 1::2]
-    return (du * u).sum(-1).double(), (u0 * du1 - u1 * du0).double()
-
-
-class _Importance:
+class _Factors:
     """What forward and backward share: the factors exp(+-(g - m)) s and the cosines and sines of the phases."""
 
     def __init__(self, q: Tensor, k: Tensor, log_decay: Tensor, theta: Tensor, lam: Tensor, starts: list[int], clamp: float):
@@ -86,30 +52,13 @@ def _check(
     cos: Tensor | None, sin: Tensor | None, starts: list[int], clamp: float,
 ) -> None:  # fmt: skip
     """Refuse what csrc/sisa.cpp refuses: every wrong shape, dtype, device or range of a direct call of the ops."""
-    if q.ndim != 4 or 0 in q.shape:
-        raise ValueError(f"q must be [batch, length, heads, channels], each >= 1, got {list(q.shape)}")
-    if k.ndim != 4 or k.shape[2] == 0 or q.shape[2] % k.shape[2]:
-        raise ValueError(f"k must be [batch, length, key heads, channels], its heads a divisor of q's, got {list(k.shape)}")
-    if b.ndim != 4 or b.shape[3] == 0 or b.shape[3] % 2:
-        raise ValueError(f"b must be [batch, length, key heads, Ds] with Ds even and >= 2, got {list(b.shape)}")
-    (B, L, H, Dh), G, Ds = q.shape, k.shape[2], b.shape[3]
-    narrow, wide = (q.dtype,), (torch.float32, torch.float64)
-    tables = (cos, sin) if cos is not None and sin is not None else ()
-    if (cos is None) != (sin is None) or (tables and Dh % 2):
-        raise ValueError(f"cos and sin must be given together, and need an even head width, got q with {Dh} channels")
-    check_tensor("q", q, (B, L, H, Dh), DTYPES, q.device)
-    check_tensor("k", k, (B, L, G, Dh), narrow, q.device)
-    check_tensor("b", b, (B, L, G, Ds), narrow, q.device)
-    check_tensor("c", c, (B, L, H, Ds), narrow, q.device)
-    check_tensor("log_decay", log_decay, (B, L, G), wide, q.device)
-    check_tensor("theta", theta, (B, L, G, Ds // 2), wide, q.device)
-    check_tensor("lam", lam, (H,), wide, q.device)
-    for name, table in zip(("cos", "sin"), tables):
-        check_tensor(name, table, (L, Dh // 2), wide, q.device)
+    if (cos is None) != (sin is None):
+        raise ValueError("cos and sin must be given together")
+    check_shapes(q, k, b, c, log_decay, theta, lam, None if cos is None or sin is None else (cos, sin))
     if not clamp >= 0:
         raise ValueError(f"clamp must be >= 0, got {clamp}")
-    if not starts or starts[0] != 0 or any(lo >= hi for lo, hi in zip(starts, [*starts[1:], L])):
-        raise ValueError(f"starts must rise from 0 and stay below the length {L}, got {starts}")
+    if not starts or starts[0] != 0 or any(lo >= hi for lo, hi in zip(starts, [*starts[1:], q.shape[1]])):
+        raise ValueError(f"starts must rise from 0 and stay below the length {q.shape[1]}, got {starts}")
 
 
 def _check_forward(q, k, b, c, log_decay, theta, lam, cos, sin, starts, clamp, width, dtype) -> None:
@@ -149,7 +98,7 @@ def augment_eager(
     """
     _check_forward(q, k, b, c, log_decay, theta, lam, cos, sin, starts, clamp, width, dtype)
     Dh, Ds = q.shape[3], b.shape[3]
-    x = _Importance(q, k, log_decay, theta, lam, starts, clamp)
+    x = _Factors(q, k, log_decay, theta, lam, starts, clamp)
     work = x.cos_k.dtype
     q_aug, k_aug = (t.new_zeros(*t.shape[:3], width, dtype=dtype) for t in (q, k))
     if cos is None or sin is None:
@@ -182,7 +131,7 @@ def augment_backward_eager(
         dq_aug, dk_aug, q, k, b, c, log_decay, theta, lam, cos, sin, starts, clamp, decay_flux, phase_flux
     )  # fmt: skip
     Dh, Ds, G = q.shape[3], b.shape[3], k.shape[2]
-    x = _Importance(q, k, log_decay, theta, lam, starts, clamp)
+    x = _Factors(q, k, log_decay, theta, lam, starts, clamp)
     work = x.cos_k.dtype
     dq, dk = dq_aug[..., :Dh].to(work), dk_aug[..., :Dh].to(work)
     if cos is not None and sin is not None:
@@ -190,7 +139,7 @@ def augment_backward_eager(
     dc, db = x.factor_q * dq_aug[..., Dh : Dh + Ds], x.factor_k * dk_aug[..., Dh : Dh + Ds]
     row, dphase_q = pair_products(dc, rotate(c.to(work), x.cos_q, x.sin_q))
     col, dphase_k = pair_products(db, rotate(b.to(work), x.cos_k, x.sin_k))
-    # s^2 = sqrt(Dh) lam, split evenly between query and key or all on the query (see _Importance).
+    # s^2 = sqrt(Dh) lam, split evenly between query and key or all on the query (see _Factors).
     dlam = (row.sum((0, 1)) + col.sum((0, 1))) / (2 * lam) if q.shape[2] == G else row.sum((0, 1)) / lam
     dg = (to_key_heads(row, G) - col) * x.unclamped
     dlog_decay = _segment_reverse_cumsum(dg, starts, decay_flux)
@@ -230,35 +179,6 @@ def _save(ctx, inputs, output):
 def _backward(ctx, dq_aug, dk_aug):
     grads = augment_backward(dq_aug, dk_aug, *ctx.saved_tensors, ctx.starts, ctx.clamp, None, None)
     return *grads, None, None, None, None, None, None
-
-
-def no_second_derivative(ctx, *grads) -> NoReturn:
-    """The backward of the backward ops: an error, where autograd's own answer would be a warning and a wrong gradient."""
-    raise RuntimeError("SISA's operators are differentiable once: no double backward (create_graph=True), nested grad or hessian")
-
-
-_library = torch.library.Library("sisa", "FRAGMENT")
-
-
-def register(
-    name: str, eager: Callable, fake: Callable, backward: Callable | None = None, setup_context: Callable | None = None,
-    mutates: tuple[str, ...] = (),
-) -> Any:  # fmt: skip
-    """The op sisa::``name``: compiled for the devices the loaded extension was built for, ``eager`` on every other."""
-    schema = torch.library.infer_schema(eager, mutates_args=mutates)
-    compiled = hasattr(torch.ops.sisa, name)
-    if _extension.LOADED and not compiled:
-        message = f"sisa_kernels runs sisa::{name} in plain PyTorch: its compiled extension is of older sources. To build it: "
-        warnings.warn(message + _extension.REBUILD, RuntimeWarning, stacklevel=3)
-    # The compiled op hands fp64 to sisa::<name>_eager.
-    for op in [f"{name}_eager"] if compiled else [name]:
-        _library.define(op + schema, tags=(torch.Tag.pt2_compliant_tag,))
-    for op in {name, f"{name}_eager"} if compiled else {name}:
-        _library.impl(op, eager, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"sisa::{name}", fake, lib=_library)
-    if backward is not None:
-        torch.library.register_autograd(f"sisa::{name}", backward, setup_context=setup_context, lib=_library)
-    return getattr(torch.ops.sisa, name).default
 
 
 augment = register("augment", augment_eager, _augment_fake, _backward, _save)
@@ -302,14 +222,8 @@ def _guard_compiled(device: torch.device, dtype: torch.dtype, Dh: int, Ds: int) 
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Warning only once for all operators")  # that a kernel is replaced is what is wanted
         for name, eager in (("augment", augment_eager), ("augment_backward", augment_backward_eager)):
-            _library.impl(name, eager, device.type.upper(), allow_override=True)
+            library.impl(name, eager, device.type.upper(), allow_override=True)
     warnings.warn(f"the compiled augmentation is out on {device.type}, and plain PyTorch runs instead: {why}", stacklevel=4)
-
-
-def refuse_forward_mode(*tensors: Tensor) -> None:
-    """An error where PyTorch would take an op without a forward-mode derivative for a constant."""
-    if not torch.compiler.is_compiling() and any(forward_ad.unpack_dual(x).tangent is not None for x in tensors):
-        raise NotImplementedError("SISA's operators have no forward-mode derivative (jvp)")
 
 
 def augment_qk(

@@ -74,10 +74,18 @@ class TokenCache:
     def check(self, new: dict[str, Tensor], lengths: list[int] | None) -> None:
         """Refuse, before anything is written, tokens [B, T, heads(, channels)] that the cache cannot take."""
         refuse_gradients(new)
+        if not new:
+            raise ValueError("a cache needs at least one tensor of new tokens, got none")
+        odd = self.buffers.keys() ^ new.keys()
+        if self.buffers and odd:
+            raise ValueError(f"{', '.join(sorted(odd))}: the cache holds {', '.join(self.buffers)}, got {', '.join(new)}")
+        first, length = next((name, x.shape[1]) for name, x in new.items())
         for name, x in new.items():
-            batch, length, *rest = x.shape
+            batch, tokens, *rest = x.shape
             if batch != len(self.lengths):
                 raise ValueError(f"{name} must have the cache's batch of {len(self.lengths)}, got {batch}")
+            if tokens != length:
+                raise ValueError(f"{name} must have {length} tokens like {first}, got {tokens}")
             held = self.buffers.get(name)
             if held is not None and [held.shape[1], *held.shape[3:]] != rest:
                 raise ValueError(f"{name} must be [heads, channels] {[held.shape[1], *held.shape[3:]]} as in the cache, got {rest}")
@@ -88,6 +96,7 @@ class TokenCache:
 
     def reserve(self, new: dict[str, Tensor]) -> None:
         """Make room for tokens such as ``new`` [B, T, heads(, channels)], of which only shape, dtype and device matter."""
+        buffers = {}
         for name, x in new.items():
             batch, length, heads, *channels = x.shape
             needed, held = max(self.lengths) + length, self.buffers.get(name)
@@ -96,7 +105,14 @@ class TokenCache:
                 grown = x.new_zeros(batch, heads, max(MIN_CAPACITY, needed + needed // 2), *channels)
                 if held is not None:
                     grown[:, :, : held.shape[2]] = held
-                self.buffers[name] = grown
+                buffers[name] = grown
+        self.buffers |= buffers  # all, or after an error none
+
+    def put(self, new: dict[str, Tensor]) -> None:
+        """Write tokens [B, T, heads(, channels)] behind those held, among which :meth:`advance` will count them."""
+        self.reserve(new)
+        for name, x in new.items():
+            write(self.buffers[name], x, self.lengths)
 
     def advance(self, new: int, lengths: list[int] | None) -> None:
         """Count ``new`` tokens as held, or ``lengths[r]`` of them where rows differ."""
@@ -109,12 +125,11 @@ class TokenCache:
             lengths: for the first tokens of an empty cache: row r's tokens are the first ``lengths[r]``, the rest is padding.
 
         Raises:
-            ValueError: another batch, width, dtype or device than the cache's; lengths out of range; tensors that require grad.
+            ValueError: other names than the cache's, or none; another batch, width, dtype or device; tensors of unequal numbers of
+                tokens, or that require grad; lengths out of range.
         """
         self.check(new, lengths)
-        self.reserve(new)
-        for name, x in new.items():
-            write(self.buffers[name], x, self.lengths)
+        self.put(new)
         before = self.lengths
         self.advance(next(iter(new.values())).shape[1], lengths)
         return before

@@ -27,23 +27,29 @@ def _given(x: object) -> str:
     return str(list(x.shape)) if isinstance(x, Tensor) else type(x).__name__
 
 
-def check_rotary(rotary: Rotary | None, q: Tensor, dtypes: tuple[torch.dtype, ...]) -> None:
-    """Check the rotary tables of ``q`` [B, L, H, Dh], a pair [L, Dh / 2] of constants."""
+def wide_dtypes(q: Tensor) -> tuple[torch.dtype, ...]:
+    """The dtypes that what is fp32 beside q may have."""
+    return (torch.float32, torch.float64) if q.dtype == torch.float64 else (torch.float32,)
+
+
+def check_rotary(rotary: Rotary | None, q: Tensor, by_row: bool = False) -> None:
+    """Check the rotary tables of ``q`` [B, L, H, Dh], a pair [L, Dh / 2] of constants; ``by_row``: or [B, L, Dh / 2]."""
     if rotary is None:
         return
     if not isinstance(rotary, (tuple, list)) or len(rotary) != 2:
         raise TypeError(f"rotary must be a pair (cos, sin) or None, got {type(rotary).__name__}")
-    L, Dh = q.shape[1], q.shape[3]
+    B, L, _, Dh = q.shape
     if Dh % 2:
         raise ValueError(f"rotary needs an even head width, got q with {Dh} channels")
     for name, table in zip(("rotary[0] (cos)", "rotary[1] (sin)"), rotary):
-        check_tensor(name, table, (L, Dh // 2), dtypes, q.device)
+        rows = (B,) if by_row and isinstance(table, Tensor) and table.ndim == 3 else ()
+        check_tensor(name, table, (*rows, L, Dh // 2), wide_dtypes(q), q.device)
         if table.requires_grad:
             raise ValueError(f"{name} must not require grad: the rotary tables are constants of the operator")
 
 
 def check_documents(cu_seqlens: Tensor | None, q: Tensor) -> None:
-    """Check the bounds of the documents packed into ``q`` [1, L, ...]; their values for CPU tensors only, as elsewhere."""
+    """Check the bounds of the documents packed into ``q`` [1, L, ...]; on a GPU their values are asserted without a wait."""
     if cu_seqlens is None:
         return
     B, L = q.shape[:2]
@@ -52,14 +58,19 @@ def check_documents(cu_seqlens: Tensor | None, q: Tensor) -> None:
         raise ValueError(f"cu_seqlens must be an int32 tensor [documents + 1], got {got}")
     if B != 1:
         raise ValueError(f"cu_seqlens needs the documents packed into one sequence (batch 1), got batch {B}")
-    if cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling():
+    if torch.compiler.is_compiling():
+        return
+    allowed = f"cu_seqlens must rise strictly from 0 to the length {L}"
+    if cu_seqlens.device.type == "cpu":
         bounds = cu_seqlens.tolist()
         if bounds[0] != 0 or bounds[-1] != L or any(lo >= hi for lo, hi in itertools.pairwise(bounds)):
-            raise ValueError(f"cu_seqlens must rise strictly from 0 to the length {L}, got {bounds}")
+            raise ValueError(f"{allowed}, got {bounds}")
+    elif cu_seqlens.device.type == "cuda":
+        torch._assert_async((cu_seqlens[0] == 0) & (cu_seqlens[-1] == L) & (cu_seqlens.diff() > 0).all(), allowed)
 
 
-def check_queries(q: Tensor, k: Tensor) -> tuple[torch.dtype, ...]:
-    """Check q [B, L, H, Dh] and k's rank and heads; returns the dtypes that the fp32 inputs beside them may have."""
+def check_qk(q: Tensor, k: Tensor) -> None:
+    """Check q [B, L, H, Dh] and k [B, L, G, Dh]."""
     if not isinstance(q, Tensor):
         raise TypeError(f"q must be a torch.Tensor, got {type(q).__name__}")
     if q.ndim != 4 or 0 in q.shape:
@@ -71,11 +82,11 @@ def check_queries(q: Tensor, k: Tensor) -> tuple[torch.dtype, ...]:
     H, G = q.shape[2], k.shape[2]
     if G == 0 or H % G:
         raise ValueError(f"the number of key heads must divide the number of query heads, got k with {G} heads and q with {H}")
-    return (torch.float32, torch.float64) if q.dtype == torch.float64 else (torch.float32,)
+    check_tensor("k", k, (*q.shape[:2], G, q.shape[3]), (q.dtype,), q.device)
 
 
 def check_values(v: Tensor, k: Tensor) -> None:
-    """Check v [B, L, G, Dv] beside keys that are checked already."""
+    """Check v [B, L, G, Dv] beside keys that :func:`check_qk` has checked."""
     if not isinstance(v, Tensor) or v.ndim != 4 or v.shape[3] == 0:
         raise ValueError(f"v must be [batch, length, key heads, Dv] with Dv >= 1, got {_given(v)}")
     check_tensor("v", v, (*k.shape[:3], v.shape[3]), (k.dtype,), k.device)
@@ -89,26 +100,28 @@ def check_log(name: str, x: Tensor, meaning: str) -> None:
             raise ValueError(f"{name} must be <= 0 everywhere (log of a {meaning} in (0, 1]), got a maximum of {worst:g}")
 
 
-def check_operands(
+def check_shapes(
     q: Tensor, k: Tensor, b: Tensor, c: Tensor, log_decay: Tensor, theta: Tensor, lam: Tensor, rotary: Rotary | None
 ) -> None:
-    """Check all of a SISA layer's inputs but v (shapes in :func:`sisa_kernels.sisa_attention`).
-
-    The two checks of values, ``log_decay <= 0`` and ``lam > 0``, run for CPU tensors; on a GPU they would stall the
-    device, and are the caller's duty.
-    """
-    wide = check_queries(q, k)
-    (B, L, H, Dh), G = q.shape, k.shape[2]
+    """Check all of a SISA layer's inputs but v, and all but their values (shapes in :func:`sisa_kernels.sisa_attention`)."""
+    check_qk(q, k)
+    (B, L, H, _), G, wide = q.shape, k.shape[2], wide_dtypes(q)
     if not isinstance(b, Tensor) or b.ndim != 4 or b.shape[3] < 2 or b.shape[3] % 2:
         raise ValueError(f"b must be [batch, length, key heads, Ds] with Ds even and >= 2, got {_given(b)}")
     Ds = b.shape[3]
-    check_tensor("k", k, (B, L, G, Dh), (q.dtype,), q.device)
     check_tensor("b", b, (B, L, G, Ds), (q.dtype,), q.device)
     check_tensor("c", c, (B, L, H, Ds), (q.dtype,), q.device)
     check_tensor("log_decay", log_decay, (B, L, G), wide, q.device)
     check_tensor("theta", theta, (B, L, G, Ds // 2), wide, q.device)
     check_tensor("lam", lam, (H,), wide, q.device)
-    check_rotary(rotary, q, wide)
+    check_rotary(rotary, q)
+
+
+def check_operands(
+    q: Tensor, k: Tensor, b: Tensor, c: Tensor, log_decay: Tensor, theta: Tensor, lam: Tensor, rotary: Rotary | None
+) -> None:
+    """:func:`check_shapes`, and for CPU tensors ``log_decay <= 0`` and ``lam > 0``; on a GPU that would stall the device."""
+    check_shapes(q, k, b, c, log_decay, theta, lam, rotary)
     check_log("log_decay", log_decay, "decay")
     if q.device.type == "cpu" and not torch.compiler.is_compiling():
         least, most = (x.item() for x in lam.detach().aminmax())
@@ -127,11 +140,9 @@ def check_attention(q, k, v, b, c, log_decay, theta, lam, rotary, mode, cu_seqle
 
 def check_forgetting(q, k, v, log_forget, rotary, cu_seqlens) -> None:
     """Check every argument of :func:`sisa_kernels.forgetting_attention`."""
-    wide = check_queries(q, k)
-    B, L, H, Dh = q.shape
-    check_tensor("k", k, (B, L, k.shape[2], Dh), (q.dtype,), q.device)
+    check_qk(q, k)
     check_values(v, k)
-    check_tensor("log_forget", log_forget, (B, L, H), wide, q.device)
-    check_rotary(rotary, q, wide)
+    check_tensor("log_forget", log_forget, q.shape[:3], wide_dtypes(q), q.device)
+    check_rotary(rotary, q)
     check_log("log_forget", log_forget, "forget gate")
     check_documents(cu_seqlens, q)

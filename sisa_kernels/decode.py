@@ -12,11 +12,12 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .attention import sisa_attention
-from .augment import cumulative_decay, register, work_dtype
+from .attention import asked_backend, sisa_attention
 from .cache import MAX_ROWS, TokenCache, last, refuse_gradients, visible, write
-from .checks import DTYPES, Rotary, check_attention, check_tensor
+from .checks import Rotary, check_attention, check_rotary, check_shapes, check_tensor, check_values, wide_dtypes
+from .ops import register, without_autocast
 from .reference import rotate
+from .scans import cumulative_decay, work_dtype
 
 
 class SisaCache(TokenCache):
@@ -36,7 +37,9 @@ class SisaCache(TokenCache):
         self.phase = self.phase[rows] if self.phase is not None else None
 
 
-def _wrap(phase: Tensor) -> Tensor:
+def _wrapped_phase(theta: Tensor, before: Tensor | float = 0.0) -> Tensor:
+    """The phase of each token [B, T, G, Ds/2] in fp64, in [-pi, pi]; ``before``: that of the token before the first."""
+    phase = theta.double().cumsum(1) + before
     return phase - 2 * math.pi * (phase / (2 * math.pi)).round()
 
 
@@ -53,24 +56,17 @@ def _check(
     q, k, v, b, c, log_decay, theta, lam, cos, sin, k_cache, v_cache, b_cache, g_cache, phase, lengths
 ) -> None:  # fmt: skip
     """Refuse what csrc/sisa.cpp refuses: every wrong shape, dtype, device or range of a direct call of the op."""
-    if q.ndim != 4 or 0 in q.shape or q.shape[1] != 1:
-        raise ValueError(f"q must be [batch, 1, heads, channels], each >= 1, got {list(q.shape)}")
-    if k.ndim != 4 or k.shape[2] == 0 or q.shape[2] % k.shape[2]:
-        raise ValueError(f"k must be [batch, 1, key heads, channels], its heads a divisor of q's, got {list(k.shape)}")
-    if v.ndim != 4 or v.shape[3] == 0:
-        raise ValueError(f"v must be [batch, 1, key heads, Dv] with Dv >= 1, got {list(v.shape)}")
-    if b.ndim != 4 or b.shape[3] == 0 or b.shape[3] % 2:
-        raise ValueError(f"b must be [batch, 1, key heads, Ds] with Ds even and >= 2, got {list(b.shape)}")
+    check_shapes(q, k, b, c, log_decay, theta, lam, None)
+    check_values(v, k)
+    if q.shape[1] != 1:
+        raise ValueError(f"q must be [batch, 1, heads, channels], got {list(q.shape)}")
     if k_cache.ndim != 4:
         raise ValueError(f"k_cache must be [batch, key heads, capacity, channels], got {list(k_cache.shape)}")
-    (B, _, H, Dh), G, Dv, Ds, capacity = q.shape, k.shape[2], v.shape[3], b.shape[3], k_cache.shape[2]
-    same, wide, double = (q.dtype,), (torch.float32, torch.float64), (torch.float64,)
+    (B, _, _, Dh), G, Dv, Ds, capacity = q.shape, k.shape[2], v.shape[3], b.shape[3], k_cache.shape[2]
+    same, double = (q.dtype,), (torch.float64,)
     if (cos is None) != (sin is None) or (cos is not None and Dh % 2):
         raise ValueError(f"cos and sin must be given together, and need an even head width, got q with {Dh} channels")
     for name, x, shape, dtypes in (
-        ("q", q, (B, 1, H, Dh), DTYPES), ("k", k, (B, 1, G, Dh), same), ("v", v, (B, 1, G, Dv), same),
-        ("b", b, (B, 1, G, Ds), same), ("c", c, (B, 1, H, Ds), same), ("log_decay", log_decay, (B, 1, G), wide),
-        ("theta", theta, (B, 1, G, Ds // 2), wide), ("lam", lam, (H,), wide),
         ("k_cache", k_cache, (B, G, capacity, Dh), same), ("v_cache", v_cache, (B, G, capacity, Dv), same),
         ("b_cache", b_cache, (B, G, capacity, Ds), same), ("g_cache", g_cache, (B, G, capacity), double),
         ("phase", phase, (B, G, Ds // 2), double),
@@ -78,7 +74,7 @@ def _check(
         check_tensor(name, x, shape, dtypes, q.device)
     for name, table in (("cos", cos), ("sin", sin)):
         if table is not None:
-            check_tensor(name, table, (1 if table.shape[0] == 1 else B, 1, Dh // 2), wide, q.device)
+            check_tensor(name, table, (1 if table.shape[0] == 1 else B, 1, Dh // 2), wide_dtypes(q), q.device)
     if len(lengths) != B or not all(1 <= n < capacity for n in lengths):
         raise ValueError(f"lengths must be {B} integers from 1 to the capacity {capacity} less 1, got {lengths}")
 
@@ -91,7 +87,7 @@ def _step(
     """:func:`decode_eager` of any number T of new tokens, T * (max(lengths) + T) scores a head."""
     T, work = q.shape[1], work_dtype(q)
     g = last(g_cache.transpose(1, 2), lengths)[:, None] + cumulative_decay(log_decay)
-    phases = _wrap(phase[:, None] + theta.double().cumsum(1))
+    phases = _wrapped_phase(theta, phase[:, None])
     for buffer, x in zip((k_cache, b_cache, v_cache, g_cache), (*_rotated_keys(k, b, phases, cos, sin), v, g)):
         write(buffer, x, lengths)
 
@@ -141,20 +137,6 @@ def _decode_fake(q, k, v, b, c, log_decay, theta, lam, cos, sin, k_cache, v_cach
 decode = register("decode", decode_eager, _decode_fake, mutates=("k_cache", "v_cache", "b_cache", "g_cache", "phase"))
 
 
-def _check_tables(rotary: Rotary | None, q: Tensor) -> None:
-    """Check tables that may differ by row, [T, Dh/2] or [B, T, Dh/2]."""
-    if rotary is None:
-        return
-    if not isinstance(rotary, (tuple, list)) or len(rotary) != 2:
-        raise TypeError(f"rotary must be a pair (cos, sin) or None, got {type(rotary).__name__}")
-    (B, T, _, Dh), wide = q.shape, (torch.float32, torch.float64) if q.dtype == torch.float64 else (torch.float32,)
-    if Dh % 2:
-        raise ValueError(f"rotary needs an even head width, got q with {Dh} channels")
-    for name, table in zip(("rotary[0] (cos)", "rotary[1] (sin)"), rotary):
-        rows = (B,) if isinstance(table, Tensor) and table.ndim == 3 else ()
-        check_tensor(name, table, (*rows, T, Dh // 2), wide, q.device)
-
-
 def sisa_decode(
     q: Tensor, k: Tensor, v: Tensor, b: Tensor, c: Tensor, log_decay: Tensor, theta: Tensor, lam: Tensor, cache: SisaCache, *,
     rotary: Rotary | None = None, lengths: list[int] | None = None, backend: str = "auto",
@@ -185,23 +167,24 @@ def sisa_decode(
     if not isinstance(cache, SisaCache):
         raise TypeError(f"cache must be a sisa_kernels.SisaCache, got {type(cache).__name__}")
     empty = not any(cache.lengths)
-    check_attention(q, k, v, b, c, log_decay, theta, lam, rotary if empty else None, "exact", None)
-    if not empty:
-        _check_tables(rotary, q)
+    check_attention(q, k, v, b, c, log_decay, theta, lam, None, "exact", None)
+    check_rotary(rotary, q, by_row=not empty)
+    asked_backend(backend)
     inputs = {"q": q, "k": k, "v": v, "b": b, "c": c, "log_decay": log_decay, "theta": theta, "lam": lam}
     refuse_gradients(inputs)
-    cache.check({"k": k, "v": v, "b": b}, lengths)
+    new = {"k": k, "v": v, "b": b, "g": log_decay.double()}  # k and b yet to be rotated, g to be summed
+    cache.check(new, lengths)
     cos, sin = rotary or (None, None)
-    with torch.autocast(q.device.type, enabled=False):
+    with without_autocast(q.device):
         if empty:
             y = sisa_attention(q, k, v, b, c, log_decay, theta, lam, rotary=rotary, backend=backend)
-            phases = _wrap(theta.double().cumsum(1))
+            phases = _wrapped_phase(theta)
             k, b = _rotated_keys(k, b, phases, cos, sin)
             cache.append(lengths, k=k, v=v, b=b, g=cumulative_decay(log_decay))
             cache.phase = last(phases, cache.lengths)
             return y
         assert cache.phase is not None
-        cache.reserve({"k": k, "v": v, "b": b, "g": log_decay.double()})
+        cache.reserve(new)
         step: Callable[..., Tensor] = _step
         if q.shape[1] == 1:
             step = decode

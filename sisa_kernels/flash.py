@@ -9,7 +9,6 @@ oracle on its first use, runs. Always ``is_causal``, never a mask tensor: cuDNN'
 import functools
 import importlib.util
 import math
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -19,9 +18,10 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from . import selfcheck
-from .augment import augment, cumulative_decay, work_dtype
-from .checks import Rotary
+from .augment import augment
+from .ops import say_once
 from .reference import CLAMP
+from .scans import cumulative_decay, work_dtype
 from .sdpa import padded
 
 # A single call may span this fall of g: exp(+-range/2) must leave room in the format for the operands themselves.
@@ -220,35 +220,34 @@ def state(call: Call) -> dict[str, str]:
     return {name: f"it {legal}" if isinstance(legal, str) else "available" for name, legal in found.items()}
 
 
-@functools.cache
-def _checked(kernel: Kernel, mode: str) -> Callable[..., Tensor]:
-    """:func:`one_call` by one kernel, the same object every time: what the self-check remembers its verdict by."""
-    return functools.partial(one_call, rotary=None, mode=mode, kernel=kernel)
-
-
-@functools.cache
-def _say_out(kernel: str, fault: str, instead: str) -> None:
-    warnings.warn(f"backend 'flash' leaves its kernel {kernel!r} out and runs {instead!r}: {fault}", stacklevel=2)
+def kernel_fault(kernel: Kernel, call: Call, mode: str, Dh: int, input_dtype: torch.dtype) -> str | None:
+    """What :func:`selfcheck.fault` knows of :func:`one_call` by one kernel, on a small problem of ``call``'s kind."""
+    attend, widths = (
+        functools.partial(one_call, cos=None, sin=None, mode=mode, kernel=kernel),
+        (Dh, call.width - Dh, call.value_width),
+    )
+    return selfcheck.fault(kernel.name, attend, call.device, input_dtype, *widths, mode, call.grouped, call.grad)
 
 
 def choose(call: Call, mode: str, Dh: int, input_dtype: torch.dtype) -> tuple[Kernel, Widths]:
     """The first row of the table that is legal for ``call`` and right on its first use; each wrong one is said once."""
     legal = [(kernel, widths) for kernel in TABLE if not isinstance(widths := kernel.legal(call), str)]
     out: list[tuple[str, str]] = []
-    while len(legal) > 1 and selfcheck.possible(call.device):
-        attend, Ds = _checked(legal[0][0], mode), call.width - Dh
-        fault = selfcheck.fault(attend, call.device, input_dtype, Dh, Ds, call.value_width, mode, call.grouped, call.grad)
+    while len(legal) > 1:
+        kernel = legal[0][0]
+        fault = kernel_fault(kernel, call, mode, Dh, input_dtype)
         if fault is None:
             break
-        out.append((legal.pop(0)[0].name, fault))
+        out.append((kernel.name, fault))
+        del legal[0]
     for name, fault in out:
-        _say_out(name, fault, legal[0][0].name)
+        say_once(f"backend 'flash' leaves its kernel {name!r} out and runs {legal[0][0].name!r}: {fault}")
     return legal[0]
 
 
 def one_call(
     q: Tensor, k: Tensor, v: Tensor, b: Tensor, c: Tensor, log_decay: Tensor, theta: Tensor, lam: Tensor,
-    rotary: Rotary | None, mode: str, kernel: Kernel | None = None,
+    cos: Tensor | None, sin: Tensor | None, mode: str, kernel: Kernel | None = None,
 ) -> Tensor:  # fmt: skip
     """SISA as one attention call on augmented operands, padded with zeros to the widths of the kernel that runs it.
 
@@ -277,6 +276,6 @@ def one_call(
         if isinstance(legal, str):
             raise ValueError(f"kernel {kernel.name!r} of backend 'flash' {legal}")
         width, value_width = legal
-    q_aug, k_aug = augment(q, k, b, c, log_decay, theta, lam, *(rotary or (None, None)), [0], clamp, width, dtype)
+    q_aug, k_aug = augment(q, k, b, c, log_decay, theta, lam, cos, sin, [0], clamp, width, dtype)
     y = kernel.attend(q_aug, k_aug, padded(v.to(dtype), value_width), Dh**-0.5, deterministic)
     return y[..., : v.shape[3]].to(q.dtype)

@@ -14,10 +14,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import sdpa
-from .augment import cumulative_decay, no_second_derivative, refuse_forward_mode, work_dtype
 from .cache import MAX_ROWS, TokenCache, last, refuse_gradients, visible
 from .checks import Rotary, check_forgetting
-from .reference import rotate
+from .ops import no_second_derivative, refuse_forward_mode, without_autocast
+from .reference import by_document, rotate
+from .scans import cumulative_decay, work_dtype
 
 HALF_CHUNK = 2048  # queries a call in half precision: over them g falls by less than 2^14 unless its mean step passes -8
 HALF_UNIT = 256.0  # the query's constant there: keeps a bias of 10^6 within fp16
@@ -62,14 +63,19 @@ def forgetting_attention(
 
     Raises:
         TypeError, ValueError: an argument of the wrong type, shape, dtype, device or range; the message names it. The range of
-            log_forget is checked for CPU tensors only (on a GPU the check would stall the device).
+            log_forget is checked for CPU tensors only, the bounds in cu_seqlens as in :func:`sisa_kernels.sisa_attention`.
     """
     check_forgetting(q, k, v, log_forget, rotary, cu_seqlens)
     refuse_forward_mode(q, k, v, log_forget)
-    if q.device.type != "meta" and torch.is_autocast_enabled(q.device.type):
-        with torch.autocast(q.device.type, enabled=False):
-            return _documents(q, k, v, log_forget, rotary, cu_seqlens)
-    return _documents(q, k, v, log_forget, rotary, cu_seqlens)
+    dtype = q.dtype
+    half = q.device.type == "cuda" and dtype in (torch.bfloat16, torch.float16)
+    attend = half_document if half else lambda *x: forgetting(*x)[0]
+    with without_autocast(q.device):
+        if rotary is not None:
+            cos, sin = (table[:, None] for table in rotary)
+            q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        q, k, v = (x.to(dtype if half else work_dtype(x)) for x in (q, k, v))
+        return by_document(attend, cu_seqlens, q, k, v, log_forget).to(dtype)
 
 
 def forgetting_decode(
@@ -104,29 +110,20 @@ def forgetting_decode(
         cache.append(lengths, k=k, v=v, g=g)
         return y
     g = g + last(cache.buffers["g"].transpose(1, 2), cache.lengths)[:, None]
-    held, T, work = cache.append(lengths, k=k, v=v, g=g), q.shape[1], work_dtype(q)
+    cache.put({"k": k, "v": v, "g": g})
+    held, T, work = cache.lengths, q.shape[1], work_dtype(q)
     queries, slots, gqa = q.transpose(1, 2).to(work), max(held) + T, q.shape[2] != k.shape[2]
     keys, values = (cache.buffers[name][:, :, :slots].to(work) for name in ("k", "v"))
     g_keys, hidden = cache.buffers["g"][:, :, None, :slots], ~visible(held, T, q.device)
     pieces = []
-    with torch.autocast(q.device.type, enabled=False):
+    with without_autocast(q.device):
         for start in range(0, T, MAX_ROWS):
             rows = slice(start, start + MAX_ROWS)
             bias = (g[:, rows].transpose(1, 2)[..., None] - g_keys).to(work).masked_fill(hidden[:, :, rows], -math.inf)
             pieces.append(F.scaled_dot_product_attention(queries[:, :, rows], keys, values, attn_mask=bias, enable_gqa=gqa))
-        return torch.cat(pieces, 2).transpose(1, 2).to(q.dtype)
-
-
-def _documents(q, k, v, log_forget, rotary, cu_seqlens) -> Tensor:
-    dtype = q.dtype
-    half = q.device.type == "cuda" and dtype in (torch.bfloat16, torch.float16)
-    if rotary is not None:
-        cos, sin = (table[:, None] for table in rotary)
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-    q, k, v = (x.to(dtype if half else work_dtype(x)) for x in (q, k, v))
-    lengths = [q.shape[1]] if cu_seqlens is None else cu_seqlens.diff().tolist()
-    documents = zip(*(x.split(lengths, 1) for x in (q, k, v, log_forget)))
-    return torch.cat([half_document(*x) if half else forgetting(*x)[0] for x in documents], 1).to(dtype)
+        y = torch.cat(pieces, 2).transpose(1, 2).to(q.dtype)
+    cache.advance(T, None)  # last: after an error the cache is as it was
+    return y
 
 
 def half_document(q: Tensor, k: Tensor, v: Tensor, log_forget: Tensor) -> Tensor:

@@ -3,8 +3,9 @@
 Every other path of this package is measured against this file, and this file is checked by ``torch.autograd.gradcheck``.
 """
 
+import functools
 import math
-from itertools import repeat, starmap
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -19,6 +20,14 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """R(phase) x: rotate the interleaved pairs (2n, 2n+1) of the last axis, given the cosine and sine of each pair's phase."""
     x0, x1 = x[..., 0::2], x[..., 1::2]
     return torch.stack((x0 * cos - x1 * sin, x0 * sin + x1 * cos), -1).flatten(-2)
+
+
+def by_document(attend: Callable[..., Tensor], cu_seqlens: Tensor | None, *tensors: Tensor) -> Tensor:
+    """``attend`` on each document's part of the tensors [1, L, ...], the results joined; without cu_seqlens on the whole."""
+    if cu_seqlens is None:
+        return attend(*tensors)
+    lengths = cu_seqlens.diff().tolist()
+    return torch.cat([attend(*document) for document in zip(*(x.split(lengths, 1) for x in tensors))], 1)
 
 
 def sisa_attention(
@@ -39,11 +48,8 @@ def sisa_attention(
     if rotary is not None:
         cos, sin = (table.double()[:, None] for table in rotary)
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-    if cu_seqlens is None:
-        return _document(q, k, v, b, c, log_decay, theta, lam, mode).to(dtype)
-    lengths = cu_seqlens.diff().tolist()
-    documents = zip(*(x.split(lengths, 1) for x in (q, k, v, b, c, log_decay, theta)), repeat(lam), repeat(mode))
-    return torch.cat(list(starmap(_document, documents)), 1).to(dtype)
+    attend = functools.partial(_document, lam=lam, mode=mode)
+    return by_document(attend, cu_seqlens, q, k, v, b, c, log_decay, theta).to(dtype)
 
 
 def scores(
@@ -91,9 +97,7 @@ def forgetting_attention(
     if rotary is not None:
         cos, sin = (table.double()[:, None] for table in rotary)
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-    lengths = [q.shape[1]] if cu_seqlens is None else cu_seqlens.diff().tolist()
-    documents = zip(*(x.split(lengths, 1) for x in (q, k, v, log_forget)))
-    return torch.cat(list(starmap(_forgetting_document, documents)), 1).to(dtype)
+    return by_document(_forgetting_document, cu_seqlens, q, k, v, log_forget).to(dtype)
 
 
 def _forgetting_document(q: Tensor, k: Tensor, v: Tensor, log_forget: Tensor) -> Tensor:

@@ -52,6 +52,11 @@ def relative_errors(found: list[Tensor], right: list[Tensor]) -> list[float]:
     return [math.inf if math.isnan(error) else error for error in errors]
 
 
+def described(error: Exception) -> str:
+    """Its type and first line."""
+    return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
+
+
 def possible(device: torch.device) -> bool:
     """Whether a check may run now: inside a traced, captured or observed call it would become a part of it."""
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0 or device.type == "meta":
@@ -59,15 +64,29 @@ def possible(device: torch.device) -> bool:
     return not (device.type == "cuda" and torch.cuda.is_current_stream_capturing())
 
 
-@functools.cache
+# By constants alone, which a compiled call can guard.
+_verdicts: dict[tuple[str, str, str, int, int, int, str, bool, bool], str | None] = {}
+
+
 def fault(
-    attend: Callable[..., Tensor], device: torch.device, dtype: torch.dtype, Dh: int, Ds: int, Dv: int,
+    name: str, attend: Callable[..., Tensor], device: torch.device, dtype: torch.dtype, Dh: int, Ds: int, Dv: int,
     mode: str = "exact", grouped: bool = False, backward: bool = True,
 ) -> str | None:  # fmt: skip
-    """What is wrong with attention by ``attend(q .. lam)`` on a device, dtype, widths and mode; None: nothing. Checked once.
+    """What is wrong with attention by ``attend(q .. lam)`` on a device, dtype, widths and mode; None: nothing that is known.
 
+    Checked once, on the first use where a check is :func:`possible`; the verdict holds for every later use. ``name``: the kernel's;
     ``backward``: with its gradients, or y alone.
     """
+    key = name, str(device), str(dtype), Dh, Ds, Dv, mode, grouped, backward
+    if key not in _verdicts and possible(device):
+        _verdicts[key] = _compare(attend, device, dtype, Dh, Ds, Dv, mode, grouped, backward)
+    return _verdicts.get(key)
+
+
+def _compare(
+    attend: Callable[..., Tensor], device: torch.device, dtype: torch.dtype, Dh: int, Ds: int, Dv: int,
+    mode: str, grouped: bool, backward: bool,
+) -> str | None:  # fmt: skip
     # The innermost hooks are the ones that run: those of an activation checkpoint around would count what is saved here.
     unhooked = torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x)
     try:
@@ -80,7 +99,7 @@ def fault(
                 with torch.no_grad():
                     found = [attend(*inputs)]
     except Exception as error:  # whatever keeps a kernel from compiling or launching there
-        return f"it fails on {device}: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        return f"it fails on {device}: {described(error)}"
     errors = dict(zip(("y", *NAMES), relative_errors(found, right)))
     wrong = {name: error for name, error in errors.items() if not error <= ALLOWED[dtype]}
     if not wrong:

@@ -142,8 +142,10 @@ def _table_row(device: torch.device, dtype: torch.dtype, width: int, state_width
 
 def tile_key(device: torch.device, dtype: torch.dtype, width: int, state_width: int) -> str:
     """What a tuned choice holds for: the device's name, the versions that compile for it, dtype and padded widths."""
+    import triton  # here: without it there is nothing to compile, but the table to read
+
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    return f"{name}, torch {torch.__version__}, {str(dtype)[6:]}, width {width}, state {state_width}"
+    return f"{name}, torch {torch.__version__}, triton {triton.__version__}, {str(dtype)[6:]}, width {width}, state {state_width}"
 
 
 def cache_path() -> Path:
@@ -155,23 +157,27 @@ def tuned_tiles() -> dict[str, Tiles]:
     """The tuned tiles by key, read from the cache once; an unreadable cache is said and left alone."""
     global _tuned
     if _tuned is None:
-        _tuned = {}
-        try:
-            read = json.loads(cache_path().read_text())
-            _tuned = {key: Tiles(**{name: Tile(**tile) for name, tile in tiles.items()}) for key, tiles in read.items()}
-        except FileNotFoundError:
-            pass
-        except (OSError, ValueError, TypeError, AttributeError) as error:
-            warnings.warn(f"sisa_kernels cannot read its tuned tiles, {cache_path()}: {error}", stacklevel=2)
+        _tuned = _read_cache()
     return _tuned
+
+
+def _read_cache() -> dict[str, Tiles]:
+    try:
+        read = json.loads(cache_path().read_text())
+        return {key: Tiles(**{name: Tile(**tile) for name, tile in tiles.items()}) for key, tiles in read.items()}
+    except FileNotFoundError:
+        pass
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        warnings.warn(f"sisa_kernels cannot read its tuned tiles, {cache_path()}: {error}", stacklevel=3)
+    return {}
 
 
 def save_tuned(key: str, tiles: Tiles) -> None:
     """Keep ``tiles`` for ``key``, here and in the cache, whose file is replaced whole."""
-    tuned = tuned_tiles()
-    tuned[key] = tiles
+    tuned_tiles()[key] = tiles
     path = cache_path()
     path.parent.mkdir(parents=True, exist_ok=True)
+    kept = _read_cache() | {key: tiles}  # as it is now: another process may have tuned, too
     with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
-        json.dump({key: asdict(tiles) for key, tiles in tuned.items()}, file, indent=1)
+        json.dump({key: asdict(tiles) for key, tiles in kept.items()}, file, indent=1)
     os.replace(file.name, path)

@@ -23,17 +23,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .augment import (
-    cumulative_decay,
-    cumulative_phase,
-    no_second_derivative,
-    pair_products,
-    refuse_forward_mode,
-    to_key_heads,
-    to_query_heads,
-)
-from .checks import Rotary, check_attention, check_documents, check_rotary, check_tensor
+from .checks import Rotary, check_attention, check_documents, check_qk, check_rotary, check_values
+from .ops import no_second_derivative, refuse_forward_mode
 from .reference import rotate
+from .scans import cumulative_decay, cumulative_phase, pair_products, to_key_heads, to_query_heads
 from .tiles import Tile, choose_tiles
 
 LOG2E = 1 / math.log(2)
@@ -672,15 +665,9 @@ def causal_attention(
     Raises:
         TypeError, ValueError: an argument of the wrong type, shape, dtype or device; the message names it.
     """
-    for name, x in (("q", q), ("k", k), ("v", v)):
-        if not isinstance(x, Tensor) or x.ndim != 4 or 0 in x.shape:
-            got = list(x.shape) if isinstance(x, Tensor) else type(x).__name__
-            raise ValueError(f"{name} must be [batch, length, heads, channels] with every size >= 1, got {got}")
-    if q.shape[2] % k.shape[2]:
-        raise ValueError(f"the heads of k must divide those of q, got {k.shape[2]} and {q.shape[2]}")
-    check_tensor("k", k, (*q.shape[:2], k.shape[2], q.shape[3]), (q.dtype,), q.device)
-    check_tensor("v", v, (*k.shape[:3], v.shape[3]), (q.dtype,), q.device)
-    check_rotary(rotary, q, (torch.float32,))
+    check_qk(q, k)
+    check_values(v, k)
+    check_rotary(rotary, q)
     check_documents(cu_seqlens, q)
     _refuse(q, v, None)
     refuse_forward_mode(q, k, v)

@@ -31,11 +31,15 @@ def autotune(
     Args:
         batch, length, heads, key_heads: the problem that is timed, forward + backward (key_heads: as heads).
         head_width, state_width, value_width: Dh, Ds, Dv (value_width: as head_width).
-        dtype: of the operands.
+        dtype, device: of the operands.
         timer: milliseconds of a call.
 
+    Returns:
+        The fastest :class:`~sisa_kernels.tiles.Tiles`, now in use.
+
     Raises:
-        RuntimeError: the tiles in use are themselves wrong (more than 5 % off the oracle).
+        RuntimeError: the tiles in use are themselves wrong (more than 5 % off the oracle), or no tiles could be timed; those in use
+            before stay.
         ValueError: operands that the kernels do not take.
     """
     device = torch.device(device)
@@ -73,12 +77,12 @@ def autotune(
                 took = milliseconds(tiles) if tiles != best else None
                 if took is not None and (least is None or took < least):
                     best, least = tiles, took
+        if least is None:
+            raise RuntimeError(f"no tiles could be timed, those in use included: {best}")
     except BaseException:
         tuned_tiles().pop(key)
         if before is not None:
             tuned_tiles()[key] = before
         raise
-    if least is None:
-        raise RuntimeError(f"no tiles could be timed, those in use included: {best}")
     save_tuned(key, best)
     return best

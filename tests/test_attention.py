@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from conftest import NAMES, ROOT, gradient_errors, in_fp64, problem, relative, value_and_grads, worst_row
 
 import sisa_kernels as sk
-from sisa_kernels import sdpa
+from sisa_kernels import __main__ as command
+from sisa_kernels import checks, sdpa
 
 LENGTHS = (1, 63, 257, 1000)
 
@@ -259,6 +260,17 @@ def test_bad_input_is_named(message):
     assert message in str(error.value)
 
 
+def test_bounds_on_a_gpu_are_asserted_there(monkeypatch):
+    """What is asserted, its result read here."""
+    asserted = []
+    monkeypatch.setattr(torch, "_assert_async", lambda holds, message: asserted.append(holds.item()))
+    for bounds, right in (([0, 9, 63], True), ([0, 9, 9, 63], False), ([1, 63], False), ([0, 62], False)):
+        given = torch.tensor(bounds, dtype=torch.int32)
+        on_gpu = type("OnGpu", (torch.Tensor,), {"device": torch.device("cuda", 0)})
+        checks.check_documents(given.as_subclass(on_gpu), torch.zeros(1, 63, 1, 1))
+        assert asserted.pop() is right
+
+
 def test_packed_documents_need_batch_one():
     inputs, _ = problem(B=2, L=63)
     with pytest.raises(ValueError, match="cu_seqlens needs the documents packed into one sequence"):
@@ -266,13 +278,22 @@ def test_packed_documents_need_batch_one():
 
 
 def test_command_line_checks_the_machine(monkeypatch):
-    monkeypatch.delenv("SISA_BACKEND", raising=False)
+    monkeypatch.setenv("SISA_BACKEND", "reference")
     done = subprocess.run([sys.executable, "-m", "sisa_kernels"], cwd=ROOT, capture_output=True, text=True, check=True)
     rows = [line.split() for line in done.stdout.splitlines() if line.startswith("strong decay  float32")]
     errors = {(row[3], row[4]): row[5] for row in rows}
     assert float(errors["exact", "sdpa"]) <= 5e-6
     assert float(errors["clamped", "flash"]) > 0.3
+    assert "SISA_BACKEND=reference does not count below" in done.stdout
     assert set(sk.backends()) == {"triton", "flash", "sdpa", "extension"}
+
+
+def test_command_line_says_why_a_path_failed(monkeypatch):
+    def fails(*_, **__):
+        raise RuntimeError("no kernel image\nCompile with")
+
+    monkeypatch.setattr(command, "sisa_attention", fails)
+    assert all(line.endswith(" RuntimeError: no kernel image") for line in command.self_check(torch.device("cpu"))[1:])
 
 
 def test_the_readme_example_runs():

@@ -16,6 +16,7 @@ from test_augment import BF16, CASES, COMPILED, FP16, FP32, NAMES, Implementatio
 from test_augment_fuzz import any_call, calls
 from test_augment_fuzz import check as check_call
 
+import sisa_kernels as sk
 from sisa_kernels import _extension
 
 DTYPES = (FP32, BF16, FP16)  # as sisa::DType counts them
@@ -209,6 +210,16 @@ def test_captured_in_a_cuda_graph():
     graph.replay()
     for result, expected in zip(results, both()):
         assert torch.equal(result, expected)
+
+
+@pytest.mark.gpu
+def test_states_too_wide_for_the_kernels_run_in_python():
+    """And are no fault of theirs: a warning that they are out would be an error."""
+    p = problem(length=40, widths=(8, 260), heads=(2, 1), batch=1)
+    if not _extension.LOADED or not _extension.RECORD["cuda_archs"]:
+        pytest.skip("the extension was built without CUDA")
+    check(p, FP32, implementation=Implementation(*map(on_gpu, COMPILED)))
+    sk.augment_qk(*(x.cuda() for x in p.inputs))
 
 
 @pytest.mark.skipif(torch.version.cuda is not None, reason="this torch has CUDA")

@@ -354,6 +354,8 @@ def arguments(T=1, B=2, **kwargs):
         (5, {"rotary": torch.ones(2)}, TypeError, r"rotary must be a pair \(cos, sin\) or None, got Tensor"),
         (5, {"rotary": (torch.ones(2, 8), torch.ones(1, 8))}, ValueError, r"rotary\[0\] \(cos\) must have shape \[1, 8\]"),
         (5, {"rotary": (torch.ones(3, 1, 8),) * 2}, ValueError, r"rotary\[0\] \(cos\) must have shape \[2, 1, 8\]"),
+        (5, {"rotary": (torch.ones(1, 8, requires_grad=True),) * 2}, ValueError, r"rotary\[0\] \(cos\) must not require grad"),
+        (5, {"backend": "fast"}, ValueError, "backend must be one of auto, triton, flash, sdpa, reference, got 'fast'"),
         (5, {"log_decay": torch.ones(2, 1, 2)}, ValueError, "log_decay must be <= 0 everywhere"),
         (5, {"lam": torch.ones(2, requires_grad=True)}, ValueError, "lam requires grad, but a cache is for inference"),
         (5, {"v": torch.ones(2, 1, 2, 16, requires_grad=True)}, ValueError, "v requires grad, but a cache is for inference"),

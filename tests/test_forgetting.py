@@ -311,6 +311,38 @@ def test_bad_uses_of_a_cache_are_named():
     assert all(torch.equal(x, before[name]) for name, x in cache.buffers.items())
 
 
+@torch.no_grad()
+def test_an_error_on_the_way_leaves_the_cache(monkeypatch):
+    inputs, _ = problem(L=20)
+    head, tail = ({name: x.detach()[:, piece] for name, x in inputs.items()} for piece in (slice(10), slice(10, 20)))
+    cache = sk.TokenCache(1)
+    sk.forgetting_decode(**head, cache=cache)
+    with monkeypatch.context() as broken:
+        broken.setattr(forgetting, "visible", lambda *_: (_ for _ in ()).throw(MemoryError()))
+        with pytest.raises(MemoryError):
+            sk.forgetting_decode(**tail, cache=cache)
+    whole = sk.reference.forgetting_attention(**in_fp64(inputs))[:, 10:]
+    assert relative(sk.forgetting_decode(**tail, cache=cache), whole) <= 1e-6
+
+
+@torch.no_grad()
+def test_tokens_that_would_corrupt_a_cache_are_named():
+    cache, x = sk.TokenCache(2), torch.ones(2, 3, 1, 4)
+    for message, new in [
+        ("a cache needs at least one tensor of new tokens, got none", {}),
+        ("v must have 3 tokens like k, got 2", {"k": x, "v": x[:, :2]}),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            cache.append(**new)
+    cache.append(k=x, v=x)
+    for new in ({"k": x}, {"k": x, "v": x, "w": x}):
+        with pytest.raises(ValueError, match=r"^[vw]: the cache holds k, v, got k"):
+            cache.append(**new)
+    with pytest.raises(ValueError, match="g: the cache holds k, v, got k, v, g"):
+        sk.forgetting_decode(q=x, k=x, v=x, log_forget=-x[..., 0], cache=cache)
+    assert cache.lengths == [3, 3]
+
+
 def test_op_is_registered_and_compiles():
     inputs, dy = problem(L=63, H=4, G=2, decay=0.0)
     torch.library.opcheck(forgetting.forgetting, tuple(inputs.values()))

@@ -1,5 +1,6 @@
 """The Triton kernels, run by Triton's interpreter where there is no GPU: the oracle at odd shapes, the horizon, plain attention."""
 
+import dataclasses
 import json
 import math
 import os
@@ -11,9 +12,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import NAMES, ROOT, gradient_errors, in_fp64, problem, relative, value_and_grads, worst_row
+from torch.utils._python_dispatch import BaseTorchDispatchMode
 
 import sisa_kernels as sk
-from sisa_kernels import attention, selfcheck, tiles
+from sisa_kernels import attention, ops, selfcheck, tiles
 from sisa_kernels.reference import rotate
 from sisa_kernels.tiles import Tile, Tiles
 
@@ -381,7 +383,7 @@ def test_operands_it_does_not_take_are_named():
     q, k, v = (inputs[name].detach() for name in ("q", "k", "v"))
     with pytest.raises(ValueError, match=r"k must have shape \[1, 9, 1, 64\], got \[1, 8, 1, 64\]"):
         ta.causal_attention(q, k[:, :8], v)
-    with pytest.raises(ValueError, match=r"q must be \[batch, length, heads, channels\] with every size >= 1, got list"):
+    with pytest.raises(TypeError, match=r"q must be a torch.Tensor, got list"):
         ta.causal_attention([q], k, v)
     with pytest.raises(TypeError, match=r"v must be torch.float32, got torch.float16"):
         ta.causal_attention(q, k, v.half())
@@ -409,10 +411,10 @@ def preferred(monkeypatch):
     """ "auto" prefers the Triton path here too, and nothing has been checked or said yet."""
     monkeypatch.setattr(attention, "_preferred", lambda mode, device: "triton")
     monkeypatch.delenv("SISA_BACKEND", raising=False)
-    selfcheck.fault.cache_clear()
-    attention._say_once.cache_clear()
+    selfcheck._verdicts.clear()
+    ops._said.clear()
     yield
-    selfcheck.fault.cache_clear()
+    selfcheck._verdicts.clear()
 
 
 def test_a_right_kernel_passes_its_first_use(preferred):
@@ -432,6 +434,16 @@ def test_a_broken_kernel_is_out_for_the_process_and_said_once(preferred, monkeyp
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert torch.equal(sk.sisa_attention(**inputs), expected)
+        with BaseTorchDispatchMode():
+            assert torch.equal(sk.sisa_attention(**inputs), expected)
+    torch.testing.assert_close(torch.compile(sk.sisa_attention, fullgraph=True)(**inputs), expected)
+
+
+def test_what_the_kernels_do_not_take_is_said_when_compiling_too(preferred):
+    inputs, _ = on_device(*problem(L=33, Dh=130))
+    with pytest.warns(UserWarning, match=r"runs the 'sdpa' path .* widths up to 128, not Dh = 130"):
+        y = torch.compile(sk.sisa_attention, fullgraph=True)(**inputs)
+    torch.testing.assert_close(y, sk.sisa_attention(**inputs, backend="sdpa"))
 
 
 def test_a_kernel_that_fails_is_out_and_said(preferred, monkeypatch):
@@ -525,7 +537,8 @@ def tuning(monkeypatch, tmp_path):
         return 1000.0 - current().forward.m - current().query.m - current().key.m
 
     monkeypatch.setattr(tune, "exact_attention", attention)
-    return timed, (wrong, failing), lambda: tune.autotune(1, 64, 2, 16, 16, dtype=torch.float32, device=DEVICE, timer=timer)
+    options = {"dtype": torch.float32, "device": DEVICE, "timer": timer}
+    return timed, (wrong, failing), lambda **other: tune.autotune(1, 64, 2, 16, 16, **{**options, **other})
 
 
 def test_autotuning_keeps_the_fastest_and_times_nothing_that_is_wrong(tuning, capsys, monkeypatch):
@@ -561,7 +574,25 @@ def test_autotuning_that_is_broken_off_leaves_no_trace(tuning, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         autotune()
     assert tiles.tuned_tiles() == {}
+
+    def untimed(_):
+        raise RuntimeError("no timer")
+
+    monkeypatch.setattr(tune, "candidates", lambda kernel: [])
+    with pytest.raises(RuntimeError, match="no tiles could be timed"):
+        autotune(timer=untimed)
+    assert tiles.tuned_tiles() == {}
     assert not tiles.cache_path().exists()
+
+
+def test_what_another_process_has_tuned_is_kept(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(tiles, "_tuned", {})  # read before the other process wrote
+    found = tiles.SAFE[0][2]
+    tiles.cache_path().parent.mkdir()
+    tiles.cache_path().write_text(json.dumps({"theirs": dataclasses.asdict(found)}))
+    tiles.save_tuned("ours", found)
+    assert json.loads(tiles.cache_path().read_text()).keys() == {"theirs", "ours"}
 
 
 def test_an_unreadable_cache_is_said(monkeypatch, tmp_path):

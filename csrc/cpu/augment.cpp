@@ -327,14 +327,6 @@ void write_backward(
   }
 }
 
-// Calls f with the types of the inputs and of the augmented tensors.
-template <class F>
-void with_types(const AugmentParams& p, F f) {
-  with_type(p.q.dtype, [&]<class T>(std::type_identity<T> inputs) {
-    with_type(p.q_aug.dtype, [&]<class O>(std::type_identity<O> augmented) { f(inputs, augmented); });
-  });
-}
-
 }  // namespace
 
 void augment(const AugmentParams& p) {
@@ -342,7 +334,7 @@ void augment(const AugmentParams& p) {
   const Scans scans(p, pieces);
   for_each_piece(p, pieces.size(), [&] { return Token(p, scans); }, [&](Token& x, int64_t batch, int64_t n) {
     x.enter(batch, n);
-    with_types(p, [&]<class T, class O>(std::type_identity<T>, std::type_identity<O>) {
+    with_types<at::BFloat16, at::Half>(p, [&]<class T, class O>(std::type_identity<T>, std::type_identity<O>) {
       for (int64_t t = pieces[n].begin; t < pieces[n].end; ++t) {
         x.go_to(t);
         write<T, O>(x, t, query_side(x));
@@ -366,7 +358,7 @@ void augment_backward(const AugmentBackwardParams& p) {
     double *decay = decay_sums + (batch * count + n) * G, *phase = phase_sums + (batch * count + n) * pairs;
     double* lam = lam_sums + (batch * count + n) * p.heads;
     x.enter(batch, n);
-    with_types(p, [&]<class T, class O>(std::type_identity<T>, std::type_identity<O>) {
+    with_types<at::BFloat16, at::Half>(p, [&]<class T, class O>(std::type_identity<T>, std::type_identity<O>) {
       for (int64_t t = pieces[n].begin; t < pieces[n].end; ++t) {
         x.go_to(t);
         write_backward<T, O>(x, t, query_side(x), p.dq, p.dc, x.row);
@@ -420,19 +412,8 @@ void augment_backward(const AugmentBackwardParams& p) {
   for (int64_t h = 0; h < p.heads; ++h) {
     double total = 0;
     for (int64_t n = 0; n < p.batch * count; ++n) total += lam_sums[n * p.heads + h];
-    // s^2 = sqrt(head_width) lam, split evenly between query and key or all on the query.
-    p.dlam[h] = static_cast<float>(total / ((repeat == 1 ? 2.0 : 1.0) * p.lam[h]));
+    p.dlam[h] = static_cast<float>(d_lam(total, p.lam[h], repeat > 1));
   }
-}
-
-const char* vector_isa() {
-#if defined(CPU_CAPABILITY_AVX512)
-  return "AVX512";
-#elif defined(CPU_CAPABILITY_AVX2)
-  return "AVX2";
-#else
-  return "DEFAULT";
-#endif
 }
 
 }  // namespace sisa::cpu

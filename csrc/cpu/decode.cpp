@@ -34,14 +34,14 @@ int64_t padded(int64_t channels) {
 // ---- The new token -------------------------------------------------------------------------------------------------------------
 
 void read(const Rows& x, int64_t row, int64_t head, int64_t channels, float* out) {
-  with_type(x.dtype, [&]<class T>(std::type_identity<T>) {
+  with_type<at::BFloat16, at::Half>(x.dtype, [&]<class T>(std::type_identity<T>) {
     const T* in = static_cast<const T*>(x.data) + row * x.batch + head * x.head;
     for (int64_t i = 0; i < channels; ++i) out[i] = static_cast<float>(in[i * x.channel]);
   });
 }
 
 void write(const float* in, const Rows& x, int64_t row, int64_t slot, int64_t head, int64_t channels) {
-  with_type(x.dtype, [&]<class T>(std::type_identity<T>) {
+  with_type<at::BFloat16, at::Half>(x.dtype, [&]<class T>(std::type_identity<T>) {
     T* out = static_cast<T*>(x.data) + row * x.batch + slot * x.token + head * x.head;
     for (int64_t i = 0; i < channels; ++i) out[i * x.channel] = static_cast<T>(in[i]);
   });
@@ -226,7 +226,7 @@ void decode(const DecodeParams& p) {
   const Buffer<float> shares(count * p.heads * stride);
   const int64_t grain = 1 + kSerialWork / (std::min(longest, kSplit) * shared * width);
   at::parallel_for(0, count * G, grain, [&](int64_t lo, int64_t hi) {
-    with_type(p.k_cache.dtype, [&]<class T>(std::type_identity<T>) {
+    with_type<at::BFloat16, at::Half>(p.k_cache.dtype, [&]<class T>(std::type_identity<T>) {
       for (int64_t i = lo; i < hi; ++i) {
         const auto [row, begin] = splits[i / G];
         const int64_t slots = std::min(kSplit, p.lengths[row] + 1 - begin);

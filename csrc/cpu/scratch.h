@@ -1,11 +1,10 @@
-// What the CPU kernels share beside vectors: zeroed scratch, and the choice of a type.
+// What the CPU kernels share beside vectors: zeroed scratch.
 #pragma once
 
 #include <cstdlib>
 #include <cstring>
 #include <memory>
 #include <new>
-#include <type_traits>
 
 #include "../sisa.h"
 #include "vector.h"
@@ -30,14 +29,5 @@ class Buffer {
   };
   std::unique_ptr<T[], Free> data_;
 };
-
-template <class F>
-void with_type(DType dtype, F f) {
-  switch (dtype) {
-    case DType::float32: return f(std::type_identity<float>());
-    case DType::bfloat16: return f(std::type_identity<at::BFloat16>());
-    case DType::float16: return f(std::type_identity<at::Half>());
-  }
-}
 
 }  // namespace sisa::cpu

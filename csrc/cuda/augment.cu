@@ -100,8 +100,7 @@ __global__ void __launch_bounds__(kThreads) finish(const AugmentBackwardParams p
   for (int head = threadIdx.x; head < p.heads; head += kThreads) {
     double total = 0;
     for (int64_t b = 0; b < p.batch; ++b) total += before[(b * rows + count + head + 1) * (cut.chunks + 1) - 1];
-    // s^2 = sqrt(head_width) lam, split evenly between query and key or all on the query.
-    p.dlam[head] = static_cast<float>(total / ((p.heads == p.key_heads ? 2.0 : 1.0) * p.lam[head]));
+    p.dlam[head] = static_cast<float>(d_lam(total, p.lam[head], p.heads > p.key_heads));
   }
 }
 
@@ -369,23 +368,6 @@ void launch_scans(const AugmentParams& p, const Cut& cut, double* sums, Launcher
   launch_prefix(sums, p.batch * columns(p), cut.chunks, launch);
 }
 
-template <class F>
-void with_type(DType dtype, F f) {
-  switch (dtype) {
-    case DType::float32: return f(std::type_identity<float>());
-    case DType::bfloat16: return f(std::type_identity<__nv_bfloat16>());
-    case DType::float16: return f(std::type_identity<__half>());
-  }
-}
-
-// Calls f with the types of the inputs and of the augmented tensors.
-template <class F>
-void with_types(const AugmentParams& p, F f) {
-  with_type(p.q.dtype, [&]<class T>(std::type_identity<T> inputs) {
-    with_type(p.q_aug.dtype, [&]<class O>(std::type_identity<O> augmented) { f(inputs, augmented); });
-  });
-}
-
 }  // namespace
 
 int64_t augment_workspace(const AugmentParams& p) {
@@ -401,7 +383,7 @@ cudaError_t augment(const AugmentParams& p, double* workspace, cudaStream_t stre
   const Cut cut = cut_sequence(p, workspace, launch);
   double* before = workspace + p.segments;
   launch_scans(p, cut, before, launch);
-  with_types(p, [&]<class T, class O>(std::type_identity<T>, std::type_identity<O>) {
+  with_types<__nv_bfloat16, __half>(p, [&]<class T, class O>(std::type_identity<T>, std::type_identity<O>) {
     launch(augment_chunk<T, O>, p.batch * cut.chunks * p.key_heads, kThreads, shared_bytes(p), p, cut, before);
   });
   return launch.error;
@@ -412,7 +394,7 @@ cudaError_t augment_backward(const AugmentBackwardParams& p, double* workspace, 
   const Cut cut = cut_sequence(p, workspace, launch);
   double *before = workspace + p.segments, *totals = before + p.batch * columns(p) * (cut.chunks + 1);
   launch_scans(p, cut, before, launch);
-  with_types(p, [&]<class T, class O>(std::type_identity<T>, std::type_identity<O>) {
+  with_types<__nv_bfloat16, __half>(p, [&]<class T, class O>(std::type_identity<T>, std::type_identity<O>) {
     launch(backward_chunk<T, O>, p.batch * cut.chunks * p.key_heads, kThreads, shared_bytes(p), p, cut, before, totals);
   });
   launch_prefix(totals, p.batch * (columns(p) + p.heads), cut.chunks, launch);

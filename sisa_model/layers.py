@@ -85,7 +85,8 @@ class _AlignedLinear(torch.autograd.Function):
     def backward(ctx, dy):
         x, weight = ctx.saved_tensors
         rows, drows = x.flatten(0, -2), dy.flatten(0, -2)
-        return _matmul_aligned(drows, weight).view(x.shape), _matmul_aligned(drows.t(), rows)
+        dx = _matmul_aligned(drows, weight).view(x.shape) if ctx.needs_input_grad[0] else None
+        return dx, _matmul_aligned(drows.t(), rows) if ctx.needs_input_grad[1] else None
 
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
@@ -138,6 +139,7 @@ class PackedLinear(nn.Module):
 
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs):
         known = {f"{prefix}{name}.weight": matrix for name, matrix in self.matrices().items()}
+        fitting = {}
         if strict:
             unexpected_keys += [key for key in state_dict if key.startswith(prefix) and key not in known]
         for key, matrix in known.items():
@@ -149,8 +151,15 @@ class PackedLinear(nn.Module):
                     f"size mismatch for {key}: {list(given.shape)} in the state dict, {list(matrix.shape)} in the model"
                 )
             else:
-                with torch.no_grad():
-                    matrix.copy_(given)
+                fitting[key] = given
+        if local_metadata.get("assign_to_params_buffers", False) and fitting.keys() == known.keys():
+            self.weight = nn.Parameter(torch.cat([*fitting.values()]).detach(), self.weight.requires_grad)
+            return
+        for key, given in fitting.items():
+            if self.weight.is_meta and not given.is_meta:
+                error_msgs.append(f"{key} cannot be copied into a meta model; pass assign=True, or call to_empty before")
+            with torch.no_grad():
+                known[key].copy_(given)
 
 
 class Fp32Parameters(nn.Module):

@@ -242,6 +242,11 @@ def test_linear_is_the_product_with_rows_on_cache_lines(rows, d_in, d_out):
     expected = F.linear(x, weight)
     torch.testing.assert_close(y, expected)
     torch.testing.assert_close(torch.autograd.grad(y, (x, weight), dy), torch.autograd.grad(expected, (x, weight), dy))
+    for needed, frozen in ((x, weight), (weight, x)):
+        frozen.requires_grad_(False)
+        y = linear(x, weight)
+        frozen.requires_grad_(True)
+        torch.testing.assert_close(torch.autograd.grad(y, needed, dy), torch.autograd.grad(F.linear(x, weight), needed, dy))
     with torch.autocast("cpu", torch.bfloat16):
         assert linear(x, weight).dtype == torch.bfloat16
     assert torch.equal(linear(x.double(), weight.double()), F.linear(x.double(), weight.double()))
@@ -268,6 +273,17 @@ def test_meta_model_can_be_materialised():
         torch.manual_seed(0)
         each.reset_parameters()
     assert torch.equal(model(tokens()), plain(tokens()))
+
+
+def test_meta_model_takes_a_state_dict_or_says_that_it_cannot():
+    plain = tiny()
+    with torch.device("meta"):
+        model = sm.build("sisa-tiny-ds16", n_layers=1)
+    with pytest.raises(RuntimeError, match=r"attn.proj.W_Q.weight cannot be copied into a meta model; pass assign=True"):
+        model.load_state_dict(plain.state_dict())
+    model.load_state_dict(plain.state_dict(), assign=True)
+    assert torch.equal(model(tokens()), plain(tokens()))
+    assert model.layers[0].attn.proj.weight.requires_grad
 
 
 @pytest.mark.parametrize("preset", [*FAMILIES, "sisa-tiny-ds32-bilinear"])

@@ -81,6 +81,10 @@ def prepare(config: PrepareConfig) -> Shards:
     tokenizer = _find_tokenizer(config.tokenizer)
     encoder = Encoder(tokenizer)
     sources = find_sources(config.sources)
+    for name in ("subset", "split"):
+        value = getattr(config, name)
+        if value != getattr(PrepareConfig, name) and not any(source.kind == "hub" for source in sources):
+            raise ValueError(f"{name} must be left out, as no source is a dataset of the Hub, got {value!r}")
     dtype = np.dtype("<u2" if encoder.size <= 2**16 else "<u4")
     options = {
         "sources": [asdict(source) for source in sources],

@@ -138,11 +138,11 @@ class Encoder:
         return np.concatenate([x.astype(np.int32) for ids in encoded for x in (ids, end)]) if encoded else np.empty(0, np.int32)
 
     def decode(self, ids: list[int]) -> str:
-        """Text of token ids; bytes that are no UTF-8 become the replacement character."""
+        """Text of token ids; bytes that are no UTF-8 become the replacement character, ids past the vocabulary nothing."""
         if self.tokenizer is not None:
             return self.tokenizer.decode(ids, skip_special_tokens=False)
-        parts = bytes(i for i in ids if i < 256).decode(errors="replace")
-        return parts if self.end_of_text not in ids else parts + END_OF_TEXT
+        parts = (END_OF_TEXT.encode() if i == self.end_of_text else bytes([i]) for i in ids if i < self.size)
+        return b"".join(parts).decode(errors="replace")
 
 
 @dataclass
@@ -299,12 +299,13 @@ def find_tokenizer(data: tuple[Path, ...], tokenizer: Path | None) -> Path | Non
 
 
 def open_data(
-    data: tuple[Path, ...], val_data: tuple[Path, ...], tokenizer: Path | None, seq_len: int, seed: int, *, verify: bool = True
-) -> Data:
+    data: tuple[Path, ...], val_data: tuple[Path, ...], tokenizer: Path | None, seq_len: int, seed: int,
+    *, verify: bool = True, rank: int = 0, size: int = 1,
+) -> Data:  # fmt: skip
     """Open text files, the default corpus (no ``data``) or one folder of `sisa prepare`.
 
-    ``verify`` reads a folder through once and compares the checksums of its shards: of many processes, one should. Raises
-    FileNotFoundError or ValueError naming the file, the shard or the argument at fault.
+    ``verify`` reads a folder through once and compares the checksums of its shards, process ``rank`` of ``size`` its share of
+    them. Raises FileNotFoundError or ValueError naming the file, the shard or the argument at fault.
     """
     encoder, folder = Encoder(find_tokenizer(data, tokenizer)), prepared(data)
     if folder is None:
@@ -316,7 +317,7 @@ def open_data(
         raise ValueError(f"val_data must be left out: {folder} brings the documents that sisa prepare held out")
     shards = Shards(folder)
     if verify:
-        shards.verify()
+        shards.verify(rank, size)
     train, val = Blocks(shards.train, seq_len, seed, "training"), Blocks(shards.val, seq_len, 0, "held-out")
     sample, val_sample = (tokens[:SAMPLE_TOKENS].astype(np.int32) for tokens in (shards.train, shards.val))
     split = (

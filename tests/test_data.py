@@ -85,6 +85,7 @@ def test_bytes_round_trip():
     assert ids.dtype == np.int32
     assert ids.max() == encoder.end_of_text == 256
     assert encoder.decode(encoder.encode([text])[:-1].tolist()) == text
+    assert encoder.decode([97, 256, 98, 0xC3, 256, 300]) == "a<|endoftext|>b\ufffd<|endoftext|>"
 
 
 @pytest.fixture

@@ -1,13 +1,15 @@
 """Layers that every family shares. Shapes: B batch, L length, D d_model, H query heads, G key heads, E head width."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sisa_kernels.cache import uniform
+from sisa_kernels.cache import TokenCache, uniform
+
+from .config import ModelConfig
 
 
 @dataclass
@@ -20,6 +22,15 @@ class Context:
     """[documents + 1] int32, rising from 0 to L: documents packed into one sequence (B = 1) that do not see each other."""
     lengths: list[int] | None = None
     """Of the first tokens of a cache: how many of each row are real, the rest being padding on the right (None: all)."""
+    _documents: list[int] | None = field(default=None, init=False, repr=False)
+
+    def documents(self, length: int) -> list[int]:
+        """Tokens of each packed document; without packing ``length``. Read from the device once, for the first layer that asks."""
+        if self.cu_seqlens is None:
+            return [length]
+        if self._documents is None:
+            self._documents = self.cu_seqlens.diff().tolist()
+        return self._documents
 
 
 @dataclass
@@ -160,6 +171,26 @@ class PackedLinear(nn.Module):
                 error_msgs.append(f"{key} cannot be copied into a meta model; pass assign=True, or call to_empty before")
             with torch.no_grad():
                 known[key].copy_(given)
+
+
+class QKVAttention(nn.Module):
+    """The projections of attention without an importance term: q, k and v (``gates``: further widths) in one product, and W_O."""
+
+    def __init__(self, config: ModelConfig, **gates: int):
+        super().__init__()
+        self.n_heads, self.head_dim = config.n_heads, config.head_dim
+        width_q, width_kv = config.d_model, config.n_kv_heads * config.head_dim
+        self.proj = PackedLinear(config.d_model, {"W_Q": width_q, "W_K": width_kv, "W_V": width_kv, **gates})
+        self.W_O = nn.Linear(config.d_model, config.d_model, bias=False)
+
+    def operands(self, x: Tensor) -> tuple[Tensor, ...]:
+        """q [B, L, H, E], k and v [B, L, G, E] and the gates [B, L, width] of the normed input x [B, L, D]."""
+        q, k, v, *gates = self.proj(x)
+        return *(part.unflatten(-1, (-1, self.head_dim)) for part in (q, k, v)), *gates
+
+    def make_cache(self, batch: int) -> TokenCache:
+        """An empty cache of ``batch`` sequences."""
+        return TokenCache(batch)
 
 
 class Fp32Parameters(nn.Module):

@@ -11,9 +11,10 @@ import tyro
 
 import sisa_kernels as sk
 
-from .checkpoint import load, make_folder_atomically, save
+from .checkpoint import load, save
 from .compare import CompareConfig, compare
 from .evaluate import EvalConfig, evaluate
+from .files import make_folder_atomically
 from .generate import check_sampling, generate
 from .inspection import InspectConfig, inspect_run
 from .model import LanguageModel, count_parameters

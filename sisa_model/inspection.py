@@ -12,8 +12,9 @@ from torch import Tensor
 
 from sisa_kernels.reference import rotate, scores
 
-from .checkpoint import load, write_json, write_text
+from .checkpoint import load
 from .data import Blocks, Encoder, find_files, open_data, read_text
+from .files import write_json, write_text
 from .layers import Context
 from .plot import plot_heads
 from .run import TrainConfig, find_device, newest_weights, read_run

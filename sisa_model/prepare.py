@@ -22,8 +22,8 @@ import numpy as np
 import tyro
 from tqdm import tqdm
 
-from .checkpoint import make_folder_atomically, write_atomically, write_json
 from .data import Encoder, needs
+from .files import make_folder_atomically, write_atomically, write_json
 from .shards import INDEX, RECORD, SPLITS, TOKENIZER, VERSION, Shards, file_sha256, finished_shards, read_index, read_record
 from .sources import Position, find_sources, read
 

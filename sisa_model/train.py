@@ -19,10 +19,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from .checkpoint import load, make_folder_atomically, save, write_json, write_text
+from .checkpoint import load, save
 from .checkpointer import Checkpointer, checkpoints
 from .config import ModelConfig
 from .data import Blocks, Encoder, ngram_losses, open_data, pack
+from .files import make_folder_atomically, write_json, write_text
 from .flops import utilisation
 from .generate import generate
 from .loss import Objective

@@ -22,9 +22,9 @@ from safetensors.torch import load_file
 
 import sisa_kernels as sk
 import sisa_model as sm
-from sisa_model.checkpoint import make_folder_atomically, write_atomically
 from sisa_model.cli import main
 from sisa_model.data import open_data
+from sisa_model.files import make_folder_atomically, write_atomically
 from sisa_model.parallel import World
 from sisa_model.presets import preset_config
 from sisa_model.run import TrainConfig, find_device, resolve, resumed

@@ -17,7 +17,7 @@ from . import haystack
 from .benchmarks import BENCHMARKS, chance, paper_requests, paper_right, read_benchmark
 from .checkpoint import CONFIG, load, read_config
 from .config import ModelConfig
-from .data import Encoder
+from .encoder import Encoder
 from .haystack import Haystack
 from .model import LanguageModel
 from .plot import plot_grid

@@ -22,10 +22,11 @@ import numpy as np
 import tyro
 from tqdm import tqdm
 
-from .data import Encoder, needs
+from .encoder import Encoder
 from .files import make_folder_atomically, write_atomically, write_json
 from .shards import INDEX, RECORD, SPLITS, TOKENIZER, VERSION, Shards, file_sha256, finished_shards, read_index, read_record
 from .sources import Position, find_sources, read
+from .text import needs
 
 BYTES = "bytes"
 LEFTOVERS = (".shard-?????.*", f".{INDEX}.*.tmp", f".{TOKENIZER}.*.tmp")  # of a run that was killed; what else is hidden stays

@@ -17,7 +17,8 @@ import torch
 import sisa_kernels as sk
 
 from .checkpointer import checkpoints
-from .data import Encoder, find_tokenizer
+from .data import find_tokenizer
+from .encoder import Encoder
 from .parallel import PARALLELS
 from .presets import preset_config
 from .runlog import check_logs

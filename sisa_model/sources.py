@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .data import documents, find_files, needs, open_text
+from .text import documents, find_files, needs, open_text
 
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(@[\w.-]+)?")
 COMPRESSED = {".gz", ".xz", ".zst"}

@@ -22,7 +22,8 @@ from tqdm import tqdm
 from .checkpoint import load, save
 from .checkpointer import Checkpointer, checkpoints
 from .config import ModelConfig
-from .data import Blocks, Encoder, ngram_losses, open_data, pack
+from .data import Blocks, ngram_losses, open_data, pack
+from .encoder import Encoder
 from .files import make_folder_atomically, write_json, write_text
 from .flops import utilisation
 from .generate import generate

@@ -10,8 +10,10 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
-from sisa_model.data import Blocks, Encoder, documents, load_corpus, ngram_losses, read_text, standard_library
+from sisa_model.data import Blocks, load_corpus, ngram_losses
+from sisa_model.encoder import Encoder
 from sisa_model.shuffle import shuffled
+from sisa_model.text import documents, read_text, standard_library
 
 
 def write_files(folder, count, repeat=40):

@@ -85,16 +85,6 @@ def world() -> Iterator[World]:
         dist.destroy_process_group()
 
 
-def by_kind(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """An optimizer's parameter groups, each split into its plain and its sharded parameters: a fused step takes no mixture."""
-    kinds = [
-        {**group, "params": [p for p in group["params"] if isinstance(p, DTensor) is sharded]}
-        for group in groups
-        for sharded in (False, True)
-    ]
-    return [group for group in kinds if group["params"]]
-
-
 def replicated(model: nn.Module) -> list[nn.Parameter]:
     """What FSDP leaves whole and fp32: what a module declares so, and every vector but a norm's weight (biases of decays, say)."""
     declared = {id(getattr(m, name)) for m in model.modules() if isinstance(m, Fp32Parameters) for name in m.fp32}

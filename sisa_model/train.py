@@ -29,7 +29,8 @@ from .flops import utilisation
 from .generate import generate
 from .loss import Objective
 from .model import LanguageModel, count_parameters
-from .parallel import Parallel, World, by_kind, world
+from .optimizer import learning_rate, make_optimizer
+from .parallel import Parallel, World, world
 from .plot import plot_health, plot_losses
 from .presets import preset_config
 from .run import TrainConfig, find_device, free_folder, is_taken, read_run, require_same_run, resolve, resolved, resumed, versions
@@ -42,32 +43,6 @@ TASK_EVAL = 256  # sequences a retrieval accuracy is measured on: 256 needles, a
 TASK_EXAM = 128  # sequences of each length that a task trained alone is evaluated on
 STOPS = (signal.SIGINT, signal.SIGTERM)  # what ends a run after the step under way
 HEALTH_BLOCKS = 4  # held-out blocks that lambda, half-life and the range of g are measured on
-
-
-def learning_rate(step: int, config: TrainConfig) -> float:
-    """Learning rate of step 0, 1 ...: linear warm-up to the peak, then a cosine that would reach 0 at step ``steps``."""
-    peak, steps, warmup_steps = resolved(config.lr), resolved(config.steps), resolved(config.warmup_steps)
-    if step < warmup_steps:
-        return peak * (step + 1) / warmup_steps
-    done = (step - warmup_steps) / max(1, steps - warmup_steps)
-    return peak * 0.5 * (1 + math.cos(math.pi * done))
-
-
-def make_optimizer(model: LanguageModel, config: TrainConfig) -> torch.optim.AdamW:
-    """AdamW with lambda_raw in a group of its own: a tenth of the learning rate and no decay (paper, section 4).
-
-    Nor is there decay on what a module names in ``no_weight_decay``: Mamba's steps, decay rates and D.
-    """
-    lambdas = [p for name, p in model.named_parameters() if name.endswith("lambda_raw")]
-    undecayed = [getattr(m, name) for m in model.modules() for name in getattr(m, "no_weight_decay", ())]
-    apart = {id(p) for p in (*lambdas, *undecayed)}
-    rest = [p for p in model.parameters() if id(p) not in apart]
-    groups = [
-        {"params": rest, "weight_decay": config.weight_decay, "lr_scale": 1.0},
-        {"params": undecayed, "weight_decay": 0.0, "lr_scale": 1.0},
-        {"params": lambdas, "weight_decay": 0.0, "lr_scale": config.lambda_lr_scale},
-    ]
-    return torch.optim.AdamW(by_kind(groups), lr=0.0, betas=(config.beta1, config.beta2), fused=True)
 
 
 @dataclass

@@ -9,9 +9,10 @@ import sisa_model as sm
 from sisa_model.hybrid import HeadMix
 from sisa_model.layers import Layer
 from sisa_model.mamba import Mamba2, Mamba3, MambaBlock
+from sisa_model.optimizer import make_optimizer
 from sisa_model.run import TrainConfig, resolve
 from sisa_model.sisa import SisaAttention
-from sisa_model.train import make_optimizer, train
+from sisa_model.train import train
 from sisa_model.transformer import TransformerAttention
 
 COUNTS = {

@@ -25,11 +25,12 @@ import sisa_model as sm
 from sisa_model.cli import main
 from sisa_model.data import open_data
 from sisa_model.files import make_folder_atomically, write_atomically
+from sisa_model.optimizer import learning_rate, make_optimizer
 from sisa_model.parallel import World
 from sisa_model.presets import preset_config
 from sisa_model.run import TrainConfig, find_device, resolve, resumed
 from sisa_model.runlog import read_rows
-from sisa_model.train import _Run, learning_rate, make_optimizer, train
+from sisa_model.train import _Run, train
 
 COMMAND = [sys.executable, "-c", "import sys; from sisa_model.cli import main; sys.exit(main(sys.argv[1:]))"]
 

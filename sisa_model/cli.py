@@ -17,13 +17,14 @@ from .evaluate import EvalConfig, evaluate
 from .files import make_folder_atomically
 from .generate import check_sampling, generate
 from .inspection import InspectConfig, inspect_run
+from .machine import find_device
 from .model import LanguageModel, count_parameters
 from .paper_checkpoint import load_paper_checkpoint
 from .plot_runs import PlotConfig, plot_runs
 from .prepare import PrepareConfig, prepare
 from .presets import preset_config, presets
 from .report import ReportConfig, report
-from .run import TrainConfig, find_device, is_taken, newest_weights, read_encoder
+from .run import TrainConfig, is_taken, newest_weights, read_encoder
 from .study import StudyConfig, run_study
 from .train import train
 

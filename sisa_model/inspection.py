@@ -17,8 +17,9 @@ from .data import Blocks, open_data
 from .encoder import Encoder
 from .files import write_json, write_text
 from .layers import Context
+from .machine import find_device
 from .plot import plot_heads
-from .run import TrainConfig, find_device, newest_weights, read_run
+from .run import TrainConfig, newest_weights, read_run
 from .sisa import SisaAttention, half_life, visit_layers
 from .tasks import exams, find_task
 from .text import find_files, read_text

@@ -28,12 +28,13 @@ from .files import make_folder_atomically, write_json, write_text
 from .flops import utilisation
 from .generate import generate
 from .loss import Objective
+from .machine import find_device, versions
 from .model import LanguageModel, count_parameters
 from .optimizer import learning_rate, make_optimizer
 from .parallel import Parallel, World, world
 from .plot import plot_health, plot_losses
 from .presets import preset_config
-from .run import TrainConfig, find_device, free_folder, is_taken, read_run, require_same_run, resolve, resolved, resumed, versions
+from .run import TrainConfig, free_folder, is_taken, read_run, require_same_run, resolve, resolved, resumed
 from .runlog import RunLog, peak_memory_mib, read_rows
 from .sisa import health
 from .tasks import IGNORE, LENGTHS, TASKS, Sample, TaskBlocks, accuracy, exams, find_task

@@ -25,10 +25,11 @@ import sisa_model as sm
 from sisa_model.cli import main
 from sisa_model.data import open_data
 from sisa_model.files import make_folder_atomically, write_atomically
+from sisa_model.machine import find_device
 from sisa_model.optimizer import learning_rate, make_optimizer
 from sisa_model.parallel import World
 from sisa_model.presets import preset_config
-from sisa_model.run import TrainConfig, find_device, resolve, resumed
+from sisa_model.run import TrainConfig, resolve, resumed
 from sisa_model.runlog import read_rows
 from sisa_model.train import _Run, train
 

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .model import LanguageModel
-from .tasks import IGNORE
 
+IGNORE = -100  # targets of positions that are not scored
 CHUNK_LOGITS = 2**24  # logits that exist at a time: 64 MiB in fp32
 
 

@@ -27,7 +27,7 @@ from .encoder import Encoder
 from .files import make_folder_atomically, write_json, write_text
 from .flops import utilisation
 from .generate import generate
-from .loss import Objective
+from .loss import IGNORE, Objective
 from .machine import find_device, versions
 from .model import LanguageModel, count_parameters
 from .optimizer import learning_rate, make_optimizer
@@ -37,7 +37,7 @@ from .presets import preset_config
 from .run import TrainConfig, free_folder, is_taken, read_run, require_same_run, resolve, resolved, resumed
 from .runlog import RunLog, peak_memory_mib, read_rows
 from .sisa import health
-from .tasks import IGNORE, LENGTHS, TASKS, Sample, TaskBlocks, accuracy, exams, find_task
+from .tasks import LENGTHS, TASKS, Sample, TaskBlocks, accuracy, exams, find_task
 
 TASK_BATCH = 16  # sequences a step of each retrieval task in the mix
 TASK_EVAL = 256  # sequences a retrieval accuracy is measured on: 256 needles, about 7,000 recalls

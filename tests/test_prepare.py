@@ -33,11 +33,11 @@ import sisa_model.prepare as prepare_module
 from sisa_model.cli import main
 from sisa_model.data import Blocks, open_data, pack
 from sisa_model.encoder import Encoder
+from sisa_model.loss import IGNORE
 from sisa_model.prepare import PrepareConfig, prepare
 from sisa_model.run import TrainConfig
 from sisa_model.runlog import read_rows
 from sisa_model.shards import Shards
-from sisa_model.tasks import IGNORE
 from sisa_model.text import END_OF_TEXT
 from sisa_model.train import fill_rows, train
 

@@ -9,9 +9,10 @@ import tempfile
 import time
 from pathlib import Path
 
-from sisa_model.data import Blocks, standard_library
+from sisa_model.data import Blocks
 from sisa_model.prepare import PrepareConfig, prepare
 from sisa_model.shards import Shards
+from sisa_model.text import standard_library
 
 
 def loader_rates(shards: Shards, seq_len: int, batch_size: int, seconds: float) -> tuple[float, float]:

@@ -42,12 +42,16 @@ def visible(lengths: list[int], new: int, device: torch.device) -> Tensor:
     return (torch.arange(max(lengths) + new, device=device) <= own[..., None])[:, None]
 
 
-def check_lengths(lengths: list[int], held: list[int], length: int) -> None:
+def check_lengths(lengths: list[int], held: list[int], length: int, name: str = "lengths") -> None:
     """Raise ValueError unless ``lengths`` are the real tokens of each row of the first [batch, length] into an empty cache."""
     if any(held):
-        raise ValueError(f"lengths is for the first tokens of an empty cache, this one holds {held}")
-    if len(lengths) != len(held) or not all(isinstance(n, int) and 1 <= n <= length for n in lengths):
-        raise ValueError(f"lengths must be {len(held)} integers from 1 to {length}, got {lengths}")
+        raise ValueError(f"{name} is for the first tokens of an empty cache, this one holds {held}")
+    if (
+        not isinstance(lengths, (list, tuple))
+        or len(lengths) != len(held)
+        or not all(isinstance(n, int) and 1 <= n <= length for n in lengths)
+    ):
+        raise ValueError(f"{name} must be {len(held)} integers from 1 to {length}, got {lengths}")
 
 
 def refuse_gradients(inputs: dict[str, Tensor]) -> None:

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .data import Encoder
+from .encoder import Encoder
 from .scoring import Request, Score
 
 Row = dict[str, Any]

@@ -16,8 +16,9 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
-from .checkpoint import CONFIG, write_json
+from .checkpoint import CONFIG
 from .dcp import read_tensors
+from .files import write_json
 from .parallel import World
 
 STATE = "state.json"

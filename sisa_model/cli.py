@@ -11,18 +11,20 @@ import tyro
 
 import sisa_kernels as sk
 
-from .checkpoint import load, make_folder_atomically, save
+from .checkpoint import load, save
 from .compare import CompareConfig, compare
 from .evaluate import EvalConfig, evaluate
+from .files import make_folder_atomically
 from .generate import check_sampling, generate
 from .inspection import InspectConfig, inspect_run
+from .machine import find_device
 from .model import LanguageModel, count_parameters
 from .paper_checkpoint import load_paper_checkpoint
 from .plot_runs import PlotConfig, plot_runs
 from .prepare import PrepareConfig, prepare
 from .presets import preset_config, presets
 from .report import ReportConfig, report
-from .run import TrainConfig, find_device, newest_weights, read_encoder
+from .run import TrainConfig, is_taken, newest_weights, read_encoder
 from .study import StudyConfig, run_study
 from .train import train
 
@@ -103,7 +105,7 @@ def run_generate(config: GenerateConfig) -> None:
 
 def run_convert(config: ConvertConfig) -> None:
     """Write the authors' model as a folder that :func:`sisa_model.load` reads."""
-    if config.out.exists():
+    if is_taken(config.out):
         raise FileExistsError(f"out {config.out} exists; choose another folder")
     model = load_paper_checkpoint(config.checkpoint, config.preset, config.mode)
     make_folder_atomically(config.out, lambda folder: save(model, folder))

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from .checkpoint import write_json, write_text
+from .files import write_json, write_text
 from .parallel import world
 from .plot import Rows, plot_compare, plot_task
 from .presets import preset_config

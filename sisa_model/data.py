@@ -1,148 +1,23 @@
-"""Text or shards in, blocks of tokens out: corpora, tokenizers, the held-out split, the order of training."""
+"""Text or shards in, blocks of tokens out: corpora, the held-out split, the order of training."""
 
-import contextlib
-import gzip
 import hashlib
-import importlib
 import io
-import lzma
 import math
-import sysconfig
-import zlib
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TextIO
 
 import numpy as np
 import torch
-from tokenizers import Tokenizer
 from torch import Tensor
 
+from .encoder import Encoder
 from .shards import INDEX, TOKENIZER, Shards, Tokens, file_sha256, read_index
 from .shuffle import shuffled
+from .text import documents, find_files, read_text, standard_library
 
-END_OF_TEXT = "<|endoftext|>"
 HELD_OUT_PERCENT = 5
 MIN_UNITS = 20  # fewer files (or documents) than this cannot be split with 5 % held out
 SAMPLE_TOKENS = 2**22  # of shards, the first tokens that n-gram models are counted on and needles are hidden in
-SKIPPED_FOLDERS = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test"}
-
-
-def standard_library() -> list[Path]:
-    """The sources of Python's standard library (code and documentation strings, no tests): the default corpus."""
-    root = Path(sysconfig.get_paths()["stdlib"])
-    return sorted(p for p in root.rglob("*.py") if not SKIPPED_FOLDERS & set(p.relative_to(root).parts))
-
-
-def find_files(paths: list[Path]) -> list[Path]:
-    """The files of ``paths`` and, but for hidden ones, of the folders among them; FileNotFoundError or ValueError for none."""
-    files: list[Path] = []
-    for path in paths:
-        if not path.exists():
-            raise FileNotFoundError(f"data path {path} does not exist")
-        if path.is_dir():
-            found = (p for p in path.rglob("*") if not any(part.startswith(".") for part in p.relative_to(path).parts))
-            files += sorted(p for p in found if p.is_file())
-        else:
-            files.append(path)
-    if not files:
-        raise ValueError(f"data must hold at least one file, got {', '.join(map(str, paths))}")
-    return files
-
-
-def needs(module: str, what: str) -> Any:
-    """An optional module; ValueError saying how to install it, and that ``what`` needs it."""
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        raise ValueError(f'{what} needs the package {module.split(".")[0]}: pip install "sisa[train]" ({error})') from error
-
-
-@contextlib.contextmanager
-def open_text(path: Path) -> Iterator[TextIO]:
-    """A UTF-8 file, plain or compressed (.gz, .xz, .zst); ValueError naming the file if it is not text."""
-    try:
-        if path.suffix == ".zst":  # Arrow's reader: it notices a file that was cut short
-            with io.TextIOWrapper(needs("pyarrow", str(path)).input_stream(path, compression="zstd"), encoding="utf-8") as file:
-                yield file
-        else:
-            opener: Any = {".gz": gzip.open, ".xz": lzma.open}.get(path.suffix, open)
-            with opener(path, "rt", encoding="utf-8") as file:
-                yield file
-    except (UnicodeDecodeError, EOFError, lzma.LZMAError, zlib.error, OSError) as error:
-        if isinstance(error, OSError) and error.errno is not None:  # the system's, with the file's name; else the decompressor's
-            raise
-        raise ValueError(f"{path} is not a UTF-8 text file: {error}") from error
-
-
-def read_text(path: Path) -> str:
-    """The text of a file; raises as :func:`open_text` does."""
-    with open_text(path) as file:
-        return file.read()
-
-
-def documents(lines: TextIO) -> Iterator[str]:
-    """The documents of a text, separated by lines that end with ``<|endoftext|>``; empty ones are dropped."""
-    held: list[str] = []
-    for line in lines:
-        held.append(line)
-        if line.endswith(f"{END_OF_TEXT}\n"):
-            yield from _document(held)
-            held = []
-    yield from _document(held)
-
-
-def _document(lines: list[str]) -> Iterator[str]:
-    document = "".join(lines).removesuffix("\n").removesuffix(END_OF_TEXT).strip("\n")
-    if document:
-        yield document
-
-
-class Encoder:
-    """Text to token ids and back: a ``tokenizers`` JSON file, or bytes with token 256 as the end of text.
-
-    What reads ``<|endoftext|>`` inside a document is encoded as the text it is, so that the token stands at the ends of documents
-    alone. Raises FileNotFoundError or ValueError for a file that is no tokenizer or has no special token ``<|endoftext|>``.
-    """
-
-    def __init__(self, path: Path | None):
-        self.tokenizer: Tokenizer | None = None
-        self.size, self.end_of_text = 257, 256
-        if path is None:
-            return
-        if not path.is_file():
-            raise FileNotFoundError(f"tokenizer {path} does not exist")
-        try:
-            self.tokenizer = Tokenizer.from_file(str(path))
-        except Exception as error:  # tokenizers raises bare Exception
-            raise ValueError(f"tokenizer {path} is not a tokenizers JSON file: {error}") from error
-        end = self.tokenizer.token_to_id(END_OF_TEXT)
-        if end is None:
-            raise ValueError(f"tokenizer {path} must have a token {END_OF_TEXT}")
-        # What a published file sets for inference would cut documents and fill them up.
-        self.tokenizer.no_truncation()
-        self.tokenizer.no_padding()
-        self.tokenizer.encode_special_tokens = True
-        if end in self.tokenizer.encode(END_OF_TEXT, add_special_tokens=False).ids:
-            raise ValueError(f"tokenizer {path} must mark its token {END_OF_TEXT} as special")
-        self.size, self.end_of_text = max(self.tokenizer.get_vocab().values()) + 1, end
-
-    def encode(self, texts: list[str]) -> np.ndarray:
-        """Token ids of the texts in a row, an end-of-text token after each, as int32."""
-        if self.tokenizer is None:
-            encoded = [np.frombuffer(text.encode(), np.uint8) for text in texts]
-        else:
-            encoded = [np.asarray(e.ids) for e in self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
-        end = np.array([self.end_of_text])
-        return np.concatenate([x.astype(np.int32) for ids in encoded for x in (ids, end)]) if encoded else np.empty(0, np.int32)
-
-    def decode(self, ids: list[int]) -> str:
-        """Text of token ids; bytes that are no UTF-8 become the replacement character."""
-        if self.tokenizer is not None:
-            return self.tokenizer.decode(ids, skip_special_tokens=False)
-        parts = bytes(i for i in ids if i < 256).decode(errors="replace")
-        return parts if self.end_of_text not in ids else parts + END_OF_TEXT
 
 
 @dataclass
@@ -299,12 +174,13 @@ def find_tokenizer(data: tuple[Path, ...], tokenizer: Path | None) -> Path | Non
 
 
 def open_data(
-    data: tuple[Path, ...], val_data: tuple[Path, ...], tokenizer: Path | None, seq_len: int, seed: int, *, verify: bool = True
-) -> Data:
+    data: tuple[Path, ...], val_data: tuple[Path, ...], tokenizer: Path | None, seq_len: int, seed: int,
+    *, verify: bool = True, rank: int = 0, size: int = 1,
+) -> Data:  # fmt: skip
     """Open text files, the default corpus (no ``data``) or one folder of `sisa prepare`.
 
-    ``verify`` reads a folder through once and compares the checksums of its shards: of many processes, one should. Raises
-    FileNotFoundError or ValueError naming the file, the shard or the argument at fault.
+    ``verify`` reads a folder through once and compares the checksums of its shards, process ``rank`` of ``size`` its share of
+    them. Raises FileNotFoundError or ValueError naming the file, the shard or the argument at fault.
     """
     encoder, folder = Encoder(find_tokenizer(data, tokenizer)), prepared(data)
     if folder is None:
@@ -316,7 +192,7 @@ def open_data(
         raise ValueError(f"val_data must be left out: {folder} brings the documents that sisa prepare held out")
     shards = Shards(folder)
     if verify:
-        shards.verify()
+        shards.verify(rank, size)
     train, val = Blocks(shards.train, seq_len, seed, "training"), Blocks(shards.val, seq_len, 0, "held-out")
     sample, val_sample = (tokens[:SAMPLE_TOKENS].astype(np.int32) for tokens in (shards.train, shards.val))
     split = (

@@ -17,12 +17,13 @@ from . import haystack
 from .benchmarks import BENCHMARKS, chance, paper_requests, paper_right, read_benchmark
 from .checkpoint import CONFIG, load, read_config
 from .config import ModelConfig
-from .data import Encoder
+from .encoder import Encoder
 from .haystack import Haystack
+from .machine import find_device, versions
 from .model import LanguageModel
 from .plot import plot_grid
 from .results import Figure, add_rows, measured, table, write_record
-from .run import PRECISIONS, find_device, read_run, versions, weights_by_step
+from .run import PRECISIONS, read_run, weights_by_step
 from .scoring import Request, Scorer
 
 PROTOCOLS = ("harness", "paper")

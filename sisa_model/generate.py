@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sisa_kernels.cache import check_lengths
+
 from .model import LanguageModel
 
 
@@ -53,10 +55,11 @@ def generate(
     top_p: float = 1.0,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """Continue ``input_ids`` [B, L] by ``max_new_tokens``: returns [B, L + max_new_tokens]; greedy at temperature 0.
+    """Continue ``input_ids`` [B, L] int64 by ``max_new_tokens``: returns [B, L + max_new_tokens]; greedy at temperature 0.
 
-    Prompts of unequal length are padded on the left, with any token: row r's prompt is its last ``prompt_lengths[r]`` tokens,
-    and it is continued as it would be alone. ``top_k`` and ``top_p`` narrow what is sampled; ``generator`` seeds it.
+    Prompts of unequal length are padded on the left, with any token: row r's prompt is its last ``prompt_lengths[r]`` tokens (B
+    Python ints), and it is continued as it would be alone. ``top_k`` and ``top_p`` narrow what is sampled; ``generator`` seeds
+    it.
 
     With ``use_cache`` the prompt is run once and then each token alone; without, all tokens are run again for each, with the
     same result up to rounding. Once a row is longer than ``max_seq_len``, the model sees its last ``max_seq_len`` tokens: their
@@ -69,11 +72,11 @@ def generate(
     if input_ids.ndim != 2 or 0 in input_ids.shape:
         raise ValueError(f"input_ids must be [batch, length] with at least one token a row, got {list(input_ids.shape)}")
     batch, length = input_ids.shape
-    if prompt_lengths is not None and (len(prompt_lengths) != batch or not all(1 <= n <= length for n in prompt_lengths)):
-        raise ValueError(f"prompt_lengths must be {batch} integers from 1 to {length}, got {prompt_lengths}")
+    if prompt_lengths is not None:
+        check_lengths(prompt_lengths, [0] * batch, length, "prompt_lengths")
     if use_cache and (why := model.cache_refusal()):
         raise ValueError(f"use_cache must be False for this model: {why}")
-    lengths, cache = prompt_lengths or [length] * batch, None
+    lengths, cache = [*(prompt_lengths or [length] * batch)], None
     training = model.training
     model.eval()
     try:

@@ -17,7 +17,7 @@ from lm_eval.tasks import TaskManager
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from .benchmarks import Row, encode
-from .data import Encoder
+from .encoder import Encoder
 from .generate import generate
 from .results import Figure, measured
 from .scoring import Request, Scorer

@@ -7,7 +7,7 @@ pass given the answer: each of its tokens the likeliest at its place, which is w
 import random
 
 from .benchmarks import encode
-from .data import Encoder
+from .encoder import Encoder
 from .scoring import Request
 
 SEEDS = (42, 123, 456, 789, 1024)

@@ -12,13 +12,17 @@ from torch import Tensor
 
 from sisa_kernels.reference import rotate, scores
 
-from .checkpoint import load, write_json, write_text
-from .data import Blocks, Encoder, find_files, open_data, read_text
+from .checkpoint import load
+from .data import Blocks, open_data
+from .encoder import Encoder
+from .files import write_json, write_text
 from .layers import Context
+from .machine import find_device
 from .plot import plot_heads
-from .run import TrainConfig, find_device, newest_weights, read_run
+from .run import TrainConfig, newest_weights, read_run
 from .sisa import SisaAttention, half_life, visit_layers
 from .tasks import exams, find_task
+from .text import find_files, read_text
 from .train import TASK_EXAM
 
 LENGTH = 512  # the default: dense fp64 scores of it take 2 MiB a head

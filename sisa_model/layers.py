@@ -1,13 +1,15 @@
 """Layers that every family shares. Shapes: B batch, L length, D d_model, H query heads, G key heads, E head width."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sisa_kernels.cache import uniform
+from sisa_kernels.cache import TokenCache, uniform
+
+from .config import ModelConfig
 
 
 @dataclass
@@ -20,6 +22,15 @@ class Context:
     """[documents + 1] int32, rising from 0 to L: documents packed into one sequence (B = 1) that do not see each other."""
     lengths: list[int] | None = None
     """Of the first tokens of a cache: how many of each row are real, the rest being padding on the right (None: all)."""
+    _documents: list[int] | None = field(default=None, init=False, repr=False)
+
+    def documents(self, length: int) -> list[int]:
+        """Tokens of each packed document; without packing ``length``. Read from the device once, for the first layer that asks."""
+        if self.cu_seqlens is None:
+            return [length]
+        if self._documents is None:
+            self._documents = self.cu_seqlens.diff().tolist()
+        return self._documents
 
 
 @dataclass
@@ -85,7 +96,8 @@ class _AlignedLinear(torch.autograd.Function):
     def backward(ctx, dy):
         x, weight = ctx.saved_tensors
         rows, drows = x.flatten(0, -2), dy.flatten(0, -2)
-        return _matmul_aligned(drows, weight).view(x.shape), _matmul_aligned(drows.t(), rows)
+        dx = _matmul_aligned(drows, weight).view(x.shape) if ctx.needs_input_grad[0] else None
+        return dx, _matmul_aligned(drows.t(), rows) if ctx.needs_input_grad[1] else None
 
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
@@ -138,6 +150,7 @@ class PackedLinear(nn.Module):
 
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs):
         known = {f"{prefix}{name}.weight": matrix for name, matrix in self.matrices().items()}
+        fitting = {}
         if strict:
             unexpected_keys += [key for key in state_dict if key.startswith(prefix) and key not in known]
         for key, matrix in known.items():
@@ -149,8 +162,35 @@ class PackedLinear(nn.Module):
                     f"size mismatch for {key}: {list(given.shape)} in the state dict, {list(matrix.shape)} in the model"
                 )
             else:
-                with torch.no_grad():
-                    matrix.copy_(given)
+                fitting[key] = given
+        if local_metadata.get("assign_to_params_buffers", False) and fitting.keys() == known.keys():
+            self.weight = nn.Parameter(torch.cat([*fitting.values()]).detach(), self.weight.requires_grad)
+            return
+        for key, given in fitting.items():
+            if self.weight.is_meta and not given.is_meta:
+                error_msgs.append(f"{key} cannot be copied into a meta model; pass assign=True, or call to_empty before")
+            with torch.no_grad():
+                known[key].copy_(given)
+
+
+class QKVAttention(nn.Module):
+    """The projections of attention without an importance term: q, k and v (``gates``: further widths) in one product, and W_O."""
+
+    def __init__(self, config: ModelConfig, **gates: int):
+        super().__init__()
+        self.n_heads, self.head_dim = config.n_heads, config.head_dim
+        width_q, width_kv = config.d_model, config.n_kv_heads * config.head_dim
+        self.proj = PackedLinear(config.d_model, {"W_Q": width_q, "W_K": width_kv, "W_V": width_kv, **gates})
+        self.W_O = nn.Linear(config.d_model, config.d_model, bias=False)
+
+    def operands(self, x: Tensor) -> tuple[Tensor, ...]:
+        """q [B, L, H, E], k and v [B, L, G, E] and the gates [B, L, width] of the normed input x [B, L, D]."""
+        q, k, v, *gates = self.proj(x)
+        return *(part.unflatten(-1, (-1, self.head_dim)) for part in (q, k, v)), *gates
+
+    def make_cache(self, batch: int) -> TokenCache:
+        """An empty cache of ``batch`` sequences."""
+        return TokenCache(batch)
 
 
 class Fp32Parameters(nn.Module):

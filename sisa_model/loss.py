@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .model import LanguageModel
-from .tasks import IGNORE
 
+IGNORE = -100  # targets of positions that are not scored
 CHUNK_LOGITS = 2**24  # logits that exist at a time: 64 MiB in fp32
 
 
@@ -60,9 +60,13 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Ten
     kept = targets != IGNORE
     if not kept.all():
         hidden, targets = hidden[kept], targets[kept]
-    device = hidden.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
-    return _ChunkedCrossEntropy.apply(hidden, weight, targets, dtype)
+    return _ChunkedCrossEntropy.apply(hidden, weight, targets, _compute_dtype(hidden))
+
+
+def _compute_dtype(x: Tensor) -> torch.dtype:
+    """Autocast's where it is on, else that of x."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
 @functools.cache
@@ -78,8 +82,7 @@ def _liger_is_here() -> bool:
 def _liger(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
 
-    device = hidden.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+    dtype = _compute_dtype(hidden)
     return liger_fused_linear_cross_entropy(
         hidden.flatten(0, -2).to(dtype), weight.to(dtype), targets.flatten(),
         ignore_index=IGNORE, reduction="sum", accum_dtype=torch.float32,

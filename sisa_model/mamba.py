@@ -60,7 +60,7 @@ class StateCache:
         self.state = {name: x[rows] for name, x in self.state.items()}
 
 
-class Mixer(Fp32Parameters):
+class MambaMixer(Fp32Parameters):
     """What Mamba-2 and Mamba-3 share: a projection in, each document for itself, a projection out; the step's bias and D."""
 
     state_sizes: dict[str, tuple[int, ...]]
@@ -90,11 +90,11 @@ class Mixer(Fp32Parameters):
 
     def forward(self, x: Tensor, context: Context, cache: StateCache | None = None) -> Tensor:
         projected = self.in_proj(x)
-        lengths = [x.shape[1]] if context.cu_seqlens is None else context.cu_seqlens.diff().tolist()
         device = x.device.type
         lowered = device != "meta" and torch.is_autocast_enabled(device)  # autocast would round what the mixers keep in fp32
         with torch.autocast(device, enabled=False) if lowered else contextlib.nullcontext():
-            pieces = [self.mix(document, cache, context.lengths) for document in projected.split(lengths, 1)]
+            documents = projected.split(context.documents(x.shape[1]), 1)
+            pieces = [self.mix(document, cache, context.lengths) for document in documents]
         return self.out_proj(torch.cat(pieces, 1).to(projected.dtype))
 
     def mix(self, projected: Tensor, cache: StateCache | None = None, lengths: list[int] | None = None) -> Tensor:
@@ -130,7 +130,7 @@ class Mixer(Fp32Parameters):
         return x.unflatten(-1, (self.n_heads, self.head_dim))
 
 
-class Mamba2(Mixer):
+class Mamba2(MambaMixer):
     """``h_t = exp(dt_t A) h_{t-1} + dt_t x_t B_t^T``, ``y_t = h_t C_t + D x_t``, then ``out_proj(RMSNorm(y silu(z)))``.
 
     A = -exp(A_log), one decay rate a head; x, B and C have passed a causal depthwise convolution over 4 tokens and silu.
@@ -176,7 +176,7 @@ class Mamba2(Mixer):
         return F.conv1d(x.transpose(1, 2), weight, bias, groups=x.shape[-1]).transpose(1, 2)
 
 
-class Mamba3(Mixer):
+class Mamba3(MambaMixer):
     """``h_t = alpha_t h_{t-1} + beta_t x_{t-1} k_{t-1}^T + gamma_t x_t k_t^T``, ``y_t = h_t q_t + D x_t``; ``out_proj(y silu(z))``.
 
     alpha = exp(dt A), beta = (1 - lam) dt alpha, gamma = lam dt: the trapezoidal rule, lam = sigmoid(trap); A <= -1e-4 is each

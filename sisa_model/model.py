@@ -14,7 +14,7 @@ from sisa_kernels.checks import check_documents
 from .config import ModelConfig
 from .hybrid import make_layer
 from .layers import Context, ModelCache, PackedLinear, rotary_behind, rotary_tables
-from .mamba import Mixer
+from .mamba import MambaMixer
 from .presets import preset_config
 from .rivals import AlibiAttention, ForgettingAttention
 from .sisa import SisaAttention
@@ -59,7 +59,7 @@ class LanguageModel(nn.Module):
             elif isinstance(module, nn.RMSNorm):
                 nn.init.ones_(module.weight)
         for module in self.modules():
-            if isinstance(module, (SisaAttention, ForgettingAttention, Mixer)):
+            if isinstance(module, (SisaAttention, ForgettingAttention, MambaMixer)):
                 module.reset_parameters()
 
     def make_cache(self, batch: int) -> ModelCache:

@@ -15,6 +15,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
+from .layers import Fp32Parameters
 from .loss import Objective
 
 PARALLELS = ("auto", "ddp", "fsdp")
@@ -84,14 +85,11 @@ def world() -> Iterator[World]:
         dist.destroy_process_group()
 
 
-def by_kind(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """An optimizer's parameter groups, each split into its plain and its sharded parameters: a fused step takes no mixture."""
-    kinds = [
-        {**group, "params": [p for p in group["params"] if isinstance(p, DTensor) is sharded]}
-        for group in groups
-        for sharded in (False, True)
-    ]
-    return [group for group in kinds if group["params"]]
+def replicated(model: nn.Module) -> list[nn.Parameter]:
+    """What FSDP leaves whole and fp32: what a module declares so, and every vector but a norm's weight (biases of decays, say)."""
+    declared = {id(getattr(m, name)) for m in model.modules() if isinstance(m, Fp32Parameters) for name in m.fp32}
+    norms = {id(m.weight) for m in model.modules() if isinstance(m, nn.RMSNorm)}
+    return [p for p in model.parameters() if id(p) in declared or (p.ndim < 2 and id(p) not in norms)]
 
 
 class Parallel:
@@ -102,25 +100,23 @@ class Parallel:
         kind: one of the three.
         bf16: FSDP gathers weights in bf16 and reduces gradients in fp32; sharded weights stay fp32.
 
-    ``parameters`` are the leaves that the optimizer steps, by name. Vectors that are no norm's weight (lambda_raw, biases of
-    decays) are neither sharded nor cast.
+    ``parameters`` are the leaves that the optimizer steps, by name. FSDP neither shards nor casts those of :func:`replicated`.
     """
 
     def __init__(self, objective: Objective, world: World, kind: str, bf16: bool):
         self.objective, self.world, self.kind = objective, world, kind
         self._call: nn.Module = objective
-        self._whole: list[nn.Parameter] = []
+        self._replicated: list[nn.Parameter] = []
         model = objective.model
         if kind == "ddp":
             self._call = DistributedDataParallel(objective, gradient_as_bucket_view=True)
         elif kind == "fsdp":
-            norms = {id(m.weight) for m in model.modules() if isinstance(m, nn.RMSNorm)}
-            self._whole = [p for p in model.parameters() if p.ndim < 2 and id(p) not in norms]
+            self._replicated = replicated(model)
             dtypes: dict[str, Any] = {"param_dtype": torch.bfloat16, "reduce_dtype": torch.float32} if bf16 else {}
             settings: dict[str, Any] = {
                 "mesh": init_device_mesh(model.embed.weight.device.type, (world.size,)),
                 "mp_policy": MixedPrecisionPolicy(cast_forward_inputs=False, **dtypes),
-                "ignored_params": set(self._whole),
+                "ignored_params": set(self._replicated),
             }
             for layer in model.layers:
                 fully_shard(layer, **settings)
@@ -144,14 +140,14 @@ class Parallel:
         """Scale the step's gradients down to norm ``limit`` if theirs is larger; returns the norm before."""
         if self.kind != "fsdp":
             return torch.nn.utils.clip_grad_norm_(self.parameters.values(), limit).item()
-        whole = [p.grad for p in self._whole if p.grad is not None]
-        for grad in whole:
+        replicated = [p.grad for p in self._replicated if p.grad is not None]
+        for grad in replicated:
             dist.all_reduce(grad)
             grad /= self.world.size
         shards = [p.grad.to_local() for p in self.parameters.values() if isinstance(p.grad, DTensor)]
         mine = torch.nn.utils.get_total_norm(shards).item() ** 2
-        norm = (self.world.sum([mine])[0] + torch.nn.utils.get_total_norm(whole).item() ** 2) ** 0.5
-        torch._foreach_mul_([*shards, *whole], min(1.0, limit / (norm + 1e-6)))
+        norm = (self.world.sum([mine])[0] + torch.nn.utils.get_total_norm(replicated).item() ** 2) ** 0.5
+        torch._foreach_mul_([*shards, *replicated], min(1.0, limit / (norm + 1e-6)))
         return norm
 
     def whole(self) -> dict[str, Tensor]:

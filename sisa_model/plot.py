@@ -10,7 +10,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 
-from .checkpoint import write_atomically
+from .files import write_atomically
 from .tasks import DEPTHS
 
 Rows = list[dict[str, Any]]

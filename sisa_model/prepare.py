@@ -22,10 +22,11 @@ import numpy as np
 import tyro
 from tqdm import tqdm
 
-from .checkpoint import make_folder_atomically, write_atomically, write_json
-from .data import Encoder, needs
+from .encoder import Encoder
+from .files import make_folder_atomically, write_atomically, write_json
 from .shards import INDEX, RECORD, SPLITS, TOKENIZER, VERSION, Shards, file_sha256, finished_shards, read_index, read_record
 from .sources import Position, find_sources, read
+from .text import needs
 
 BYTES = "bytes"
 LEFTOVERS = (".shard-?????.*", f".{INDEX}.*.tmp", f".{TOKENIZER}.*.tmp")  # of a run that was killed; what else is hidden stays
@@ -81,6 +82,10 @@ def prepare(config: PrepareConfig) -> Shards:
     tokenizer = _find_tokenizer(config.tokenizer)
     encoder = Encoder(tokenizer)
     sources = find_sources(config.sources)
+    for name in ("subset", "split"):
+        value = getattr(config, name)
+        if value != getattr(PrepareConfig, name) and not any(source.kind == "hub" for source in sources):
+            raise ValueError(f"{name} must be left out, as no source is a dataset of the Hub, got {value!r}")
     dtype = np.dtype("<u2" if encoder.size <= 2**16 else "<u4")
     options = {
         "sources": [asdict(source) for source in sources],

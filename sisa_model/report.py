@@ -8,8 +8,8 @@ import numpy as np
 import tyro
 
 from . import paper
-from .checkpoint import write_text
 from .config import ModelConfig
+from .files import write_text
 from .flops import training_flops
 from .plot import plot_tables
 from .plot_runs import name_runs

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from .checkpoint import write_json, write_text
+from .files import write_json, write_text
 from .runlog import read_rows
 
 RESAMPLES = 2000

@@ -7,33 +7,18 @@ from torch import Tensor, nn
 import sisa_kernels as sk
 
 from .config import ModelConfig
-from .layers import Context, PackedLinear
+from .layers import Context, QKVAttention
 
 
-class BiasedAttention(nn.Module):
-    """Softmax attention without RoPE, whose score loses ``-log_forget`` at each token after the key, [B, L, D] -> [B, L, D].
-
-    ``gates`` are further widths of its projection, outputs for :meth:`log_forget`.
-    """
-
-    def __init__(self, config: ModelConfig, **gates: int):
-        super().__init__()
-        self.n_heads, self.head_dim = config.n_heads, config.head_dim
-        width_q, width_kv = config.d_model, config.n_kv_heads * config.head_dim
-        self.proj = PackedLinear(config.d_model, {"W_Q": width_q, "W_K": width_kv, "W_V": width_kv, **gates})
-        self.W_O = nn.Linear(config.d_model, config.d_model, bias=False)
+class BiasedAttention(QKVAttention):
+    """Softmax attention without RoPE, whose score loses ``-log_forget`` at each token after the key, [B, L, D] -> [B, L, D]."""
 
     def log_forget(self, q: Tensor, *gates: Tensor) -> Tensor:
         """[B, L, H] fp32, <= 0, for queries q [B, L, H, E]."""
         raise NotImplementedError
 
-    def make_cache(self, batch: int) -> sk.TokenCache:
-        """An empty cache of ``batch`` sequences."""
-        return sk.TokenCache(batch)
-
     def forward(self, x: Tensor, context: Context, cache: sk.TokenCache | None = None) -> Tensor:
-        q, k, v, *gates = self.proj(x)
-        q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in (q, k, v))
+        q, k, v, *gates = self.operands(x)
         log_forget = self.log_forget(q, *gates)
         if cache is None:
             y = sk.forgetting_attention(q, k, v, log_forget, cu_seqlens=context.cu_seqlens)

@@ -1,23 +1,16 @@
 """A training run's settings, its folder and its record: what every command that reads or makes runs shares."""
 
-import contextlib
 import dataclasses
-import functools
 import json
 import math
-import platform
-import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-import torch
-
-import sisa_kernels as sk
-
 from .checkpointer import checkpoints
-from .data import Encoder, find_tokenizer
+from .data import find_tokenizer
+from .encoder import Encoder
 from .parallel import PARALLELS
 from .presets import preset_config
 from .runlog import check_logs
@@ -119,13 +112,14 @@ class TrainConfig:
     stop_at: int | None = None
     """Save and stop after this step, as Ctrl-C would, to continue later with --resume."""
     resume: bool = False
-    """Continue the run in --out, bit for bit on a CPU, with the settings it was begun with. A flag set otherwise is an error; one
-    set to its default counts as left out."""
+    """Continue the run in --out, bit for bit on a CPU, with the settings it was begun with; of data that moved give the new paths.
+    A flag set otherwise is an error; one set to its default counts as left out."""
 
 
 # All else would make it another run. LAUNCH is as each launch says; the others are as the run began where a launch says nothing.
 LAUNCH = {"device", "parallel", "stop_at", "resume", "out"}
-RESUME_MAY_CHANGE = LAUNCH | {"keep", "activation_checkpointing", "compile", "log"}
+RESUME_MAY_CHANGE = LAUNCH | {"keep", "activation_checkpointing", "compile", "log", "micro_batch_size"}
+PATHS = {"data", "val_data", "tokenizer"}  # may lead elsewhere: a run that goes on compares the tokens
 
 
 def _absolute(config: TrainConfig) -> TrainConfig:
@@ -137,7 +131,7 @@ def _absolute(config: TrainConfig) -> TrainConfig:
 
 def resolve(config: TrainConfig) -> TrainConfig:
     """Fill in the preset's values and check every field; ValueError names the first bad one."""
-    preset_config(config.preset)
+    preset_config(config.preset, mode=config.mode, backend=config.backend)
     config = _absolute(config)
     config = dataclasses.replace(config, tokenizer=find_tokenizer(config.data, config.tokenizer))
     defaults = dict(next(DEFAULTS[part] for part in config.preset.split("-") if part in DEFAULTS))
@@ -182,40 +176,6 @@ def resolved(value: T | None) -> T:
     return value
 
 
-def find_device(name: str, local_rank: int = 0) -> torch.device:
-    """The device of a --device flag, for process ``local_rank`` of a machine; ValueError if this machine has no such device."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda":
-        name = f"cuda:{local_rank}"
-    try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device must be one this machine has, got {name!r}: {str(error).splitlines()[0]}") from error
-    return device
-
-
-def versions() -> dict[str, str]:
-    """What a run depends on, for its record."""
-    here = Path(__file__).resolve().parent
-    commit = "unknown"
-    with contextlib.suppress(OSError, subprocess.CalledProcessError):
-        git = functools.partial(subprocess.run, cwd=here, capture_output=True, text=True, check=True)
-        top = git(["git", "rev-parse", "--show-toplevel"]).stdout.strip()
-        if Path(top) == here.parent:  # not somebody else's repository around site-packages
-            commit = git(["git", "describe", "--always", "--dirty", "--abbrev=12"]).stdout.strip()
-    return {
-        "sisa": sk.__version__,
-        "commit": commit,
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "threads": str(torch.get_num_threads()),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
-    }
-
-
 def read_run(folder: Path) -> dict[str, Any]:
     """The record of the run in ``folder``, its "train" as a TrainConfig; FileNotFoundError or ValueError if there is none."""
     path = folder / "run.json"
@@ -224,7 +184,8 @@ def read_run(folder: Path) -> dict[str, Any]:
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
         fields = {f.name: _from_json(f, record["train"][f.name]) for f in dataclasses.fields(TrainConfig)}
-        return {**record, "train": TrainConfig(**fields), "corpus": {"sha256": record["corpus"]["sha256"]}}
+        _ = record["corpus"]["sha256"]
+        return {**record, "train": TrainConfig(**fields)}
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} is not the record of a run of this version of sisa train: {error!r}") from error
 
@@ -234,13 +195,13 @@ def read_encoder(folder: Path) -> Encoder:
     return Encoder(read_run(folder)["train"].tokenizer)
 
 
-def require_same_run(config: TrainConfig) -> dict[str, Any]:
-    """The settings of the run in ``config.out``; ValueError for a field of ``config`` that is set, and set otherwise."""
+def require_same_run(config: TrainConfig, free: set[str] = RESUME_MAY_CHANGE) -> dict[str, Any]:
+    """The settings of the run in ``config.out``; ValueError for a field of ``config``, none of ``free``, that is set otherwise."""
     assert config.out is not None
     saved, default, config = vars(read_run(config.out)["train"]), TrainConfig(), _absolute(config)
     for name, value in saved.items():
         given = getattr(config, name)
-        if name not in RESUME_MAY_CHANGE and given != getattr(default, name) and given != value:
+        if name not in free and given != getattr(default, name) and given != value:
             raise ValueError(f"{name} must stay {value!r}, as the run in {config.out} has it, got {given!r}")
     return saved
 
@@ -249,9 +210,12 @@ def resumed(config: TrainConfig) -> TrainConfig:
     """The configuration in the run folder, with what this call may change; ValueError for a flag that contradicts it."""
     if config.out is None:
         raise ValueError("resume needs out, the run folder to continue")
-    saved = require_same_run(config)
-    given = {name: getattr(config, name) for name in RESUME_MAY_CHANGE}
+    free = RESUME_MAY_CHANGE | PATHS
+    saved = require_same_run(config, free)
+    given = {name: getattr(config, name) for name in free}
     given = {name: value for name, value in given.items() if name in LAUNCH or value != getattr(TrainConfig(), name)}
+    if "data" in given and saved["tokenizer"] and saved["tokenizer"].parent in saved["data"]:
+        saved["tokenizer"] = None  # a prepared folder's own moved with it
     return resolve(TrainConfig(**{**saved, **given}))
 
 
@@ -279,6 +243,11 @@ def weights_by_step(folder: Path, steps: int) -> dict[int, Path]:
 def newest_weights(folder: Path) -> Path:
     """The folder of a run's final weights, or of its newest checkpoint; FileNotFoundError if it has neither."""
     return [*weights_by_step(folder, sys.maxsize).values()][-1]
+
+
+def is_taken(folder: Path) -> bool:
+    """Whether something is at ``folder`` already, other than an empty folder."""
+    return folder.exists() and not (folder.is_dir() and not any(folder.iterdir()))
 
 
 def free_folder(wanted: Path) -> Path:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from .checkpoint import write_text
+from .files import write_text
 
 LOGS = ("tensorboard", "wandb")
 

@@ -40,9 +40,9 @@ class SisaAttention(Fp32Parameters):
         These are n_kv_heads, init_std, decay, rotation, lam (not "zero"), mode and backend. Raises ValueError as ModelConfig does,
         and for fields of whole models.
         """
-        unknown = sorted(fields.keys() - {"n_kv_heads", "init_std", "decay", "rotation", "lam", "mode", "backend"})
-        if unknown:
-            raise ValueError(f"{unknown[0]} is not a field of the layer by itself")
+        known = ("n_kv_heads", "init_std", "decay", "rotation", "lam", "mode", "backend")
+        if unknown := sorted(fields.keys() - set(known)):
+            raise ValueError(f"{unknown[0]} is not a field of the layer by itself, which has {', '.join(known)}")
         if fields.get("lam") == "zero":
             raise ValueError("lam must be per-head or shared, got 'zero', which leaves no importance term")
         model: dict[str, Any] = {"n_layers": 1, "vocab_size": 1, "max_seq_len": 1, "d_ff_transformer": 1, "d_ff": 1}

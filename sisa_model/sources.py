@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .data import documents, find_files, needs, open_text
+from .text import documents, find_files, needs, open_text
 
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(@[\w.-]+)?")
 COMPRESSED = {".gz", ".xz", ".zst"}
@@ -40,7 +40,7 @@ def find_sources(names: tuple[str, ...]) -> list[Source]:
             if len(kinds) > 1:
                 found = ", ".join(f"{kind} ({path.name})" for kind, path in sorted(kinds.items()))
                 raise ValueError(f"source {name} must hold files of one kind, got {found}; name the files themselves")
-            sources += [Source(str(path), _kind(path), str(path.stat().st_size)) for path in files]
+            sources += [Source(str(path.absolute()), _kind(path), str(path.stat().st_size)) for path in files]
         elif HUB_NAME.fullmatch(name):
             sources.append(_hub_source(name))
         else:
@@ -108,6 +108,8 @@ def _parquet(path: Path, field: str) -> Iterator[str]:
 def _jsonl(path: Path, field: str) -> Iterator[str]:
     with open_text(path) as lines:
         for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
             try:
                 row = json.loads(line)
             except json.JSONDecodeError as error:

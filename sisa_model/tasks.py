@@ -12,6 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from .loss import IGNORE
+
 POOL = 16
 RECALL_KEYS = 4
 RECALL_LENGTH = 64  # tokens of a recall sequence that is mixed into text
@@ -19,7 +21,6 @@ IGNORE_SHARE = 0.8  # of a flip-flop's instructions; the rest are writes and rea
 TOGETHER = 64  # sequences drawn at once: one by one takes ten times as long
 LENGTHS = (1, 2, 4)  # of the exams of a task trained alone, in lengths of training
 DEPTHS = 4  # accuracy is reported by quarter of the sequence, first to last
-IGNORE = -100  # targets of positions that are not scored
 
 
 @dataclass

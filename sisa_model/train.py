@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import hashlib
 import math
+import shutil
 import signal
 import time
 import warnings
@@ -18,52 +19,31 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from .checkpoint import load, make_folder_atomically, save, write_json, write_text
-from .checkpointer import Checkpointer
+from .checkpoint import load, save
+from .checkpointer import Checkpointer, checkpoints
 from .config import ModelConfig
-from .data import Blocks, Encoder, ngram_losses, open_data, pack
+from .data import Blocks, ngram_losses, open_data, pack
+from .encoder import Encoder
+from .files import make_folder_atomically, write_json, write_text
 from .flops import utilisation
 from .generate import generate
-from .loss import Objective
+from .loss import IGNORE, Objective
+from .machine import find_device, versions
 from .model import LanguageModel, count_parameters
-from .parallel import Parallel, World, by_kind, world
+from .optimizer import learning_rate, make_optimizer
+from .parallel import Parallel, World, world
 from .plot import plot_health, plot_losses
 from .presets import preset_config
-from .run import TrainConfig, find_device, free_folder, read_run, require_same_run, resolve, resolved, resumed, versions
+from .run import TrainConfig, free_folder, is_taken, read_run, require_same_run, resolve, resolved, resumed
 from .runlog import RunLog, peak_memory_mib, read_rows
 from .sisa import health
-from .tasks import IGNORE, LENGTHS, TASKS, Sample, TaskBlocks, accuracy, exams, find_task
+from .tasks import LENGTHS, TASKS, Sample, TaskBlocks, accuracy, exams, find_task
 
 TASK_BATCH = 16  # sequences a step of each retrieval task in the mix
 TASK_EVAL = 256  # sequences a retrieval accuracy is measured on: 256 needles, about 7,000 recalls
 TASK_EXAM = 128  # sequences of each length that a task trained alone is evaluated on
+STOPS = (signal.SIGINT, signal.SIGTERM)  # what ends a run after the step under way
 HEALTH_BLOCKS = 4  # held-out blocks that lambda, half-life and the range of g are measured on
-
-
-def learning_rate(step: int, config: TrainConfig) -> float:
-    """Learning rate of step 0, 1 ...: linear warm-up to the peak, then a cosine that would reach 0 at step ``steps``."""
-    peak, steps, warmup_steps = resolved(config.lr), resolved(config.steps), resolved(config.warmup_steps)
-    if step < warmup_steps:
-        return peak * (step + 1) / warmup_steps
-    done = (step - warmup_steps) / max(1, steps - warmup_steps)
-    return peak * 0.5 * (1 + math.cos(math.pi * done))
-
-
-def make_optimizer(model: LanguageModel, config: TrainConfig) -> torch.optim.AdamW:
-    """AdamW with lambda_raw in a group of its own: a tenth of the learning rate and no decay (paper, section 4).
-
-    Nor is there decay on what a module names in ``no_weight_decay``: Mamba's steps, decay rates and D.
-    """
-    lambdas = [p for name, p in model.named_parameters() if name.endswith("lambda_raw")]
-    undecayed = [getattr(m, name) for m in model.modules() for name in getattr(m, "no_weight_decay", ())]
-    apart = {id(p) for p in (*lambdas, *undecayed)}
-    rest = [p for p in model.parameters() if id(p) not in apart]
-    groups = [
-        {"params": rest, "weight_decay": config.weight_decay, "lr_scale": 1.0},
-        {"params": undecayed, "weight_decay": 0.0, "lr_scale": 1.0},
-        {"params": lambdas, "weight_decay": 0.0, "lr_scale": config.lambda_lr_scale},
-    ]
-    return torch.optim.AdamW(by_kind(groups), lr=0.0, betas=(config.beta1, config.beta2), fused=True)
 
 
 @dataclass
@@ -122,6 +102,10 @@ class _Run:
         self.steps, self.seq_len = resolved(config.steps), resolved(config.seq_len)
         self.batch_size, self.micro_batch_size = resolved(config.batch_size), resolved(config.micro_batch_size)
         self.val_every, self.save_every = resolved(config.val_every), resolved(config.save_every)
+        if processes.size > 1 and ":" in config.device:
+            raise ValueError(
+                f"device must be left without a number in {processes.size} processes, which take a GPU each, got {config.device!r}"
+            )
         self.device = find_device(config.device, processes.local_rank)
         if processes.size == 1 and config.parallel != "auto":
             raise ValueError(
@@ -159,15 +143,15 @@ class _Run:
         self.val_loss = math.nan
 
     def _own_folder(self) -> Path:
-        """The run's folder; FileExistsError if it should be new and is not."""
+        """The run's folder; FileExistsError if it should be new or empty and is not."""
         config = self.config
-        if config.out is not None and config.out.exists() and not config.resume:
+        if config.out is not None and is_taken(config.out) and not config.resume:
             raise FileExistsError(f"out {config.out} exists; choose another folder, or continue its run with --resume")
         return config.out or free_folder(Path("runs") / config.preset)
 
     def _read_text(self) -> None:
-        config, verify = self.config, self.world.main
-        data = open_data(config.data, config.val_data, config.tokenizer, self.seq_len, config.seed, verify=verify)
+        config, rank, size = self.config, self.world.rank, self.world.size
+        data = open_data(config.data, config.val_data, config.tokenizer, self.seq_len, config.seed, rank=rank, size=size)
         self.encoder, self.about, self.fingerprint = data.encoder, data.split, data.fingerprint
         self.train_tokens, self.val_tokens = data.train_text, data.val_text
         self.train_blocks: Blocks | TaskBlocks = data.train
@@ -230,6 +214,8 @@ class _Run:
     def _check_record(self) -> None:
         if read_run(self.folder)["corpus"]["sha256"] != self.fingerprint:
             raise ValueError(f"data must be what the run in {self.folder} began with, but its tokens have changed since")
+        if (self.folder / "final").is_dir() and not checkpoints(self.folder):
+            raise ValueError(f"the run in {self.folder} is finished, and has no checkpoint to resume from")
 
     def _loop(self) -> None:
         config, main = self.config, self.world.main
@@ -250,7 +236,7 @@ class _Run:
                 if self.step % self.save_every == 0:
                     self._save_checkpoint()
                 self.checkpoints.poll()
-            signal_again(signal.SIG_IGN)  # nothing interrupts the last save
+            _on_signals(signal.SIG_IGN, *STOPS)  # nothing interrupts the last save
             self._save_checkpoint()
             self.checkpoints.wait()
             if self.step == self.steps:
@@ -266,14 +252,17 @@ class _Run:
         mine, short = self.world.share(len(ids))
         # A process without a share takes one all the same, for its shape.
         inputs, targets = (x[: len(mine)] for x in self.train_blocks.take([ids[i] for i in mine] or ids[:1]))
-        tokens, groups = len(ids) * inputs.shape[1], [_filled(inputs, targets, short)]
+        tokens, groups = len(ids) * inputs.shape[1], [self._fill(inputs, targets, short)]
         for number, task in enumerate(self.config.tasks):
             sample = self._sample(task, self.train_tokens, TASK_BATCH, [self.config.seed, number, step])
             tokens += sample.inputs.numel()
             mine, short = self.world.share(TASK_BATCH)
             rows = slice(mine.start, mine.stop)
-            groups.append(_filled(sample.inputs[rows], sample.targets[rows], short))
+            groups.append(self._fill(sample.inputs[rows], sample.targets[rows], short))
         return ids, tokens, groups
+
+    def _fill(self, inputs: Tensor, targets: Tensor, short: int) -> tuple[Tensor, Tensor]:
+        return fill_rows(inputs, targets, short, self.encoder.end_of_text)
 
     def _exam(self, task: str, number: int) -> Sample:
         return self._sample(task, self.val_tokens, TASK_EVAL, [10**9, number])
@@ -314,7 +303,9 @@ class _Run:
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
         seconds = time.perf_counter() - start
-        rate, mfu = tokens / seconds, utilisation(self.model.config, [x.shape for x, _ in groups], seconds, self.device)
+        rate, mfu = tokens / seconds, None
+        if self.config.documents == "joined":  # of packed ones not all pairs that it counts are computed
+            mfu = utilisation(self.model.config, [x.shape for x, _ in groups], seconds, self.device)
         row = {
             "step": self.step, "loss": losses[0], "lr": lr, "grad_norm": norm, "tokens": tokens, "tokens_per_s": round(rate, 1),
             "mfu": mfu, "peak_memory_mib": peak_memory_mib(self.device),
@@ -348,7 +339,7 @@ class _Run:
         self.model.eval()
         mine, short = self.world.share(len(self.val_inputs))
         rows = slice(mine.start, mine.stop)
-        pieces = self._micro_batches(*_filled(self.val_inputs[rows], self.val_targets[rows], short), text=True)
+        pieces = self._micro_batches(*self._fill(self.val_inputs[rows], self.val_targets[rows], short), text=True)
         total = self.world.sum([sum(self.objective(*piece).item() for piece in pieces)])[0]
         self.val_loss = total / int((self.val_targets != IGNORE).sum())
         if not math.isfinite(self.val_loss):
@@ -402,7 +393,13 @@ class _Run:
                 p.detach().copy_(weights[name])
             save(model, folder)
 
-        self.world.from_main(lambda: None if final.exists() else make_folder_atomically(final, fill))
+        def write() -> None:
+            for unfinished in self.folder.glob(".final.*"):  # of a kill
+                shutil.rmtree(unfinished)
+            if not final.exists():
+                make_folder_atomically(final, fill)
+
+        self.world.from_main(write)
 
     def _draw(self, unigram: float, bigram: float) -> None:
         train, val = (read_rows(self.folder / f"{name}.jsonl") for name in ("train", "val"))
@@ -429,24 +426,24 @@ class _Run:
             self.stop = True
             if self.world.main:
                 print("\nstopping after this step; Ctrl-C again to stop at once, without saving", flush=True)
-            signal_again(signal.default_int_handler)
+            _on_signals(signal.default_int_handler, signal.SIGINT)
 
-        before = {}
-        with contextlib.suppress(ValueError):  # only the main thread may set handlers
-            before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+        before = _on_signals(handle, *STOPS)
         try:
             yield
         finally:
             for number, handler in before.items():
-                signal.signal(number, handler)
+                _on_signals(handler, number)
 
 
-def _filled(inputs: Tensor, targets: Tensor, short: int) -> tuple[Tensor, Tensor]:
-    """``inputs`` and ``targets`` [B, L] with ``short`` more rows, whose targets are IGNORE."""
-    return F.pad(inputs, (0, 0, 0, short)), F.pad(targets, (0, 0, 0, short), value=IGNORE)
+def fill_rows(inputs: Tensor, targets: Tensor, short: int, end_of_text: int) -> tuple[Tensor, Tensor]:
+    """``inputs`` and ``targets`` [B, L] with ``short`` more rows, each one document, whose targets are IGNORE."""
+    filler = int(end_of_text == 0)  # a token that ends nothing
+    return F.pad(inputs, (0, 0, 0, short), value=filler), F.pad(targets, (0, 0, 0, short), value=IGNORE)
 
 
-def signal_again(handler: Any) -> None:
-    """Set what Ctrl-C does from here on, where signals can be handled at all (the main thread)."""
+def _on_signals(handler: Any, *numbers: signal.Signals) -> dict[signal.Signals, Any]:
+    """Set what signals do from here on, and return what they did; nothing outside the main thread, which alone may."""
     with contextlib.suppress(ValueError):
-        signal.signal(signal.SIGINT, handler)
+        return {number: signal.signal(number, handler) for number in numbers}
+    return {}

@@ -108,3 +108,24 @@ def gradient_errors(grads, grads_ref, inputs):
     if sizes.any():
         errors["lam"] = ((grads["lam"].double() - grads_ref["lam"]).norm() / sizes.norm()).item()
     return errors
+
+
+def check_refused(preset, overrides, message):
+    """A model of ``preset`` cannot be built with ``overrides``, and the error says ``message``."""
+    import sisa_model as sm
+
+    with pytest.raises(ValueError) as error:  # noqa: PT011 - the message is checked below
+        sm.build(preset, **overrides)
+    assert message in str(error.value)
+
+
+def check_compiles(model, ids):
+    """torch.compile(fullgraph=True) gives the eager loss and gradients."""
+    torch._dynamo.reset()
+    results = []
+    for forward in (model, torch.compile(model, fullgraph=True)):
+        model.zero_grad()
+        loss = forward(ids).logsumexp(-1).mean()
+        loss.backward()
+        results.append([loss.detach(), *(p.grad.clone() for p in model.parameters())])
+    torch.testing.assert_close(results[0], results[1], rtol=1e-3, atol=1e-5)

@@ -10,8 +10,10 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
-from sisa_model.data import Blocks, Encoder, documents, load_corpus, ngram_losses, read_text, standard_library
+from sisa_model.data import Blocks, load_corpus, ngram_losses
+from sisa_model.encoder import Encoder
 from sisa_model.shuffle import shuffled
+from sisa_model.text import documents, read_text, standard_library
 
 
 def write_files(folder, count, repeat=40):
@@ -85,6 +87,7 @@ def test_bytes_round_trip():
     assert ids.dtype == np.int32
     assert ids.max() == encoder.end_of_text == 256
     assert encoder.decode(encoder.encode([text])[:-1].tolist()) == text
+    assert encoder.decode([97, 256, 98, 0xC3, 256, 300]) == "a<|endoftext|>b\ufffd<|endoftext|>"
 
 
 @pytest.fixture

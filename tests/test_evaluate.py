@@ -12,7 +12,7 @@ import torch
 import sisa_model as sm
 from sisa_model.benchmarks import BENCHMARKS, PIQA_LABELS, paper_requests, read_benchmark
 from sisa_model.cli import main
-from sisa_model.data import Encoder
+from sisa_model.encoder import Encoder
 from sisa_model.evaluate import EvalConfig, evaluate, without_importance
 from sisa_model.generate import generate
 from sisa_model.results import add_rows, interval

@@ -123,6 +123,7 @@ def test_rows_of_unequal_prompts_are_continued_as_alone(preset, use_cache):
     model, lengths = small(preset, max_seq_len=20), [7, 1, 4]
     ids = torch.randint(256, (3, 7), generator=torch.Generator().manual_seed(3))
     together = sm.generate(model, ids, 18, 0.0, use_cache, prompt_lengths=lengths)
+    assert torch.equal(sm.generate(model, ids, 18, 0.0, use_cache, prompt_lengths=tuple(lengths)), together)
     assert torch.equal(together[:, :7], ids)
     for row, n in enumerate(lengths):
         alone = sm.generate(model, ids[row : row + 1, 7 - n :], 18, 0.0, use_cache)
@@ -200,6 +201,8 @@ def test_a_window_of_max_seq_len_slides(model):
         ({"top_p": 1.5}, r"top_p must be in \(0, 1\], got 1.5"),
         ({"prompt_lengths": [7]}, r"prompt_lengths must be 2 integers from 1 to 7, got \[7\]"),
         ({"prompt_lengths": [0, 8]}, r"prompt_lengths must be 2 integers from 1 to 7, got \[0, 8\]"),
+        ({"prompt_lengths": torch.tensor([1, 2])}, r"prompt_lengths must be 2 integers from 1 to 7, got tensor\(\[1, 2\]\)"),
+        ({"prompt_lengths": [1.0, 2]}, r"prompt_lengths must be 2 integers from 1 to 7, got \[1.0, 2\]"),
         ({"input_ids": torch.zeros(2, 0, dtype=torch.int64)}, r"with at least one token a row, got \[2, 0\]"),
     ],
 )

@@ -13,11 +13,12 @@ import sisa_model as sm
 from sisa_model import haystack
 from sisa_model.benchmarks import encode
 from sisa_model.cli import main
-from sisa_model.data import END_OF_TEXT, Encoder
+from sisa_model.encoder import Encoder
 from sisa_model.haystack import FILLER, NEEDLES, SEEDS, Haystack, grid_lengths
 from sisa_model.run import TrainConfig
 from sisa_model.runlog import read_rows
 from sisa_model.scoring import Scorer
+from sisa_model.text import END_OF_TEXT
 from sisa_model.train import train
 
 

@@ -12,8 +12,7 @@ from conftest import ROOT, relative
 
 import sisa_model as sm
 from sisa_model import loss as module
-from sisa_model.loss import Objective, linear_cross_entropy
-from sisa_model.tasks import IGNORE
+from sisa_model.loss import IGNORE, Objective, linear_cross_entropy
 
 
 def whole(hidden, weight, targets):

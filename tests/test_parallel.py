@@ -14,6 +14,8 @@ import torch
 from conftest import ROOT
 from safetensors.torch import load_file
 
+import sisa_model as sm
+from sisa_model.parallel import replicated
 from sisa_model.run import TrainConfig
 from sisa_model.runlog import read_rows
 from sisa_model.train import train
@@ -107,6 +109,16 @@ def test_two_processes_train_as_one_does(corpus, tmp_path):
     raw = load_file(tmp_path / "bf16" / "final" / "model.safetensors")["layers.0.attn.lambda_raw"].tolist()
     lam = read_rows(tmp_path / "bf16" / "val.jsonl")[-1]["layers"][0]["lam"]
     assert lam == pytest.approx([math.log1p(math.exp(x)) for x in raw], rel=1e-6), "lambda is not computed from fp32"
+
+
+@pytest.mark.parametrize("preset", ["sisa-tiny-ds16", "fox-tiny", "mamba2-tiny", "mamba3-tiny"])
+def test_fsdp_leaves_alone_what_must_stay_fp32(preset):
+    model = sm.build(preset)
+    names = {id(p): name for name, p in model.named_parameters()}
+    found = {names[id(p)] for p in replicated(model)}
+    modules = dict(model.named_modules())
+    assert found >= {f"{path}.{name}" for path, m in modules.items() for name in getattr(m, "fp32", ())}
+    assert not any("norm" in name or "proj" in name for name in found)
 
 
 def workers(process):

@@ -31,12 +31,15 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 import sisa_model as sm
 import sisa_model.prepare as prepare_module
 from sisa_model.cli import main
-from sisa_model.data import END_OF_TEXT, Blocks, Encoder, open_data, pack
+from sisa_model.data import Blocks, open_data, pack
+from sisa_model.encoder import Encoder
+from sisa_model.loss import IGNORE
 from sisa_model.prepare import PrepareConfig, prepare
 from sisa_model.run import TrainConfig
 from sisa_model.runlog import read_rows
 from sisa_model.shards import Shards
-from sisa_model.train import train
+from sisa_model.text import END_OF_TEXT
+from sisa_model.train import fill_rows, train
 
 COMMAND = [sys.executable, "-c", "import sys; from sisa_model.cli import main; sys.exit(main(sys.argv[1:]))"]
 TEXTS = [f"document {n}: " + "lorem ipsum, naïve 你好\n" * (n % 7 + 1) + f"end of {n}" for n in range(300)]
@@ -128,7 +131,8 @@ def test_every_format_gives_the_same_tokens(tmp_path, tokenizer, hub, monkeypatc
 
     shards = {}
     for name, source in sources.items():
-        shards[name] = prepare(settings(source, tmp_path / f"out {name}", tokenizer=str(tokenizer), subset="xl", split="test"))
+        chosen = {"subset": "xl", "split": "test"} if name == "hub" else {}
+        shards[name] = prepare(settings(source, tmp_path / f"out {name}", tokenizer=str(tokenizer), **chosen))
         assert shards[name].fingerprint() == shards["text"].fingerprint(), name
     assert hub == [("somebody/some-text", "xl", {"split": "test", "revision": "commit v1", "streaming": True})]
     monkeypatch.setattr(
@@ -295,6 +299,15 @@ def test_packed_documents_see_nothing_of_each_other(folder):
             torch.testing.assert_close(packed[:, a:b], model(inputs[:, a:b]), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("end_of_text", [0, 256])
+def test_rows_that_fill_up_a_packed_batch_are_one_document_each(end_of_text):
+    row = torch.full((1, 50), 7)
+    inputs, targets, cu_seqlens = pack(*fill_rows(row, row, 2, end_of_text), end_of_text)
+    assert cu_seqlens.tolist() == [0, 50, 100, 150]
+    assert (targets[0, 50:] == IGNORE).all()
+    assert inputs.max() < 256
+
+
 def test_damaged_cut_and_vanished_shards_are_named(folder):
     path = folder / "shard-00001" / "train.bin"
     whole = path.read_bytes()
@@ -308,6 +321,12 @@ def test_damaged_cut_and_vanished_shards_are_named(folder):
     with pytest.raises(ValueError, match=r"shard-00001/train.bin is damaged"):
         open_data((folder,), (), None, 64, 0)
     assert open_data((folder,), (), None, 64, 0, verify=False).train.count == blocks.count
+    found = []
+    for rank in range(2):  # of two processes, each reads half
+        with contextlib.suppress(ValueError):
+            Shards(folder).verify(rank, 2)
+            found.append(rank)
+    assert len(found) == 1
 
     path.write_bytes(whole[:-2])
     for read in (lambda: Shards(folder), lambda: blocks.take(everything)):
@@ -366,6 +385,12 @@ def test_other_options_for_a_folder_are_named(folder, tmp_path, tokenizer):
         prepare(settings(tmp_path / "a.jsonl", tmp_path / "mine"))
 
 
+def test_the_same_files_by_another_path_go_on(folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    prepare(settings("a.jsonl", folder, shard_tokens=5000))
+    assert "is finished already" in capsys.readouterr().out
+
+
 def test_bad_sources_and_tokenizers_are_named(tmp_path, monkeypatch):
     source = write_jsonl(tmp_path / "a.jsonl", field="content")
     pyarrow.parquet.write_table(pyarrow.table({"url": ["x"], "content": ["y"]}), tmp_path / "a.parquet")
@@ -394,6 +419,8 @@ def test_bad_sources_and_tokenizers_are_named(tmp_path, monkeypatch):
         (source, {"held_out": 0.0}, r"held_out must be in \(0, 1\), got 0.0"),
         (source, {"shard_tokens": 0}, "shard_tokens must be at least 1"),
         (source, {"workers": 0}, "workers must be at least 1"),
+        (source, {"subset": "en"}, "subset must be left out, as no source is a dataset of the Hub, got 'en'"),
+        (source, {"split": "test"}, "split must be left out, as no source is a dataset of the Hub, got 'test'"),
         (source, {"text_field": "content", "held_out": 1e-9}, r"held_out 1e-09 puts 300 documents on the training side and 0"),
         (source, {"tokenizer": str(tmp_path / "none.json")}, r"tokenizer .*none.json does not exist"),
         (source, {"tokenizer": str(tmp_path / "no_end.json")}, r"must have a token <\|endoftext\|>"),
@@ -418,8 +445,8 @@ def test_an_unreachable_hub_is_named(tmp_path, monkeypatch):
     assert not (tmp_path / "out").exists()
 
 
-def test_half_a_surrogate_pair_and_null_rows(tmp_path):
-    (tmp_path / "a.jsonl").write_text('{"text": "half \\ud800 a pair"}\n{"text": null}\n' + json.dumps({"text": "x"}) + "\n")
+def test_half_a_surrogate_pair_null_rows_and_blank_lines(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "half \\ud800 a pair"}\n\n{"text": null}\n \n' + json.dumps({"text": "x"}) + "\n\n")
     shards = prepare(settings(tmp_path / "a.jsonl", tmp_path / "out", held_out=0.5))
     found = [text for tokens in (shards.train, shards.val) for text in texts_of(tokens, Encoder(None))]
     assert sorted(found) == ["half ? a pair", "x"]
@@ -471,7 +498,9 @@ def test_train_on_a_prepared_folder_resumes_and_generates(tmp_path, tokenizer, s
     assert straight.finished
     assert "held-out tokens of" in capsys.readouterr().out
     train(TrainConfig(out=tmp_path / "b", tasks=("needle",), stop_at=2, **run))
-    train(TrainConfig(out=tmp_path / "b", resume=True))
+    out.rename(tmp_path / "moved")
+    train(TrainConfig(out=tmp_path / "b", resume=True, data=(tmp_path / "moved",)))
+    (tmp_path / "moved").rename(out)
     a, b = (load_file(tmp_path / name / "final" / "model.safetensors") for name in ("a", "b"))
     assert all(torch.equal(a[name], b[name]) for name in a)
     assert [row["loss"] for row in read_rows(tmp_path / "a" / "train.jsonl")] == [

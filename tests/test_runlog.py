@@ -93,6 +93,8 @@ def test_a_run_logs_its_speed_memory_and_health(tmp_path, monkeypatch):
     for row in read_rows(folder / "train.jsonl"):
         assert row["mfu"] == pytest.approx(row["tokens_per_s"] * flops / 1e12, rel=1e-3)  # the rate is rounded
         assert row["peak_memory_mib"] > 100
+    packed = train(TrainConfig(data=(tmp_path / "text.txt",), out=tmp_path / "packed", documents="packed", **settings)).folder
+    assert read_rows(packed / "train.jsonl")[0]["mfu"] is None, "pairs of tokens of two documents are not computed"
     found = curves(folder)
     assert {"train/tokens_per_s", "train/mfu", "train/peak_memory_mib", "train/grad_norm", "val/layer1/half_life"} <= found.keys()
     assert [step for step, _ in found["val/loss"]] == [0, 2]

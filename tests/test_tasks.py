@@ -10,9 +10,10 @@ import torch
 
 import sisa_model as sm
 from sisa_model.compare import CompareConfig, compare, resolve
+from sisa_model.loss import IGNORE
 from sisa_model.run import TrainConfig
 from sisa_model.runlog import read_rows
-from sisa_model.tasks import ALONE, DEPTHS, IGNORE, POOL, TASKS, TaskBlocks, accuracy, exams, find_task, flipflop, needle, recall
+from sisa_model.tasks import ALONE, DEPTHS, POOL, TASKS, TaskBlocks, accuracy, exams, find_task, flipflop, needle, recall
 from sisa_model.train import train
 
 TOP = 256

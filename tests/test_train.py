@@ -1,6 +1,7 @@
 """Training: resume bit for bit, faults that lose nothing, every hyperparameter alive, what a run leaves behind."""
 
 import dataclasses
+import itertools
 import json
 import math
 import os
@@ -15,17 +16,22 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import ROOT
 from safetensors.torch import load_file
 
 import sisa_kernels as sk
 import sisa_model as sm
-from sisa_model.checkpoint import make_folder_atomically, write_atomically
 from sisa_model.cli import main
+from sisa_model.data import open_data
+from sisa_model.files import make_folder_atomically, write_atomically
+from sisa_model.machine import find_device
+from sisa_model.optimizer import learning_rate, make_optimizer
+from sisa_model.parallel import World
 from sisa_model.presets import preset_config
 from sisa_model.run import TrainConfig, resolve, resumed
 from sisa_model.runlog import read_rows
-from sisa_model.train import learning_rate, make_optimizer, train
+from sisa_model.train import _Run, train
 
 COMMAND = [sys.executable, "-c", "import sys; from sisa_model.cli import main; sys.exit(main(sys.argv[1:]))"]
 
@@ -92,6 +98,21 @@ def test_ctrl_c_saves_and_says_how_to_resume(corpus, tmp_path):
     assert resumed.steps == done + 2
 
 
+def test_nothing_interrupts_the_last_save(corpus, tmp_path, monkeypatch):
+    from sisa_model.checkpointer import Checkpointer
+
+    real = Checkpointer.save
+
+    def save(self, *args):
+        for number in (signal.SIGTERM, signal.SIGINT):
+            os.kill(os.getpid(), number)
+        real(self, *args)
+
+    monkeypatch.setattr(Checkpointer, "save", save)
+    assert train(config(corpus, tmp_path / "run", steps=1)).finished
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
 def test_a_run_folder_holds_the_whole_record(corpus, tmp_path, capsys):
     result = train(config(corpus, tmp_path / "run", sample_tokens=20, tasks=("needle",)))
     assert sorted(p.name for p in result.folder.iterdir()) == [
@@ -118,14 +139,19 @@ def test_it_learns(corpus, tmp_path):
     assert result.val_loss < result.bigram < result.unigram < math.log(257)
 
 
-def test_packed_documents_are_trained_apart(corpus, tmp_path, monkeypatch):
-    """A block is what its documents are one by one: the loss of a packed step from the documents alone."""
-    losses: dict[int, list[float]] = {}
+def test_packed_documents_are_trained_apart(corpus, tmp_path):
+    """A block is what its documents are one by one: the loss of the first packed step from the documents alone."""
     for micro in (1, 4):
-        run = train(config(corpus, tmp_path / f"run{micro}", documents="packed", micro_batch_size=micro, steps=2))
-        losses[micro] = [row["loss"] for row in read_rows(run.folder / "train.jsonl")]
-        assert run.finished
-    assert losses[1] == pytest.approx(losses[4], rel=1e-5)
+        assert train(config(corpus, tmp_path / f"run{micro}", documents="packed", micro_batch_size=micro, steps=2)).finished
+    assert losses(tmp_path / "run1") == pytest.approx(losses(tmp_path / "run4"), rel=1e-5)
+    torch.manual_seed(0)
+    model, blocks = sm.build("sisa-tiny-ds16"), open_data((corpus,), (), None, 64, 0).train
+    total = 0.0
+    for inputs, targets in zip(*blocks.take(blocks.ids(0, 4))):
+        starts = [0, *((inputs[1:] == 256).nonzero()[:, 0] + 1).tolist(), 64]
+        for a, b in itertools.pairwise(starts):
+            total += F.cross_entropy(model(inputs[None, a:b])[0], targets[a:b], reduction="sum").item()
+    assert losses(tmp_path / "run4")[0] == pytest.approx(total / 256, rel=1e-5)
     with pytest.raises(ValueError, match="documents must be one of joined, packed, got 'apart'"):
         train(config(corpus, tmp_path / "none", documents="apart"))
 
@@ -356,6 +382,53 @@ def test_bad_settings_are_named_before_anything_is_written(corpus, tmp_path, cha
         train(config(corpus, tmp_path / "run", **changes))
     assert message in str(error.value)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("changes", [{"mode": "fast"}, {"backend": "fast"}])
+def test_what_the_model_refuses_is_known_before_data_is_read(changes):
+    with pytest.raises(ValueError, match=f"{next(iter(changes))} must be one of"):
+        resolve(TrainConfig(**changes))
+
+
+def test_a_gpu_that_is_asked_for_becomes_the_current_one(monkeypatch):
+    current = []
+    monkeypatch.setattr(torch, "empty", lambda *_, device: None)
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
+    assert find_device("cuda:1") == torch.device("cuda:1")
+    assert find_device("cpu") == torch.device("cpu")
+    assert current == [torch.device("cuda:1")]
+
+
+def test_several_processes_cannot_share_a_gpu_by_name():
+    with pytest.raises(
+        ValueError, match="device must be left without a number in 2 processes, which take a GPU each, got 'cuda:1'"
+    ):
+        _Run(resolve(TrainConfig(device="cuda:1")), World(1, 2, 1))
+
+
+def test_an_empty_folder_may_be_the_runs(corpus, tmp_path):
+    (tmp_path / "run").mkdir()
+    assert train(config(corpus, tmp_path / "run", steps=1)).finished
+
+
+def test_a_finished_run_without_checkpoints_is_not_begun_again(corpus, tmp_path):
+    folder = train(config(corpus, tmp_path / "run")).folder
+    shutil.rmtree(folder / "checkpoints")
+    rows = read_rows(folder / "train.jsonl")
+    with pytest.raises(ValueError, match=r"the run in .*run is finished, and has no checkpoint to resume from"):
+        train(TrainConfig(out=folder, resume=True))
+    assert read_rows(folder / "train.jsonl") == rows
+
+
+def test_a_resumed_run_may_find_its_data_elsewhere_and_take_other_micro_batches(corpus, tmp_path, baseline):
+    moved = shutil.copytree(corpus, tmp_path / "moved")
+    train(config(moved, tmp_path / "run", stop_at=3))
+    moved.rename(tmp_path / "here")
+    (tmp_path / "run" / ".final.killed").mkdir()
+    finished = train(TrainConfig(out=tmp_path / "run", resume=True, data=(tmp_path / "here",)))
+    assert same(weights(finished.folder), baseline)
+    assert not (tmp_path / "run" / ".final.killed").exists()
+    assert resumed(TrainConfig(out=tmp_path / "run", resume=True, micro_batch_size=3)).micro_batch_size == 3
 
 
 def test_an_existing_run_is_not_overwritten_nor_silently_changed(corpus, tmp_path):

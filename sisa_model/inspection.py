@@ -80,12 +80,9 @@ def inspect_model(model: Any, input_ids: Tensor) -> list[Inspection]:
 
     Raises ValueError for a model without a SISA layer: a Transformer, say, or SISA with lambda = 0.
     """
-    numbers = [n for n, layer in enumerate(model.layers) if any(isinstance(m, SisaAttention) for m in layer.modules())]
-    if not numbers:
-        raise ValueError(f"the model must have a SISA layer, got a {model.config.family} (lam {model.config.lam!r}) without one")
     found: list[Inspection] = []
 
-    def measure(attn: SisaAttention, x: Tensor, context: Context) -> None:
+    def measure(layer: int, attn: SisaAttention, x: Tensor, context: Context) -> None:
         q, k, _, b, c, log_decay, theta = attn.operands(x)
         cos, sin = (table.double()[:, None] for table in context.rotary)
         inputs = (x.split(1) for x in (rotate(q.double(), cos, sin), rotate(k.double(), cos, sin), b, c, log_decay, theta))
@@ -93,9 +90,11 @@ def inspect_model(model: Any, input_ids: Tensor) -> list[Inspection]:
         importance, total, *entropies = torch.stack(sequences).mean(0)
         lives = half_life(log_decay).repeat_interleave(attn.n_heads // attn.n_kv_heads)
         values = (attn.lam(), lives, (importance / total).sqrt(), *entropies)
-        found.append(Inspection(numbers[len(found)], *(value.tolist() for value in values)))
+        found.append(Inspection(layer, *(value.tolist() for value in values)))
 
     visit_layers(model, input_ids, measure)
+    if not found:
+        raise ValueError(f"the model must have a SISA layer, got a {model.config.family} (lam {model.config.lam!r}) without one")
     return found
 
 

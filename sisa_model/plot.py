@@ -48,11 +48,11 @@ def plot_health(path: Path, title: str, val: Rows) -> None:
         "clamped": "share of positions clamped",
     }
     figure, axes = plt.subplots(1, len(panels), figsize=(13, 3.2))
-    steps, layers = [r["step"] for r in val], len(val[0]["layers"])
-    shades = plt.get_cmap("viridis")(np.linspace(0, 0.9, layers))
+    steps, numbers = [r["step"] for r in val], [layer["layer"] for layer in val[0]["layers"]]
+    shades = plt.get_cmap("viridis")(np.linspace(0, 0.9, len(numbers)))
     for axis, (field, label) in zip(axes, panels.items()):
-        for layer in range(layers):
-            axis.plot(steps, [np.mean(r["layers"][layer][field]) for r in val], color=shades[layer], label=f"layer {layer}")
+        for place, number in enumerate(numbers):
+            axis.plot(steps, [np.mean(r["layers"][place][field]) for r in val], color=shades[place], label=f"layer {number}")
         axis.set(xlabel="step", title=label)
     axes[1].set_yscale("log")
     axes[0].legend(frameon=False, fontsize=7)

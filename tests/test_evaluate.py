@@ -13,12 +13,13 @@ import sisa_model as sm
 from sisa_model.benchmarks import BENCHMARKS, PIQA_LABELS, paper_requests, read_benchmark
 from sisa_model.cli import main
 from sisa_model.data import Encoder
-from sisa_model.evaluate import EvalConfig, evaluate, without_importance
+from sisa_model.evaluate import EvalConfig, evaluate
 from sisa_model.generate import generate
 from sisa_model.results import add_rows, interval
 from sisa_model.run import TrainConfig
 from sisa_model.runlog import read_rows
 from sisa_model.scoring import Request, Scorer
+from sisa_model.subject import with_positions, without_importance
 from sisa_model.train import train
 
 WORDS = ["cat", "dog", "bird", "fish", "mouse", "horse"]
@@ -296,7 +297,6 @@ def test_harness_model_scores_texts_and_generates(model):
     pytest.importorskip("lm_eval")
     from lm_eval.api.instance import Instance
 
-    from sisa_model.evaluate import with_positions
     from sisa_model.harness import HarnessModel
 
     def ask(model, kind, *args):
@@ -322,6 +322,10 @@ def test_harness_model_scores_texts_and_generates(model):
         ask(model, "generate_until", "the cat ", {"do_sample": True})
     with pytest.raises(ValueError, match=r"a prompt of 8 tokens and 256 more pass the model's 100 positions"):
         ask(with_positions(model, 100), "generate_until", "the cat ", {})
+    clamped = sm.build("sisa-tiny-ds16", mode="clamped").eval()  # which has no cache
+    clamped.load_state_dict(model.state_dict())
+    greedy = Encoder(None).decode(generate(clamped, prompt, 20, use_cache=False)[0, 8:].tolist())
+    assert ask(clamped, "generate_until", "the cat ", {"max_gen_toks": 20}) == greedy
 
 
 @pytest.mark.slow

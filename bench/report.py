@@ -256,9 +256,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--device", help="part of the name of the device whose rows are drawn; default: that of each file's last row"
     )
+    parser.add_argument("--only", nargs="+", choices=FIGURES, default=[*FIGURES], help="figures to draw; default: all")
     args = parser.parse_args(arguments)
     missing = 0
     for name, (files, draw, command) in FIGURES.items():
+        if name not in args.only:
+            continue
         rows = [row for file in files for row in newest(read(args.results / f"{file}.csv"), args.device)]
         if rows:
             args.out.mkdir(parents=True, exist_ok=True)

@@ -14,6 +14,7 @@ from .flops import training_flops
 from .plot import plot_tables
 from .plot_runs import name_runs
 from .presets import D_STATES, preset_config
+from .results import read_evaluations
 from .run import TrainConfig, read_run
 from .runlog import read_rows
 
@@ -102,6 +103,10 @@ def report(config: ReportConfig) -> Path:
     drawn = [(t.title, t.columns, [[label, *map(str, cells)] for label, cells in t.rows]) for t in found]
     plot_tables(config.out / "report.png", NOTE, drawn, MISSING)
     print(f"{text}\nreport: {config.out / 'report.md'}, {config.out / 'report.png'}")
+    harness = {run.name: [task for task in TITLES if f"{task} (harness)" in run.tasks and task not in run.tasks] for run in results}
+    if names := [name for name, tasks in harness.items() if tasks]:
+        measure = "sisa eval RUN --protocol paper --data-dir FOLDER"
+        print(f"only protocol harness: {', '.join(names)}; the paper's tables take protocol paper: {measure}")
     return config.out / "report.md"
 
 
@@ -109,14 +114,15 @@ def collect(folder: Path, name: str) -> Results:
     """Read a run folder, called ``name``; raises as :func:`report` does."""
     record = read_run(folder)
     train = record["train"]
-    training, val, evals = (read_rows(folder / f"{rows}.jsonl") for rows in ("train", "val", "eval"))
+    training, val = (read_rows(folder / f"{rows}.jsonl") for rows in ("train", "val"))
     tasks: dict[str, dict[int, Figure]] = {}
     niah: dict[int, dict[int, Figure]] = {}
     for row in val:
         for field in (field for field in row if field.endswith("_accuracy")):
             tasks.setdefault(field.removesuffix("_accuracy"), {})[row["step"]] = Figure(100 * row[field], row["step"])
-    for row in evals:
-        figure, lengths = _figure(folder, row), _lengths(row)
+    for row in read_evaluations(folder):
+        low, high = (None if row.get(edge) is None else 100 * row[edge] for edge in ("low", "high"))
+        figure, lengths = Figure(100 * row["accuracy"], row["step"], low, high), _lengths(row)
         for length, at in lengths.items():
             niah.setdefault(length, {})[figure.step] = at or figure
         if row["task"] != "niah" or NIAH_LENGTH in lengths:
@@ -127,17 +133,6 @@ def collect(folder: Path, name: str) -> Results:
         float(np.median([row["tokens_per_s"] for row in training])) if training else None,
         record.get("versions", {}).get("commit", "unknown"), tasks, niah,
     )  # fmt: skip
-
-
-def _figure(folder: Path, row: dict[str, Any]) -> Figure:
-    try:
-        step, value, _ = int(row["step"]), 100 * float(row["accuracy"]), str(row["task"])
-        low, high = (None if row.get(edge) is None else 100 * float(row[edge]) for edge in ("low", "high"))
-        if not 0 <= value <= 100:
-            raise ValueError(f"accuracy must be in [0, 1], got {row['accuracy']}")
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{folder / 'eval.jsonl'} must hold rows of step, task and accuracy, got {row}: {error!r}") from error
-    return Figure(value, step, low, high)
 
 
 def _lengths(row: dict[str, Any]) -> dict[int, Figure | None]:

@@ -77,6 +77,22 @@ def add_rows(path: Path, rows: list[dict[str, Any]]) -> None:
     write_text(path, "".join(json.dumps(row) + "\n" for row in kept + rows))
 
 
+def read_evaluations(folder: Path) -> list[dict[str, Any]]:
+    """The rows of RUN/eval.jsonl, shares in [0, 1]; ValueError for one that is no evaluation."""
+    path, found = folder / "eval.jsonl", []
+    for row in read_rows(path):
+        try:
+            shares = {
+                name: float(row[name]) for name in ("accuracy", "low", "high") if name == "accuracy" or row.get(name) is not None
+            }
+            if not 0 <= shares["accuracy"] <= 1:
+                raise ValueError(f"accuracy must be in [0, 1], got {row['accuracy']}")
+            found.append({**row, "step": int(row["step"]), "task": str(row["task"]), **shares})
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{path} must hold rows of step, task and accuracy, got {row}: {error!r}") from error
+    return found
+
+
 def write_record(path: Path, record: dict[str, Any]) -> None:
     """Write one task's figures with all that they depend on, as JSON."""
     path.parent.mkdir(parents=True, exist_ok=True)

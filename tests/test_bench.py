@@ -218,6 +218,14 @@ def test_every_figure_is_drawn_from_the_rows(results, tmp_path, capsys):
     assert changed == {"speed.png", "growth.png"}
 
 
+def test_only_the_figures_asked_for_are_drawn(results, tmp_path):
+    (results / "growth.csv").unlink()
+    flags = ["bench-report", "--results", str(results), "--out", str(tmp_path / "docs"), "--only"]
+    assert main([*flags, "speed", "accuracy"]) == 0
+    assert sorted(path.name for path in (tmp_path / "docs").iterdir()) == ["accuracy.png", "speed.png"]
+    assert main([*flags, "growth"]) == 1
+
+
 def test_the_newest_row_of_one_device_counts():
     mine = fake_row("layer", "sisa-152m-ds16", "1x512", 2.0)
     older, other, refused = mine | {"ratio": 9.0}, mine | {"device": "A GPU"}, mine | {"status": "wrong: y", "shape": "1x1"}

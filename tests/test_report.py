@@ -95,6 +95,15 @@ def test_runs_stand_beside_the_published_values(study):
     assert {found["Runs"][name, "held-out loss, nats a token"] for name in ("plain", "tiny")} == {"3.250"}
 
 
+def test_what_only_the_harness_measured_is_said_with_the_command(study, tmp_path, capsys):
+    theirs = run_folder(tmp_path / "theirs", "sisa-152m-ds16", [row("lambada (harness)", 0.17), row("niah", 1.0)])
+    assert main(["report", str(theirs), *map(str, study), "--out", str(tmp_path / "out")]) == 0
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last.startswith("only protocol harness: theirs; the paper's tables take protocol paper: sisa eval RUN --protocol paper")
+    assert main(["report", *map(str, study), "--out", str(tmp_path / "out")]) == 0
+    assert "only protocol harness" not in capsys.readouterr().out
+
+
 def test_what_is_not_published_has_a_table_of_its_own(study):
     rest = found_tables(*study)["What the paper has no figure of"]
     shown = {key: text for key, text in rest.items() if text != "missing"}

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import sisa_model as sm
-from sisa_model import paper, plot_runs, study, train
+from sisa_model import paper, plot, plot_runs, study, train
 from sisa_model.cli import main
 from sisa_model.presets import preset_config
 from sisa_model.runlog import read_rows
@@ -170,8 +170,36 @@ def test_plot_draws_what_the_runs_hold(tmp_path, monkeypatch):
     assert (lam.low[-1], lam.values[-1], lam.high[-1]) == pytest.approx((0.0, 0.1, 0.2))
 
 
+@pytest.fixture
+def figures(monkeypatch):
+    """The figures that are drawn, kept open."""
+    kept = []
+    monkeypatch.setattr(plot.plt, "close", kept.append)
+    yield kept
+    monkeypatch.undo()
+    for figure in kept:
+        plot.plt.close(figure)
+
+
+def test_the_legend_names_every_run(tmp_path, figures):
+    """Also one that is missing from the first panel, as it was evaluated before its first step only."""
+    begun, run = run_folder(tmp_path / "begun"), run_folder(tmp_path / "run", evals=[{"step": 9, "task": "niah", "accuracy": 1}])
+    first = (begun / "val.jsonl").read_text().splitlines()[0]
+    (begun / "val.jsonl").write_text(first + "\n")
+    assert main(["plot", str(begun), str(run), "--out", str(tmp_path / "runs.png")]) == 0
+    legends = [axis.get_legend() for axis in figures[0].axes if axis.get_legend()]
+    assert [text.get_text() for text in legends[-1].get_texts()] == ["begun", "run"]
+
+
+def test_health_is_drawn_by_the_layers_own_numbers(tmp_path, figures):
+    health = [{"layer": n, "lam": [0.3], "half_life": [50.0], "g_range": [4.0], "clamped": 0.0} for n in (20, 23)]
+    plot.plot_health(tmp_path / "health.png", "a hybrid", [{"step": step, "layers": health} for step in (0, 9)])
+    assert [text.get_text() for text in figures[0].axes[0].get_legend().get_texts()] == ["layer 20", "layer 23"]
+
+
 def test_folders_that_are_no_runs_are_named(tmp_path, capsys):
     run = run_folder(tmp_path / "run")
+    bad = run_folder(tmp_path / "bad", evals=[{"step": 9, "accuracy": 0.5}])
     (tmp_path / "empty").mkdir()
     begun = run_folder(tmp_path / "begun")
     for name in ("train", "val"):
@@ -180,6 +208,7 @@ def test_folders_that_are_no_runs_are_named(tmp_path, capsys):
         ([run, tmp_path / "empty"], "is not a run folder of sisa train: it has no run.json"),
         ([run, tmp_path / "missing"], "is not a run folder of sisa train: it has no run.json"),
         ([begun], "holds no step yet"),
+        ([bad], "eval.jsonl must hold rows of step, task and accuracy"),
         ([run, run], "runs must name at least one run folder, each once"),
         ([], "runs must name at least one run folder, each once"),
         ([run, "--out", tmp_path / "x.pdf"], "out must be a .png file"),

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -145,33 +146,19 @@ def run_bench_report(config: BenchReportConfig) -> None:
         raise ValueError("not every figure could be drawn")
 
 
-COMMANDS: dict[str, Any] = {
-    "prepare": PrepareConfig,
-    "train": TrainConfig,
-    "compare": CompareConfig,
-    "study": StudyConfig,
-    "eval": EvalConfig,
-    "plot": PlotConfig,
-    "inspect": InspectConfig,
-    "report": ReportConfig,
-    "generate": GenerateConfig,
-    "convert": ConvertConfig,
-    "info": InfoConfig,
-    "bench-report": BenchReportConfig,
-}
-RUNNERS: dict[type, Any] = {
-    PrepareConfig: prepare,
-    TrainConfig: train,
-    CompareConfig: compare,
-    StudyConfig: run_study,
-    EvalConfig: evaluate,
-    PlotConfig: plot_runs,
-    InspectConfig: inspect_run,
-    ReportConfig: report,
-    GenerateConfig: run_generate,
-    ConvertConfig: run_convert,
-    InfoConfig: run_info,
-    BenchReportConfig: run_bench_report,
+COMMANDS: dict[str, tuple[type, Callable[[Any], object]]] = {
+    "prepare": (PrepareConfig, prepare),
+    "train": (TrainConfig, train),
+    "compare": (CompareConfig, compare),
+    "study": (StudyConfig, run_study),
+    "eval": (EvalConfig, evaluate),
+    "plot": (PlotConfig, plot_runs),
+    "inspect": (InspectConfig, inspect_run),
+    "report": (ReportConfig, report),
+    "generate": (GenerateConfig, run_generate),
+    "convert": (ConvertConfig, run_convert),
+    "info": (InfoConfig, run_info),
+    "bench-report": (BenchReportConfig, run_bench_report),
 }
 
 
@@ -181,10 +168,11 @@ def main(args: list[str] | None = None) -> int:
         print(f"sisa {sk.__version__}")
         return 0
     description = "Exact SISA attention: train, compare and sample its models. `sisa --version` prints the version."
+    configs: dict[str, Any] = {name: config for name, (config, _) in COMMANDS.items()}
     plain = (tyro.conf.FlagCreatePairsOff,)
-    config: Any = tyro.extras.subcommand_cli_from_dict(COMMANDS, prog="sisa", description=description, args=args, config=plain)
+    config: Any = tyro.extras.subcommand_cli_from_dict(configs, prog="sisa", description=description, args=args, config=plain)
     try:
-        RUNNERS[type(config)](config)
+        dict(COMMANDS.values())[type(config)](config)
     except (ValueError, TypeError, OSError, FloatingPointError) as error:
         print(f"sisa: error: {error}", file=sys.stderr)
         return 1

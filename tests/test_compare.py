@@ -1,6 +1,8 @@
 """sisa compare and the other commands."""
 
+import dataclasses
 import json
+import re
 
 import pytest
 
@@ -74,8 +76,13 @@ def test_help_explains_every_flag(command, capsys):
     with pytest.raises(SystemExit) as done:
         main([command, "--help"])
     assert done.value.code == 0
-    shown = capsys.readouterr().out
-    assert "--" in shown
+    shown = " ".join(re.sub("[│|]", " ", capsys.readouterr().out.partition("--help")[2]).split())
+    for field in dataclasses.fields(COMMANDS[command][0]):
+        marks = str(getattr(field.type, "__metadata__", ""))
+        if "Suppress" not in marks and "Positional" not in marks:
+            found = re.search(rf"--{field.name.replace('_', '-')} ([^(]*)\(", shown)
+            assert found, f"{field.name} is not shown"
+            assert re.search("[a-z]", re.sub(r"\{.*?\}", "", found[1])), f"{field.name} is not explained"
     if command == "train":
         fixed = ("preset", "data", "tokenizer", "out", "steps", "seed", "seq-len", "batch-size", "lr", "device", "resume")
         assert all(f"--{flag}" in shown for flag in fixed)

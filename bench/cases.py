@@ -463,11 +463,16 @@ def preset_gate(preset: str, s: Setting) -> dict[str, Any]:
     return {"check": check, "proofs": path.proofs.format(ds=config.d_state)}
 
 
+def one_layer(preset: str, device: torch.device) -> Any:
+    """A model of the preset's first layer alone, of the same weights every time."""
+    torch.manual_seed(0)
+    return authors.build(preset, n_layers=1, vocab_size=8).to(device)
+
+
 @functools.cache
 def layer_failure(preset: str, s: Setting) -> str | None:
     """Why a model's first layer must not be timed: its y and dL/dx against the layer's own formulas in fp64."""
-    torch.manual_seed(0)
-    model, width = authors.build(preset, n_layers=1, vocab_size=8).to(s.device), preset_config(preset).d_model
+    model, width = one_layer(preset, s.device), preset_config(preset).d_model
     x, dy = torch.randn(2, 1, CHECK_LENGTH, width, device=s.device).unbind()
     found = []
     for dtype in (torch.float32, torch.float64):
@@ -480,16 +485,21 @@ def layer_failure(preset: str, s: Setting) -> str | None:
 
 def layer_step(preset: str, batch: int, length: int, s: Setting) -> Callable[[], object]:
     """Forward and backward of a preset's first layer."""
-    torch.manual_seed(0)
-    model = authors.build(preset, n_layers=1, vocab_size=8).to(s.device)
+    model = one_layer(preset, s.device)
     layer, width, parameters = model.layers[0], model.config.d_model, list(model.layers[0].parameters())
-    x, dy = torch.randn(2, batch, length, width, device=s.device, dtype=s.dtype).unbind()
+    x, dy = torch.randn(2, batch, length, width, device=s.device).unbind()
     context, x = Context(rotary_tables(length, model.config.head_dim, s.device)), x.requires_grad_()
-    return lambda: torch.autograd.grad(layer(x, context), [x, *parameters], dy)
+
+    def call() -> object:
+        with torch.autocast(s.device.type, s.dtype, enabled=s.dtype != torch.float32):
+            y = layer(x, context)
+        return torch.autograd.grad(y, [x, *parameters], dy)
+
+    return call
 
 
 def layer_groups(s: Setting) -> list[list[Case]]:
-    """One layer of each model, forward + backward, fp32 weights; baseline: the first model's."""
+    """One layer of each model, forward + backward, fp32 weights, autocast to a half dtype; baseline: the first model's."""
     groups = []
     for length in s.lengths or (2048,):
         batch = max(1, s.tokens // length)
@@ -506,10 +516,9 @@ def layer_groups(s: Setting) -> list[list[Case]]:
 
 def decode_step(preset: str, length: int, s: Setting) -> Callable[[], object]:
     """The first layer's next token behind ``length`` tokens; every 32nd takes a cache of tokens back to them."""
-    torch.manual_seed(0)
-    model = authors.build(preset, n_layers=1, vocab_size=8).to(s.device)
+    model = one_layer(preset, s.device).to(s.dtype)
     layer, width, head = model.layers[0], model.config.d_model, model.config.head_dim
-    cache, states = layer.mixer.make_cache(1), torch.randn(1, length + 1, width, device=s.device)
+    cache, states = layer.mixer.make_cache(1), torch.randn(1, length + 1, width, device=s.device).to(s.dtype)
     turns = [Context(rotary_at(torch.arange(*span, device=s.device), head)) for span in ((0, length), (length, length + 1))]
     with torch.no_grad():
         layer(states[:, :length], turns[0], cache)
@@ -527,17 +536,17 @@ def decode_step(preset: str, length: int, s: Setting) -> Callable[[], object]:
 def decode_failure(preset: str, s: Setting) -> str | None:
     """Why a model's decoding must not be timed: the next token's states against the layer in fp64 without a cache."""
     found = decode_step(preset, CHECK_LENGTH, s)()
-    torch.manual_seed(0)
-    model = authors.build(preset, n_layers=1, vocab_size=8).to(s.device)
-    states = torch.randn(1, CHECK_LENGTH + 1, model.config.d_model, device=s.device).double()
+    model = one_layer(preset, s.device).to(s.dtype)
+    states = torch.randn(1, CHECK_LENGTH + 1, model.config.d_model, device=s.device).to(s.dtype).double()
     rotary = rotary_tables(CHECK_LENGTH + 1, model.config.head_dim, s.device)
     with torch.no_grad():
         right = model.double().layers[0](states, Context(rotary))[:, -1:]
-    return first_wrong(("the next token",), errors([found], [right], []), [LAYER_LIMIT])
+    limit = LAYER_LIMIT if s.dtype == torch.float32 else torch.finfo(s.dtype).eps
+    return first_wrong(("the next token",), errors([found], [right], []), [limit])
 
 
 def decode_groups(s: Setting) -> list[list[Case]]:
-    """One token of one layer of each model behind a cache, fp32; baseline: the first model's."""
+    """One token of one layer of each model behind a cache, weights in the setting's dtype; baseline: the first model's."""
     groups = []
     for length in s.lengths or (512, 4096, 8192):
         groups.append([
@@ -617,6 +626,8 @@ GROUPS = {
     "attention": attention_groups,
     "prologue": prologue_groups,
     "augment": augmentation_groups,
+    "layer": layer_groups,
+    "decode": decode_groups,
     "model": model_groups,
     "tune": tune_groups,
 }

@@ -84,9 +84,9 @@ class HarnessModel(TemplateLM):
         """Greedy continuations up to the first of the stop strings, the end of text, or ``max_gen_toks`` (256) tokens."""
         if why := self.scorer.model.cache_refusal():
             print(f"every token runs all before it again: {why}")
-        return [self._generate(*request.args, use_cache=why is None) for request in requests]
+        return [self._generate(why is None, *request.args) for request in requests]
 
-    def _generate(self, context: str, settings: dict[str, Any], use_cache: bool) -> str:
+    def _generate(self, use_cache: bool, context: str, settings: dict[str, Any]) -> str:
         if settings.get("do_sample") and settings.get("temperature", 1.0) > 0:
             raise ValueError(f"generation is greedy; the task asks for sampling: {settings}")
         stops = settings.get("until") or []

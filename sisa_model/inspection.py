@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from itertools import repeat
 from pathlib import Path
+from statistics import geometric_mean
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from .checkpoint import load, write_json, write_text
 from .data import Blocks, Encoder, find_files, open_data, read_text
 from .layers import Context
 from .plot import plot_heads
+from .results import markdown, spread
 from .run import TrainConfig, find_device, newest_weights, read_run
 from .sisa import SisaAttention, half_life, visit_layers
 from .tasks import exams, find_task
@@ -173,10 +175,10 @@ def _change(layer: Inspection) -> list[float]:
 
 def table(layers: list[Inspection]) -> str:
     """A Markdown table, a line a layer: means over heads (half-lives: geometric), minimum to maximum."""
-    lines = ["| layer | lambda | half-life, tokens | share of the logits | entropy, nats | without importance |", "|---" * 6 + "|"]
-    for layer in layers:
-        columns = (layer.lam, layer.half_life, layer.share, layer.entropy, layer.entropy_without)
-        means = [float(np.exp(np.log(x).mean()) if x is layer.half_life else np.mean(x)) for x in columns]
-        cells = [f"{mean:.3g} ({min(x):.3g} to {max(x):.3g})" for mean, x in zip(means, columns)]
-        lines.append(f"| {layer.layer} | {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+    titles = ("layer", "lambda", "half-life, tokens", "share of the logits", "entropy, nats", "without importance")
+    rows = []
+    for x in layers:
+        life = spread(x.half_life, "{:.3g}", geometric_mean)
+        share, *entropies = (spread(values, "{:.3g}") for values in (x.share, x.entropy, x.entropy_without))
+        rows.append((x.layer, spread(x.lam, "{:.3g}"), life, share, *entropies))
+    return markdown(titles, rows)

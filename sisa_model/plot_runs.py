@@ -10,7 +10,7 @@ import numpy as np
 import tyro
 
 from . import paper
-from .plot import COLORS, Rows, _finish
+from .plot import COLORS, Rows, save_figure
 from .results import read_evaluations
 from .run import read_run
 from .runlog import read_rows
@@ -184,4 +184,4 @@ def _draw(path: Path, runs: list[RunRows]) -> None:
     handles = {name: handle for axis in axes.flat for handle, name in zip(*axis.get_legend_handles_labels())}
     names = [run.name for run in runs if run.name in handles]
     axes.flat[len(found)].legend([handles[name] for name in names], names, loc="center", frameon=False)
-    _finish(figure, path)
+    save_figure(figure, path)

@@ -1,7 +1,7 @@
 """Figures of an evaluation: bootstrap intervals, the table that is printed, the files that are written."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -68,6 +68,18 @@ def table(figures: dict[str, list[Figure]]) -> str:
             guess = "" if x.chance is None else f"{100 * x.chance:.1f} %"
             lines.append(f"{task:32} {x.metric:12} {f'{scale * x.value:.1f}{unit}':>9}   {low_high:>18} {guess:>8} {x.count:>9,}")
     return "\n".join(lines)
+
+
+def markdown(columns: Sequence[str], rows: Iterable[Iterable[object]]) -> str:
+    """A table in Markdown: the columns' titles, then a line a row."""
+    head, *body = ("|" + "".join(f" {cell}".rstrip() + " |" for cell in row) for row in (columns, *rows))
+    return "\n".join((head, "|---" * len(columns) + "|", *body)) + "\n"
+
+
+def spread(values: Sequence[float], form: str, mean: Callable[[Sequence[float]], Any] = np.mean) -> str:
+    """The ``mean`` of ``values``, each in the format ``form``, and of several their minimum and maximum in brackets."""
+    text = form.format(mean(values))
+    return text if len(values) == 1 else f"{text} ({form.format(min(values))} to {form.format(max(values))})"
 
 
 def add_rows(path: Path, rows: list[dict[str, Any]]) -> None:

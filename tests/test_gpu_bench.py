@@ -57,7 +57,8 @@ def test_dry_run_lists_every_section_path_and_bound(capsys):
     assert gpu.main(["--dry-run", "--sections", *gpu.SECTIONS]) == 0
     out = capsys.readouterr().out
     sections = {part.partition(":")[0]: part for part in out.partition("\n")[2].split("\n\n")}
-    assert list(sections) == list(gpu.SECTIONS) == ["build", "tests", "stock", "attention", "prologue", "augment", "model", "tune"]
+    timed = ["stock", "attention", "prologue", "augment", "layer", "decode", "model", "tune"]
+    assert list(sections) == list(gpu.SECTIONS) == ["build", "tests", *timed]
     assert all("at most 8 minutes" in part for part in sections.values())
     assert "setup.py build_ext --inplace" in sections["build"]
     assert "-m sisa_kernels" in sections["build"]
@@ -78,6 +79,8 @@ def test_dry_run_lists_every_section_path_and_bound(capsys):
     assert "eager" in sections["prologue"]
     assert "extension" in sections["augment"]
     assert "8x2048 eager step: transformer-152m, sisa-152m-ds16" in sections["model"]
+    assert "16x2048 fwd+bwd: transformer-152m, sisa-152m-ds16" in sections["layer"]
+    assert "1x8192 token: transformer-152m, sisa-152m-ds16" in sections["decode"]
     assert sections["tune"].count("tuned") == 4
 
 
@@ -278,7 +281,7 @@ def test_the_attention_section_end_to_end(run):
     assert row["commit"] == "abc"
 
 
-@pytest.mark.parametrize("section", ["stock", "prologue", "augment", "model"])
+@pytest.mark.parametrize("section", ["stock", "prologue", "augment", "layer", "decode", "model"])
 def test_the_other_sections(run, section, monkeypatch):
     monkeypatch.delitem(cases.AUGMENTATIONS, "compiled")  # Inductor takes half a minute
     groups = GROUPS[section](run.setting)
@@ -289,8 +292,7 @@ def test_the_other_sections(run, section, monkeypatch):
         "stock": {"flash"},
         "prologue": {"compiled", "eager", "copy"},
         "augment": {"extension", "chain", "copy"},
-        "model": {"transformer-tiny", "sisa-tiny-ds16"},
-    }[section]
+    }.get(section, {"transformer-tiny", "sisa-tiny-ds16"})
     assert all(float(row["rate"]) > 0 for row in rows if row["status"] == "ok")
     baselines = [row for row in rows if row["path"] in ("copy", "transformer-tiny")]
     assert all(float(row["ratio"]) == 1 for row in baselines)
@@ -416,7 +418,7 @@ def test_a_whole_run_ends_with_its_table_and_its_verdict(monkeypatch, capsys, tm
 def test_the_table_of_a_full_run_stays_small():
     row = dict.fromkeys(COLUMNS, "") | {"status": "ok", "ms_p50": "0.5123", "ratio": "12.345", "over_bound": "12.34"}
     rows = [row | {"op": "tests", "path": str(n)} for n in range(200)]
-    for name in ("stock", "attention", "prologue", "model"):
+    for name in gpu.DEFAULT_SECTIONS[2:]:
         for one in itertools.chain(*GROUPS[name](Setting())):
             rows.append(row | {"op": name, "path": one.path, "shape": one.shape, "pass": one.passes})
     text = gpu.table(rows)

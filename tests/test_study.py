@@ -7,6 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from conftest import run_folder
 
 import sisa_model as sm
 from sisa_model import paper, plot, plot_runs, study, train
@@ -17,13 +18,6 @@ from sisa_model.study import PAPER, StudyConfig, run_study
 
 SMALL = ["--steps", "4", "--seq-len", "32", "--batch-size", "2", "--val-every", "2", "--val-blocks", "2", "--save-every", "2"]
 BACKEND = ["--sample-tokens", "0", "--backend", "reference"]  # which a Transformer would reject
-
-
-@pytest.fixture
-def text(tmp_path):
-    path = tmp_path / "text.txt"
-    path.write_text("".join(f"{n} green bottles on the wall; " for n in range(500)))
-    return path
 
 
 def flags(text, out, *more):
@@ -122,24 +116,18 @@ def test_bad_studies_are_named_before_anything_starts(text, tmp_path):
     assert not (tmp_path / "study").exists()
 
 
-def run_folder(path, preset="sisa-152m-ds32", layers=True, evals=()):
-    """A run folder as `sisa train` leaves one, without the training."""
-    path.mkdir(parents=True)
-    config = study.resolve(study.TrainConfig(preset=preset))
-    record = {"train": dataclasses.asdict(config), "model": {}, "corpus": {"sha256": ""}, "versions": {}}
-    (path / "run.json").write_text(json.dumps(record, default=str))
+def run_of(path, preset="sisa-152m-ds32", layers=True, evals=()):
+    """A run folder of a thousand steps, without the training."""
     health = [{"layer": n, "lam": [0.1 * n, 0.3 * n], "half_life": [50.0], "g_range": [4.0]} for n in range(2)] if layers else []
     steps = [{"step": s, "loss": 1 / s, "lr": 0.1, "grad_norm": 1.0, "tokens_per_s": 9.0, "mfu": None} for s in range(1, 1001)]
     val = [{"step": s, "loss": 2.0, "needle_accuracy": 0.5, "layers": health} for s in (0, 500, 1000)]
-    for name, rows in (("train", steps), ("val", val), ("eval", evals)):
-        (path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
+    return run_folder(path, preset, steps, val, evals)
 
 
 def test_plot_draws_what_the_runs_hold(tmp_path, monkeypatch):
     evals = [{"step": step, "task": "lambada", "accuracy": step / 1e4} for step in (2000, 1000)]
-    sisa = run_folder(tmp_path / "a" / "run", evals=evals)
-    plain = run_folder(tmp_path / "b" / "run", "transformer-152m", layers=False)
+    sisa = run_of(tmp_path / "a" / "run", evals=evals)
+    plain = run_of(tmp_path / "b" / "run", "transformer-152m", layers=False)
     drawn = []
     real = plot_runs.panels
     monkeypatch.setattr(plot_runs, "panels", lambda runs: drawn.append(real(runs)) or drawn[-1])
@@ -177,7 +165,7 @@ def figures(monkeypatch):
 
 def test_the_legend_names_every_run(tmp_path, figures):
     """Also one that is missing from the first panel, as it was evaluated before its first step only."""
-    begun, run = run_folder(tmp_path / "begun"), run_folder(tmp_path / "run", evals=[{"step": 9, "task": "niah", "accuracy": 1}])
+    begun, run = run_of(tmp_path / "begun"), run_of(tmp_path / "run", evals=[{"step": 9, "task": "niah", "accuracy": 1}])
     first = (begun / "val.jsonl").read_text().splitlines()[0]
     (begun / "val.jsonl").write_text(first + "\n")
     assert main(["plot", str(begun), str(run), "--out", str(tmp_path / "runs.png")]) == 0
@@ -192,10 +180,10 @@ def test_health_is_drawn_by_the_layers_own_numbers(tmp_path, figures):
 
 
 def test_folders_that_are_no_runs_are_named(tmp_path, capsys):
-    run = run_folder(tmp_path / "run")
-    bad = run_folder(tmp_path / "bad", evals=[{"step": 9, "accuracy": 0.5}])
+    run = run_of(tmp_path / "run")
+    bad = run_of(tmp_path / "bad", evals=[{"step": 9, "accuracy": 0.5}])
     (tmp_path / "empty").mkdir()
-    begun = run_folder(tmp_path / "begun")
+    begun = run_of(tmp_path / "begun")
     for name in ("train", "val"):
         (begun / f"{name}.jsonl").write_text("")
     for arguments, message in (

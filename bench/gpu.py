@@ -6,8 +6,8 @@ whatever raises. The last thing printed is one table.
 
 Times are milliseconds of the GPU between two events around a call: the 20th, 50th and 80th percentile of rounds in which all
 variants of a problem take turns, each warm, its gradients dropped after the call, dL/dy made beforehand, the L2 cache overwritten.
-``fwd`` is the forward of a training step. A ratio is to the fastest baseline of the same rounds; what is a baseline, a path and a
-check stands in cases.py.
+``fwd`` is the forward of a training step. A ratio is to the fastest baseline of the same rounds; what is a baseline
+stands in cases.py, a path and its check in paths.py.
 """
 
 import argparse
@@ -29,7 +29,8 @@ sys.path.insert(
     0, str(Path(__file__).resolve().parent.parent)
 )  # a bare checkout works: where there is no network nothing can be installed
 
-from cases import CUDA, GROUPS, Setting, problem, reason
+from cases import CUDA, GROUPS, Setting
+from paths import problem, reason
 from roofline import DEVICES
 from rows import RESULTS, ROOT, now, provenance
 from timing import Run, gpu_milliseconds, measure

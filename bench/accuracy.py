@@ -13,7 +13,7 @@ from pathlib import Path
 
 import authors
 import torch
-from cases import reason
+from paths import reason
 from rows import RESULTS, WHERE, append, now, provenance
 from torch import Tensor
 

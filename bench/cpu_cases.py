@@ -6,11 +6,6 @@ from dataclasses import dataclass, replace
 
 import torch
 from cases import (
-    ATTENTION_ON_CPU,
-    AUTHORS,
-    EXACT_ON_CPU,
-    FLEX,
-    STOCK,
     Case,
     Setting,
     attention_case,
@@ -21,6 +16,7 @@ from cases import (
     layer_groups,
     model_groups,
 )
+from paths import ATTENTION_ON_CPU, AUTHORS, EXACT_ON_CPU, FLEX, STOCK
 from roofline import Shape
 
 CPU = torch.device("cpu")

@@ -6,8 +6,8 @@ whatever raises. The last thing printed is one table.
 
 Times are milliseconds of the GPU between two events around a call: the 20th, 50th and 80th percentile of rounds in which all
 variants of a problem take turns, each warm, its gradients dropped after the call, dL/dy made beforehand, the L2 cache overwritten.
-``fwd`` is the forward of a training step. A ratio is to the fastest baseline of the same rounds; what is a baseline, a path and a
-check stands in cases.py.
+``fwd`` is the forward of a training step. A ratio is to the fastest baseline of the same rounds; what is a baseline
+stands in cases.py, a path and its check in paths.py.
 """
 
 import argparse
@@ -29,16 +29,17 @@ sys.path.insert(
     0, str(Path(__file__).resolve().parent.parent)
 )  # a bare checkout works: where there is no network nothing can be installed
 
-from cases import CUDA, GROUPS, Setting, problem, reason
+from cases import CUDA, GROUPS, Setting
+from paths import problem, reason
 from roofline import DEVICES
 from rows import RESULTS, ROOT, now, provenance
 from timing import Run, gpu_milliseconds, measure
 
 # tune takes minutes a shape: on request
-DEFAULT_SECTIONS = ("build", "tests", "stock", "attention", "prologue", "augment", "model")
+DEFAULT_SECTIONS = ("build", "tests", "stock", "attention", "prologue", "augment", "layer", "decode", "model")
 BUILD = {"extension": ["setup.py", "build_ext", "--inplace"], "self-check": ["-m", "sisa_kernels"]}
 FAILURES = ("wrong", "failed", "died")  # how a status begins that makes the command fail
-TABLE_LIMIT = 11_000  # characters
+TABLE_LIMIT = 11_800  # characters
 NOTES = 12  # lines of reasons in the table
 CELL = {"ms_p50": 3, "ratio": 3, "over_bound": 2}  # significant digits in the table
 
@@ -185,9 +186,11 @@ def table(rows: list[dict[str, str]]) -> str:
             lines.append(f"{op}: {sum(row['status'] == 'ok' for row in mine)} of {len(mine)} ok")
             continue
         lines.append(f"{op}: ms, over the fastest baseline, over the bound")
-        lines.append(f"{'':29}" + "".join(f"{path:>15}" for path in paths))
-        for (shape, passes), cells in problems.items():
-            lines.append(f"{shape:21} {passes:7}" + "".join(f"{cells.get(path, ''):>15}" for path in paths))
+        labels = [f"{shape} {passes}" for shape, passes in problems]
+        left, width = max(map(len, labels)), 1 + max(len(text) for cells in problems.values() for text in (*cells, *cells.values()))
+        lines.append(" " * left + "".join(f"{path:>{width}}" for path in paths))
+        for label, cells in zip(labels, problems.values()):
+            lines.append(f"{label:{left}}" + "".join(f"{cells.get(path, ''):>{width}}" for path in paths))
     reasons = [
         f"{op} {path}{f' ({len(shapes)}x, first {shapes[0]})' if shapes[0] else ''}: {status}"[:150]
         for (op, path, status), shapes in notes.items()

@@ -17,7 +17,7 @@ import matplotlib.pyplot as plt
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 from rows import RESULTS, ROOT, read
 
-from sisa_model.plot import COLORS, _finish
+from sisa_model.plot import COLORS, save_figure
 
 Row = dict[str, str]
 OURS, THEIRS, PLAIN, OTHER, THIRD = COLORS[0], COLORS[1], "0.45", COLORS[2], COLORS[4]
@@ -148,7 +148,7 @@ def speed_figure(rows: list[Row], path: Path) -> None:
         "bars: ratio of medians of rounds in which all take turns; lines: 20th to 80th percentile of the rounds' ratios;\n"
         "the 152M Mamba-2 and -3 have 31 and 30 layers, the others 12: a layer of theirs is smaller",
     )
-    _finish(figure, path)
+    save_figure(figure, path)
 
 
 # ---- Growth ---------------------------------------------------------------------------------------------------------------------
@@ -186,7 +186,7 @@ def growth_figure(rows: list[Row], path: Path) -> None:
     fixed = ", ".join(f"{label} {base[name]:,}" for name, label in growing.items())
     note = f"attention, fp32, forward + backward; sizes that do not grow: {fixed}, head width {base['width']}; "
     footer(figure, rows, note + f"exponents: over the last {DOUBLINGS} doublings of the length")
-    _finish(figure, path)
+    save_figure(figure, path)
 
 
 # ---- Accuracy -------------------------------------------------------------------------------------------------------------------
@@ -236,7 +236,7 @@ def accuracy_figure(rows: list[Row], path: Path) -> None:
     grid[0][-1].legend(frameon=False, fontsize=8, loc="center", reverse=True)
     note = "against Eq. 2 in fp64, over the whole tensor; crosses: not finite; shaded: g spans more than 22, the clamp acts"
     footer(figure, rows, note)
-    _finish(figure, path)
+    save_figure(figure, path)
 
 
 # ---- The command ----------------------------------------------------------------------------------------------------------------
@@ -256,9 +256,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--device", help="part of the name of the device whose rows are drawn; default: that of each file's last row"
     )
+    parser.add_argument("--only", nargs="+", choices=FIGURES, default=[*FIGURES], help="figures to draw; default: all")
     args = parser.parse_args(arguments)
     missing = 0
     for name, (files, draw, command) in FIGURES.items():
+        if name not in args.only:
+            continue
         rows = [row for file in files for row in newest(read(args.results / f"{file}.csv"), args.device)]
         if rows:
             args.out.mkdir(parents=True, exist_ok=True)

@@ -13,8 +13,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from cases import Case, problem
+from cases import Case
 from cpu_cases import CPU, QUICK, SECTIONS, Group
+from paths import problem
 from rows import RESULTS, provenance
 from timing import Measured, Run, cpu_milliseconds, measure
 

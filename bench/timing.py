@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from cases import Case, Setting, reason
+from cases import Case, Setting
+from paths import reason
 from rows import COLUMNS, append, now, read
 from torch.profiler import ProfilerActivity, profile
 

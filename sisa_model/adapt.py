@@ -150,10 +150,7 @@ def llama_padding(mask: Tensor | None, seen: int) -> Padding | None:
     idle = ~expected.any(-1) & (sees.all(-1) | ~sees.any(-1))
     if not (idle | (sees == expected).all(-1)).all():
         raise ValueError("attention_mask must be causal with padding: SISA's running decay and phase know no other")
-    padding = find_padding(real)
-    if padding is not None and seen:
-        raise ValueError(f"attention_mask must be 1 for all tokens behind the {seen} in the cache")
-    return padding
+    return find_padding(real, seen)
 
 
 def replace_attention(

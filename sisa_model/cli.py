@@ -2,9 +2,10 @@
 
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import tyro
@@ -24,17 +25,20 @@ from .plot_runs import PlotConfig, plot_runs
 from .prepare import PrepareConfig, prepare
 from .presets import preset_config, presets
 from .report import ReportConfig, report
-from .run import TrainConfig, is_taken, newest_weights, read_encoder
+from .run import TrainConfig, is_taken
 from .study import StudyConfig, run_study
+from .subject import find_subject
 from .train import train
 
 
 @dataclass(frozen=True, kw_only=True)
 class GenerateConfig:
-    """Continue a prompt with a model that `sisa train` made."""
+    """Continue a prompt with a model that `sisa train` or `sisa convert` made."""
 
     run: tyro.conf.Positional[Path]
-    """Run folder of `sisa train`; of an unfinished run, its newest checkpoint is used."""
+    """Run folder of `sisa train`, of an unfinished run its newest checkpoint, or with --tokenizer a folder of model weights."""
+    tokenizer: str | None = None
+    """For a folder of model weights: its tokenizer, a `tokenizers` JSON file or the word bytes."""
     prompt: str = ""
     """Text to continue. Default: the start of a document."""
     max_new_tokens: int = 200
@@ -83,14 +87,16 @@ class BenchReportConfig:
     """Folder of the figures. Default: docs of the checkout."""
     device: str | None = None
     """Part of the name of the device whose rows are drawn. Default: that of each file's last row."""
+    only: tuple[Literal["speed", "growth", "accuracy"], ...] = ()
+    """Figures to draw. Default: all; one without rows is an error."""
 
 
 def run_generate(config: GenerateConfig) -> None:
     """Print a continuation of the prompt."""
     check_sampling(config.max_new_tokens, config.temperature, config.top_k, config.top_p)
     device = find_device(config.device)
-    encoder = read_encoder(config.run)
-    model = load(newest_weights(config.run), device)
+    subject = find_subject(config.run, config.tokenizer)
+    encoder, model = subject.encoder, load(subject.weights, device)
     prompt = encoder.encode([config.prompt])[:-1].tolist() if config.prompt else []
     ids = torch.tensor([[encoder.end_of_text, *prompt]], device=device)
     generator = torch.Generator(device).manual_seed(config.seed)
@@ -136,38 +142,25 @@ def run_bench_report(config: BenchReportConfig) -> None:
         raise FileNotFoundError(
             f"bench-report needs a checkout of the repository, installed with pip install -e; {script} is absent"
         )
-    options = [part for name, value in vars(config).items() if value is not None for part in (f"--{name}", str(value))]
+    given = {name: value if isinstance(value, tuple) else (value,) for name, value in vars(config).items() if value}
+    options = [str(part) for name, values in given.items() for part in (f"--{name}", *values)]
     if subprocess.run([sys.executable, str(script), *options]).returncode:
         raise ValueError("not every figure could be drawn")
 
 
-COMMANDS: dict[str, Any] = {
-    "prepare": PrepareConfig,
-    "train": TrainConfig,
-    "compare": CompareConfig,
-    "study": StudyConfig,
-    "eval": EvalConfig,
-    "plot": PlotConfig,
-    "inspect": InspectConfig,
-    "report": ReportConfig,
-    "generate": GenerateConfig,
-    "convert": ConvertConfig,
-    "info": InfoConfig,
-    "bench-report": BenchReportConfig,
-}
-RUNNERS: dict[type, Any] = {
-    PrepareConfig: prepare,
-    TrainConfig: train,
-    CompareConfig: compare,
-    StudyConfig: run_study,
-    EvalConfig: evaluate,
-    PlotConfig: plot_runs,
-    InspectConfig: inspect_run,
-    ReportConfig: report,
-    GenerateConfig: run_generate,
-    ConvertConfig: run_convert,
-    InfoConfig: run_info,
-    BenchReportConfig: run_bench_report,
+COMMANDS: dict[str, tuple[type, Callable[[Any], object]]] = {
+    "prepare": (PrepareConfig, prepare),
+    "train": (TrainConfig, train),
+    "compare": (CompareConfig, compare),
+    "study": (StudyConfig, run_study),
+    "eval": (EvalConfig, evaluate),
+    "plot": (PlotConfig, plot_runs),
+    "inspect": (InspectConfig, inspect_run),
+    "report": (ReportConfig, report),
+    "generate": (GenerateConfig, run_generate),
+    "convert": (ConvertConfig, run_convert),
+    "info": (InfoConfig, run_info),
+    "bench-report": (BenchReportConfig, run_bench_report),
 }
 
 
@@ -177,10 +170,11 @@ def main(args: list[str] | None = None) -> int:
         print(f"sisa {sk.__version__}")
         return 0
     description = "Exact SISA attention: train, compare and sample its models. `sisa --version` prints the version."
+    configs: dict[str, Any] = {name: config for name, (config, _) in COMMANDS.items()}
     plain = (tyro.conf.FlagCreatePairsOff,)
-    config: Any = tyro.extras.subcommand_cli_from_dict(COMMANDS, prog="sisa", description=description, args=args, config=plain)
+    config: Any = tyro.extras.subcommand_cli_from_dict(configs, prog="sisa", description=description, args=args, config=plain)
     try:
-        RUNNERS[type(config)](config)
+        dict(COMMANDS.values())[type(config)](config)
     except (ValueError, TypeError, OSError, FloatingPointError) as error:
         print(f"sisa: error: {error}", file=sys.stderr)
         return 1

@@ -1,6 +1,7 @@
 """sisa compare: presets on the same data, seeds and token budget, as one figure and one table."""
 
 import dataclasses
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,11 +12,12 @@ from .files import write_json, write_text
 from .parallel import world
 from .plot import Rows, plot_compare, plot_task
 from .presets import preset_config
-from .run import TrainConfig
-from .run import resolve as resolve_run
+from .results import markdown, spread
+from .run import TrainConfig, resolved
 from .runlog import read_rows
+from .study import train_all
 from .tasks import LENGTHS, TASKS
-from .train import continue_run, exam_name
+from .train import exam_name
 
 # A few minutes a pair of tiny models, of text and of a task.
 DEFAULTS = {"text": {"steps": 2500, "seq_len": 128, "batch_size": 8}, "task": {"steps": 1000, "seq_len": 64, "batch_size": 64}}
@@ -23,7 +25,10 @@ DEFAULTS = {"text": {"steps": 2500, "seq_len": 128, "batch_size": 8}, "task": {"
 
 @dataclass(frozen=True, kw_only=True)
 class CompareConfig:
-    """Compare models trained alike, every preset with every seed: on text with needles and recall in it, or on one task alone."""
+    """Compare models trained alike, every preset with every seed: on text with needles and recall in it, or on one task alone.
+
+    The same command after a kill continues: finished runs are kept, the one under way is resumed, the next is begun.
+    """
 
     presets: tuple[str, ...] = ("sisa-tiny-ds16", "transformer-tiny")
     """Models to compare; `sisa info` lists them."""
@@ -51,7 +56,7 @@ class CompareConfig:
     device: str = "auto"
     """cpu, cuda, cuda:1 ...; auto: a GPU if there is one."""
     resume: bool = False
-    """Continue a comparison that was stopped: finished runs are kept, the one under way is resumed."""
+    """Continue in a folder that exists even if none of the runs has begun in it; without, only where one has."""
 
 
 def resolve(config: CompareConfig) -> CompareConfig:
@@ -73,35 +78,35 @@ def resolve(config: CompareConfig) -> CompareConfig:
 def compare(config: CompareConfig) -> Path:
     """Train every preset with every seed, and write compare.png, table.md and results.json into ``config.out``.
 
+    A comparison that was stopped goes on where it was: finished runs are kept, the one under way is resumed, the next begun.
     Returns the folder. Raises as :func:`sisa_model.train.train` does, and ValueError for fewer than two presets or no seed.
     """
     config = resolve(config)
     out = config.out
     assert out is not None, "resolve() fills it in"
     with world() as processes:  # one for all runs: torchrun's processes can meet only once
-        if processes.from_main(out.exists) and not config.resume:
-            raise FileExistsError(f"out {out} exists; choose another folder, or continue its comparison with --resume")
-        if _train_all(config, out):
+        trains = _train_configs(config, out)
+        begun = [resolved(train.out) / "run.json" for train in trains]
+        taken = processes.from_main(lambda: out.exists() and not any(path.is_file() for path in begun))
+        if taken and not config.resume:
+            raise FileExistsError(f"out {out} exists and holds no run of this comparison; choose another folder")
+        if train_all(trains):
             processes.from_main(lambda: _write(config, out))
         elif processes.main:
-            print(f"stopped; continue the comparison with: sisa compare --out {out} --resume (and the same flags)")
+            print("stopped; the same command continues the comparison")
     return out
 
 
-def _train_all(config: CompareConfig, out: Path) -> bool:
-    """Begin, resume or pass over each run; False if one was stopped."""
+def _train_configs(config: CompareConfig, out: Path) -> list[TrainConfig]:
     shared = ("task", "data", "tokenizer", "steps", "seq_len", "batch_size", "lr", "val_every", "device")
     settings: dict[str, Any] = {name: getattr(config, name) for name in shared}
     settings["tasks"] = tuple(TASKS) if config.task == "text" else ()
     # Seeds outermost: a comparison that is cut short still holds whole pairs.
-    runs = [
+    return [
         TrainConfig(sample_tokens=0, preset=preset, seed=seed, out=out / f"{preset}-seed{seed}", **settings)
         for seed in config.seeds
         for preset in config.presets
     ]
-    for run in runs:
-        resolve_run(run)  # what is wrong with the last is said before the first begins
-    return all(map(continue_run, runs))
 
 
 def _write(config: CompareConfig, out: Path) -> None:
@@ -125,28 +130,30 @@ def _write(config: CompareConfig, out: Path) -> None:
 
 def summary(runs: dict[str, list[Rows]], training: dict[str, list[Rows]]) -> str:
     """A Markdown table: final values as mean and (minimum to maximum) over seeds, and the median training throughput."""
-    lines = [
-        "| model | held-out loss | needle accuracy | recall accuracy | first step with needle >= 90 % | tokens/s |",
-        "|---|---|---|---|---|---|",
-    ]
+    rows = []
     for name, seeds in runs.items():
-        cells = [_spread([rows[-1]["loss"] for rows in seeds], "{:.3f}")]
-        cells += [_spread([100 * rows[-1][f"{task}_accuracy"] for rows in seeds], "{:.1f} %") for task in TASKS]
-        lines.append(f"| {name} | {' | '.join(cells)} | {_reached(seeds, 'needle', 0.9)} | {_rate(training[name]):,.0f} |")
-    chances = " | ".join(f"{100 * next(iter(runs.values()))[0][0][f'{task}_chance']:.1f} %" for task in TASKS)
-    return "\n".join([*lines, f"| chance | | {chances} | | |"]) + "\n"
+        loss = spread([rows[-1]["loss"] for rows in seeds], "{:.3f}")
+        rows.append((name, loss, *_accuracies(seeds, TASKS), _reached(seeds, "needle", 0.9), _rate(training[name])))
+    rows.append(("chance", "", *_chances(runs, TASKS), "", ""))
+    titles = ("model", "held-out loss", "needle accuracy", "recall accuracy", "first step with needle >= 90 %", "tokens/s")
+    return markdown(titles, rows)
 
 
 def task_summary(runs: dict[str, list[Rows]], training: dict[str, list[Rows]], exams: dict[str, str]) -> str:
     """As :func:`summary`, of a task trained alone: its accuracy by the position of the answer, ``exams`` name -> in words."""
     first = next(iter(exams))
-    titles = [f"accuracy at {lengths}" for lengths in exams.values()]
-    lines = [f"| model | {' | '.join(titles)} | first step with >= 95 % | tokens/s |", "|---" * (len(exams) + 3) + "|"]
-    for name, seeds in runs.items():
-        cells = " | ".join(_spread([100 * rows[-1][f"{exam}_accuracy"] for rows in seeds], "{:.1f} %") for exam in exams)
-        lines.append(f"| {name} | {cells} | {_reached(seeds, first, 0.95)} | {_rate(training[name]):,.0f} |")
-    chances = " | ".join(f"{100 * next(iter(runs.values()))[0][0][f'{exam}_chance']:.1f} %" for exam in exams)
-    return "\n".join([*lines, f"| chance | {chances} | | |"]) + "\n"
+    rows = [(n, *_accuracies(seeds, exams), _reached(seeds, first, 0.95), _rate(training[n])) for n, seeds in runs.items()]
+    titles = ("model", *(f"accuracy at {lengths}" for lengths in exams.values()), "first step with >= 95 %", "tokens/s")
+    return markdown(titles, [*rows, ("chance", *_chances(runs, exams), "", "")])
+
+
+def _accuracies(seeds: list[Rows], exams: Iterable[str]) -> list[str]:
+    return [spread([100 * rows[-1][f"{exam}_accuracy"] for rows in seeds], "{:.1f} %") for exam in exams]
+
+
+def _chances(runs: dict[str, list[Rows]], exams: Iterable[str]) -> list[str]:
+    row = next(iter(runs.values()))[0][0]
+    return [f"{100 * row[f'{exam}_chance']:.1f} %" for exam in exams]
 
 
 def _lengths(factor: int, seq_len: int | None) -> str:
@@ -160,12 +167,6 @@ def _reached(seeds: list[Rows], exam: str, level: float) -> str:
     return ", ".join(next((str(row["step"]) for row in rows if row[f"{exam}_accuracy"] >= level), "never") for rows in seeds)
 
 
-def _rate(seeds: list[Rows]) -> float:
+def _rate(seeds: list[Rows]) -> str:
     """The median training throughput, tokens/s."""
-    return float(np.median([row["tokens_per_s"] for rows in seeds for row in rows]))
-
-
-def _spread(values: list[float], form: str) -> str:
-    if len(values) == 1:
-        return form.format(values[0])
-    return f"{form.format(np.mean(values))} ({form.format(min(values))} to {form.format(max(values))})"
+    return f"{np.median([row['tokens_per_s'] for rows in seeds for row in rows]):,.0f}"

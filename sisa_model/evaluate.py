@@ -1,30 +1,26 @@
 """sisa eval: benchmarks and needles for a trained model, with intervals, chance and a record of what each figure depends on."""
 
-import copy
 import dataclasses
 import importlib.util
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
-import torch
 import tyro
 
 from . import haystack
 from .benchmarks import BENCHMARKS, chance, paper_requests, paper_right, read_benchmark
-from .checkpoint import CONFIG, load, read_config
-from .config import ModelConfig
-from .encoder import Encoder
+from .checkpoint import load
 from .haystack import Haystack
 from .machine import find_device, versions
-from .model import LanguageModel
 from .plot import plot_grid
 from .results import Figure, add_rows, measured, table, write_record
 from .run import PRECISIONS, read_run, weights_by_step
 from .scoring import Request, Scorer
+from .subject import find_subject, with_positions, without_importance
 
 PROTOCOLS = ("harness", "paper")
 NEEDLES = ("niah", "niah_long", "needle_grid")
@@ -72,67 +68,6 @@ class EvalConfig:
     """fp32, or bf16 autocast with fp32 logits; auto: bf16 on a GPU, fp32 on a CPU."""
     device: str = "auto"
     """cpu, cuda, cuda:1 ...; auto: a GPU if there is one."""
-
-
-class Subject(NamedTuple):
-    """What is evaluated."""
-
-    weights: Path
-    model: ModelConfig
-    encoder: Encoder
-    step: int | None
-    """Training steps done; None: unknown."""
-    trained: int
-    """Tokens a training sequence."""
-
-
-def find_subject(config: EvalConfig) -> Subject:
-    """The model and tokenizer that a configuration names, the weights not yet read.
-
-    Raises FileNotFoundError or ValueError for a folder of another kind, and for a tokenizer that is missing or not the model's.
-    """
-    if (config.run / "run.json").is_file():
-        if config.tokenizer is not None:
-            raise ValueError(f"tokenizer must be left out for a run folder, which knows its own, got {config.tokenizer}")
-        record = read_run(config.run)["train"]
-        held = weights_by_step(config.run, record.steps)
-        step = [*held][-1] if config.checkpoint == "newest" else int(config.checkpoint)
-        if step not in held:
-            raise ValueError(f"checkpoint must be newest, all or one of {', '.join(map(str, held))}, got {config.checkpoint}")
-        weights = held[step]
-        model, encoder, trained = read_config(weights / CONFIG), Encoder(record.tokenizer), record.seq_len
-    elif (config.run / CONFIG).is_file():
-        if config.tokenizer is None:
-            raise ValueError(f"tokenizer must be given for a folder of model weights: a file, or bytes ({config.run})")
-        if config.checkpoint != "newest":
-            raise ValueError(f"checkpoint must be left at newest for a folder of model weights, got {config.checkpoint}")
-        model, weights, step = read_config(config.run / CONFIG), config.run, None
-        encoder, trained = Encoder(None if config.tokenizer == "bytes" else Path(config.tokenizer)), model.max_seq_len
-    else:
-        raise FileNotFoundError(f"run must be a run folder of sisa train or a folder of model weights, got {config.run}")
-    if encoder.size > model.vocab_size:
-        raise ValueError(f"tokenizer must be the model's: it has {encoder.size} tokens, the model in {weights} {model.vocab_size}")
-    return Subject(weights, model, encoder, step, trained)
-
-
-def without_importance(model: LanguageModel) -> LanguageModel:
-    """``model`` with lambda = 0: its weights in the control that has no importance term. ValueError for one that has none."""
-    if model.config.family != "sisa" or model.config.lam == "zero":
-        raise ValueError("lam_zero needs a model with an importance term, and this one has none")
-    config = dataclasses.replace(model.config, lam="zero", mode="exact", backend="auto")
-    with torch.device("meta"):
-        plain = LanguageModel(config)
-    plain.to_empty(device=model.embed.weight.device)
-    state = model.state_dict()
-    plain.load_state_dict({name: state[name] for name in plain.state_dict()})
-    return plain
-
-
-def with_positions(model: LanguageModel, count: int) -> LanguageModel:
-    """``model``, its weights shared, for sequences of up to ``count`` tokens: RoPE has no table to outgrow."""
-    longer = copy.copy(model)
-    longer.config = dataclasses.replace(model.config, max_seq_len=count)
-    return longer
 
 
 def check(config: EvalConfig) -> tuple[str, ...]:
@@ -187,7 +122,7 @@ class _Evaluation:
 
     def __init__(self, config: EvalConfig, tasks: tuple[str, ...]):
         self.config, self.tasks = config, tasks
-        self.subject = find_subject(config)
+        self.subject = find_subject(config.run, config.tokenizer, config.checkpoint)
         device = find_device(config.device)
         benchmarks = [task for task in tasks if task not in NEEDLES]
         folder = config.data_dir
@@ -218,7 +153,12 @@ class _Evaluation:
         """The requests of a needle test by (length, seed), or (length, depth, seed)."""
         stack, limit = Haystack(self.subject.encoder), self.config.limit
         if task == "needle_grid":
-            cells = [(length, depth) for length in haystack.grid_lengths(self.subject.trained) for depth in haystack.GRID_DEPTHS]
+            wanted, least = haystack.grid_lengths(self.subject.trained), stack.grid_least
+            if small := [length for length in wanted if length < least]:
+                print(f"{task}: leaves out lengths of {', '.join(map(str, small))} tokens; a needle and its question take {least}")
+            if small == wanted:
+                raise ValueError(f"tasks: {task} needs a model trained on {least // 2} tokens or more, got {self.subject.trained}")
+            cells = [(length, depth) for length in wanted[len(small) :] for depth in haystack.GRID_DEPTHS]
             trials = min(haystack.GRID_TRIALS, limit or haystack.GRID_TRIALS)
             return {(*cell, seed): stack.grid(*cell, seed, trials) for cell in cells for seed in haystack.SEEDS}
         lengths = haystack.LONG_LENGTHS if task == "niah_long" else (haystack.LENGTH,)
@@ -272,7 +212,7 @@ class _Evaluation:
         return measured("accuracy", right.ravel().tolist(), 1 / len(haystack.NEEDLES), details=shares)
 
     def _grid(self, right: np.ndarray) -> Figure:
-        lengths, depths = haystack.grid_lengths(self.subject.trained), list(haystack.GRID_DEPTHS)
+        lengths, depths = (list(dict.fromkeys(cell[i] for cell in self.needles["needle_grid"])) for i in range(2))
         cells = right.reshape(len(lengths), len(depths), len(haystack.SEEDS), -1)
         shares, path = cells.mean((2, 3)).T, self._path("needle_grid").with_suffix(".png")
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -82,9 +82,11 @@ class HarnessModel(TemplateLM):
 
     def generate_until(self, requests: list, disable_tqdm: bool = False) -> list[str]:
         """Greedy continuations up to the first of the stop strings, the end of text, or ``max_gen_toks`` (256) tokens."""
-        return [self._generate(*request.args) for request in requests]
+        if why := self.scorer.model.cache_refusal():
+            print(f"every token runs all before it again: {why}")
+        return [self._generate(why is None, *request.args) for request in requests]
 
-    def _generate(self, context: str, settings: dict[str, Any]) -> str:
+    def _generate(self, use_cache: bool, context: str, settings: dict[str, Any]) -> str:
         if settings.get("do_sample") and settings.get("temperature", 1.0) > 0:
             raise ValueError(f"generation is greedy; the task asks for sampling: {settings}")
         stops = settings.get("until") or []
@@ -100,7 +102,8 @@ class HarnessModel(TemplateLM):
         while len(new) < budget:
             ids = torch.tensor([prompt + new], device=self.scorer.device)
             with self.scorer.autocast:
-                new = generate(self.scorer.model, ids, min(STRIDE, budget - len(new)))[0, len(prompt) :].tolist()
+                found = generate(self.scorer.model, ids, min(STRIDE, budget - len(new)), use_cache=use_cache)
+            new = found[0, len(prompt) :].tolist()
             ended = self.eot_token_id in new
             text = self.encoder.decode(new[: new.index(self.eot_token_id)] if ended else new)
             ends = [place for stop in stops if (place := text.find(stop)) >= 0]

@@ -65,6 +65,11 @@ class Haystack:
         place = round(depth * room)
         return self.filler[:place] + needle + self.filler[place:room] + question
 
+    @property
+    def grid_least(self) -> int:
+        """The least length of :meth:`grid`: the phrase twice, a number with its space and stop, and one token of filler."""
+        return 2 * len(encode(self.encoder, GRID_PHRASE)) + len(" 12345.") + 1
+
     def paper(self, length: int, seed: int, trials: int) -> list[Request]:
         """The authors' trials: one of five needles at a random depth; the value's first token is scored."""
         rng, found = random.Random(seed), []
@@ -87,5 +92,5 @@ class Haystack:
 
 
 def grid_lengths(trained: int) -> list[int]:
-    """Lengths from an eighth of the training length to twice it."""
+    """Lengths from an eighth of the training length to twice it, with or without room for a needle."""
     return [round(share * trained) for share in GRID_SHARES]

@@ -201,11 +201,9 @@ class SisaForCausalLM(PreTrainedModel, GenerationMixin):
             if attention_mask.shape != (batch, seen + length):
                 raise ValueError(f"attention_mask must have shape {[batch, seen + length]}, got {list(attention_mask.shape)}")
             real = attention_mask[:, seen:].bool()
-            padding = find_padding(real)
+            padding = find_padding(real, seen)
         if padding is None:
             x = self.model.hidden(input_ids, cache=held)
-        elif seen:
-            raise ValueError(f"attention_mask must be 1 for all tokens behind the {seen} in the cache")
         else:
             ids = padding.pack(input_ids.masked_fill(~real, 0))
             if held is not None:

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from itertools import repeat
 from pathlib import Path
+from statistics import geometric_mean
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ from .files import write_json, write_text
 from .layers import Context
 from .machine import find_device
 from .plot import plot_heads
+from .results import markdown, spread
 from .run import TrainConfig, newest_weights, read_run
 from .sisa import SisaAttention, half_life, visit_layers
 from .tasks import exams, find_task
@@ -84,12 +86,9 @@ def inspect_model(model: Any, input_ids: Tensor) -> list[Inspection]:
 
     Raises ValueError for a model without a SISA layer: a Transformer, say, or SISA with lambda = 0.
     """
-    numbers = [n for n, layer in enumerate(model.layers) if any(isinstance(m, SisaAttention) for m in layer.modules())]
-    if not numbers:
-        raise ValueError(f"the model must have a SISA layer, got a {model.config.family} (lam {model.config.lam!r}) without one")
     found: list[Inspection] = []
 
-    def measure(attn: SisaAttention, x: Tensor, context: Context) -> None:
+    def measure(layer: int, attn: SisaAttention, x: Tensor, context: Context) -> None:
         q, k, _, b, c, log_decay, theta = attn.operands(x)
         cos, sin = (table.double()[:, None] for table in context.rotary)
         inputs = (x.split(1) for x in (rotate(q.double(), cos, sin), rotate(k.double(), cos, sin), b, c, log_decay, theta))
@@ -97,9 +96,11 @@ def inspect_model(model: Any, input_ids: Tensor) -> list[Inspection]:
         importance, total, *entropies = torch.stack(sequences).mean(0)
         lives = half_life(log_decay).repeat_interleave(attn.n_heads // attn.n_kv_heads)
         values = (attn.lam(), lives, (importance / total).sqrt(), *entropies)
-        found.append(Inspection(numbers[len(found)], *(value.tolist() for value in values)))
+        found.append(Inspection(layer, *(value.tolist() for value in values)))
 
     visit_layers(model, input_ids, measure)
+    if not found:
+        raise ValueError(f"the model must have a SISA layer, got a {model.config.family} (lam {model.config.lam!r}) without one")
     return found
 
 
@@ -178,10 +179,10 @@ def _change(layer: Inspection) -> list[float]:
 
 def table(layers: list[Inspection]) -> str:
     """A Markdown table, a line a layer: means over heads (half-lives: geometric), minimum to maximum."""
-    lines = ["| layer | lambda | half-life, tokens | share of the logits | entropy, nats | without importance |", "|---" * 6 + "|"]
-    for layer in layers:
-        columns = (layer.lam, layer.half_life, layer.share, layer.entropy, layer.entropy_without)
-        means = [float(np.exp(np.log(x).mean()) if x is layer.half_life else np.mean(x)) for x in columns]
-        cells = [f"{mean:.3g} ({min(x):.3g} to {max(x):.3g})" for mean, x in zip(means, columns)]
-        lines.append(f"| {layer.layer} | {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+    titles = ("layer", "lambda", "half-life, tokens", "share of the logits", "entropy, nats", "without importance")
+    rows = []
+    for x in layers:
+        life = spread(x.half_life, "{:.3g}", geometric_mean)
+        share, *entropies = (spread(values, "{:.3g}") for values in (x.share, x.entropy, x.entropy_without))
+        rows.append((x.layer, spread(x.lam, "{:.3g}"), life, share, *entropies))
+    return markdown(titles, rows)

@@ -26,13 +26,16 @@ class Padding:
         return y[torch.arange(len(y), device=y.device)[:, None], self.back]
 
 
-def find_padding(real: Tensor) -> Padding | None:
+def find_padding(real: Tensor, seen: int = 0) -> Padding | None:
     """The :class:`Padding` of ``real`` [B, L] bool, False where a place is padding, on either side or between; None without any.
 
-    Raises ValueError, naming ``attention_mask``, for a row without a real token.
+    Raises ValueError, naming ``attention_mask``, for a row without a real token, and for padding behind the ``seen`` tokens of a
+    cache.
     """
     if real.all():
         return None
+    if seen:
+        raise ValueError(f"attention_mask must be 1 for all tokens behind the {seen} in the cache")
     lengths = real.sum(1).tolist()
     if not min(lengths):
         raise ValueError(f"attention_mask must leave each row at least one token, got {lengths}")

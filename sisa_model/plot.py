@@ -21,8 +21,10 @@ CHANCE: dict[str, Any] = {"color": "0.3", "ls": ":", "lw": 1.5}
 plt.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.25})
 
 
-def _finish(figure: Any, path: Path) -> None:
-    figure.tight_layout()
+def save_figure(figure: Any, path: Path, tight: bool = True) -> None:
+    """Write ``figure`` to ``path``, a .png, aside and renamed, and close it; ``tight``: its axes laid out anew."""
+    if tight:
+        figure.tight_layout()
     write_atomically(path, lambda aside: figure.savefig(aside, dpi=130, format="png", bbox_inches="tight"))
     plt.close(figure)
 
@@ -36,7 +38,7 @@ def plot_losses(path: Path, title: str, train: Rows, val: Rows, unigram: float, 
         axis.axhline(level, color="0.4", ls=style, lw=1, label=f"{name} model, {level:.2f}")
     axis.set(xlabel="step", ylabel="loss, nats a token", title=title)
     axis.legend(frameon=False)
-    _finish(figure, path)
+    save_figure(figure, path)
 
 
 def plot_health(path: Path, title: str, val: Rows) -> None:
@@ -48,16 +50,16 @@ def plot_health(path: Path, title: str, val: Rows) -> None:
         "clamped": "share of positions clamped",
     }
     figure, axes = plt.subplots(1, len(panels), figsize=(13, 3.2))
-    steps, layers = [r["step"] for r in val], len(val[0]["layers"])
-    shades = plt.get_cmap("viridis")(np.linspace(0, 0.9, layers))
+    steps, numbers = [r["step"] for r in val], [layer["layer"] for layer in val[0]["layers"]]
+    shades = plt.get_cmap("viridis")(np.linspace(0, 0.9, len(numbers)))
     for axis, (field, label) in zip(axes, panels.items()):
-        for layer in range(layers):
-            axis.plot(steps, [np.mean(r["layers"][layer][field]) for r in val], color=shades[layer], label=f"layer {layer}")
+        for place, number in enumerate(numbers):
+            axis.plot(steps, [np.mean(r["layers"][place][field]) for r in val], color=shades[place], label=f"layer {number}")
         axis.set(xlabel="step", title=label)
     axes[1].set_yscale("log")
     axes[0].legend(frameon=False, fontsize=7)
     figure.suptitle(title)
-    _finish(figure, path)
+    save_figure(figure, path)
 
 
 def plot_compare(path: Path, runs: dict[str, list[Rows]], title: str) -> None:
@@ -90,7 +92,7 @@ def plot_compare(path: Path, runs: dict[str, list[Rows]], title: str) -> None:
     axes[1, 1].set_xticks(range(DEPTHS), quarters)
     axes[1, 1].set(xlabel="place of the needle in the text", title="final needle accuracy by depth", ylim=(-0.03, 1.03))
     _legend(figure, axes[0, 1], title)
-    _finish(figure, path)
+    save_figure(figure, path)
 
 
 def plot_task(path: Path, runs: dict[str, list[Rows]], exams: dict[str, str], title: str) -> None:
@@ -120,7 +122,7 @@ def plot_task(path: Path, runs: dict[str, list[Rows]], exams: dict[str, str], ti
     axes[2].set_xticks(range(len(exams)), list(exams.values()))
     axes[2].grid(axis="x", visible=False)
     _legend(figure, axes[1], title)
-    _finish(figure, path)
+    save_figure(figure, path)
 
 
 def plot_heads(path: Path, title: str, layers: Rows, panels: dict[str, str]) -> None:
@@ -154,7 +156,7 @@ def plot_heads(path: Path, title: str, layers: Rows, panels: dict[str, str]) -> 
         axis.grid(visible=False)
         axis.set(xlabel="head", ylabel="layer", title=label)
     figure.suptitle(title, y=1.0, va="bottom")
-    _finish(figure, path)
+    save_figure(figure, path)
 
 
 def plot_tables(path: Path, note: str, tables: list[tuple[str, tuple[str, ...], list[list[str]]]], missing: str) -> None:
@@ -185,8 +187,7 @@ def plot_tables(path: Path, note: str, tables: list[tuple[str, tuple[str, ...], 
             cell.set(edgecolor="0.85", lw=0.5, facecolor="0.95" if 0 in (line, column) else "white")
             if cell.get_text().get_text().startswith(missing):
                 cell.get_text().set_color("0.6")
-    write_atomically(path, lambda aside: figure.savefig(aside, dpi=130, format="png", bbox_inches="tight"))
-    plt.close(figure)
+    save_figure(figure, path, tight=False)
 
 
 def _curve(axis: Any, number: int, name: str, seeds: list[Rows], field: str) -> None:
@@ -223,4 +224,4 @@ def plot_grid(path: Path, title: str, shares: np.ndarray, depths: list[float], l
     if 0 < seen < len(lengths):
         axis.axvline(seen - 0.5, color="w", ls="--", lw=1.5)
     figure.colorbar(image, label="needles found, %")
-    _finish(figure, path)
+    save_figure(figure, path)

@@ -10,7 +10,8 @@ import numpy as np
 import tyro
 
 from . import paper
-from .plot import COLORS, Rows, _finish
+from .plot import COLORS, Rows, save_figure
+from .results import read_evaluations
 from .run import read_run
 from .runlog import read_rows
 
@@ -65,8 +66,8 @@ class Line(NamedTuple):
 def plot_runs(config: PlotConfig) -> Path:
     """Draw the runs into ``config.out`` and return it.
 
-    Raises ValueError for no run, one named twice, one without a row, or another suffix than .png, and as
-    :func:`sisa_model.run.read_run` does for a folder that is no run.
+    Raises ValueError for no run, one named twice, one without a row, a row of RUN/eval.jsonl that is no evaluation, or another
+    suffix than .png, and as :func:`sisa_model.run.read_run` does for a folder that is no run.
     """
     if config.out.suffix != ".png":
         raise ValueError(f"out must be a .png file, got {config.out}")
@@ -91,10 +92,10 @@ def name_runs(runs: tuple[Path, ...]) -> list[tuple[str, Path]]:
 
 def _read(folder: Path, name: str) -> RunRows:
     preset = read_run(folder)["train"].preset
-    train, val, evals = (read_rows(folder / f"{rows}.jsonl") for rows in ("train", "val", "eval"))
+    train, val = (read_rows(folder / f"{rows}.jsonl") for rows in ("train", "val"))
     if not (train or val):
         raise ValueError(f"runs: {folder} holds no step yet")
-    return RunRows(name, preset, train, val, evals)
+    return RunRows(name, preset, train, val, read_evaluations(folder))
 
 
 def panels(runs: list[RunRows]) -> dict[str, list[Line]]:
@@ -179,6 +180,8 @@ def _draw(path: Path, runs: list[RunRows]) -> None:
             axis.set_yscale("log")
         if papers:
             axis.legend(frameon=False, fontsize=6)
-    handles, labels = axes.flat[0].get_legend_handles_labels()
-    axes.flat[len(found)].legend(handles, labels, loc="center", frameon=False)
-    _finish(figure, path)
+    # A run may be missing from any one panel.
+    handles = {name: handle for axis in axes.flat for handle, name in zip(*axis.get_legend_handles_labels())}
+    names = [run.name for run in runs if run.name in handles]
+    axes.flat[len(found)].legend([handles[name] for name in names], names, loc="center", frameon=False)
+    save_figure(figure, path)

@@ -11,14 +11,15 @@ from . import paper
 from .config import ModelConfig
 from .files import write_text
 from .flops import training_flops
+from .haystack import LENGTH
 from .plot import plot_tables
 from .plot_runs import name_runs
 from .presets import D_STATES, preset_config
+from .results import markdown, read_evaluations, spread
 from .run import TrainConfig, read_run
 from .runlog import read_rows
 
 MISSING, UNPUBLISHED = "missing", "-"
-NIAH_LENGTH = 512  # of the authors' test
 TITLES = {"lambada": "LAMBADA", "niah": "NIAH", "hellaswag": "HellaSwag", "arc_easy": "ARC-Easy", "winogrande": "WinoGrande"}
 SCALES = ("50m", "152m", "369m")
 BASELINE = "transformer-152m"
@@ -42,7 +43,7 @@ class ReportConfig:
     """Folder of the report, whose files are replaced if they exist."""
 
 
-class Figure(NamedTuple):
+class Accuracy(NamedTuple):
     """An accuracy in percent, the step it was measured at, and its interval where it has one."""
 
     value: float
@@ -64,9 +65,9 @@ class Results(NamedTuple):
     rate: float | None
     """Median training throughput, tokens/s."""
     commit: str
-    tasks: dict[str, dict[int, Figure]]
+    tasks: dict[str, dict[int, Accuracy]]
     """Task -> step -> accuracy: RUN/eval.jsonl's, of equal steps the last, and the retrieval tasks of RUN/val.jsonl."""
-    niah: dict[int, dict[int, Figure]]
+    niah: dict[int, dict[int, Accuracy]]
     """Length of the authors' needle test -> step -> accuracy."""
 
 
@@ -97,11 +98,27 @@ def report(config: ReportConfig) -> Path:
     results = [collect(folder, name) for name, folder in name_runs(config.runs)]
     found = tables(results)
     config.out.mkdir(parents=True, exist_ok=True)
-    text = "\n".join(["# Report", "", NOTE, "", *(line for table in found for line in (f"## {table.title}", "", markdown(table)))])
+    text = "\n".join(
+        [
+            "# Report",
+            "",
+            NOTE,
+            "",
+            *(
+                line
+                for t in found
+                for line in (f"## {t.title}", "", markdown(("", *t.columns), [(label, *cells) for label, cells in t.rows]))
+            ),
+        ]
+    )
     write_text(config.out / "report.md", text)
     drawn = [(t.title, t.columns, [[label, *map(str, cells)] for label, cells in t.rows]) for t in found]
     plot_tables(config.out / "report.png", NOTE, drawn, MISSING)
     print(f"{text}\nreport: {config.out / 'report.md'}, {config.out / 'report.png'}")
+    harness = {run.name: [task for task in TITLES if f"{task} (harness)" in run.tasks and task not in run.tasks] for run in results}
+    if names := [name for name, tasks in harness.items() if tasks]:
+        measure = "sisa eval RUN --protocol paper --data-dir FOLDER"
+        print(f"only protocol harness: {', '.join(names)}; the paper's tables take protocol paper: {measure}")
     return config.out / "report.md"
 
 
@@ -109,17 +126,18 @@ def collect(folder: Path, name: str) -> Results:
     """Read a run folder, called ``name``; raises as :func:`report` does."""
     record = read_run(folder)
     train = record["train"]
-    training, val, evals = (read_rows(folder / f"{rows}.jsonl") for rows in ("train", "val", "eval"))
-    tasks: dict[str, dict[int, Figure]] = {}
-    niah: dict[int, dict[int, Figure]] = {}
+    training, val = (read_rows(folder / f"{rows}.jsonl") for rows in ("train", "val"))
+    tasks: dict[str, dict[int, Accuracy]] = {}
+    niah: dict[int, dict[int, Accuracy]] = {}
     for row in val:
         for field in (field for field in row if field.endswith("_accuracy")):
-            tasks.setdefault(field.removesuffix("_accuracy"), {})[row["step"]] = Figure(100 * row[field], row["step"])
-    for row in evals:
-        figure, lengths = _figure(folder, row), _lengths(row)
+            tasks.setdefault(field.removesuffix("_accuracy"), {})[row["step"]] = Accuracy(100 * row[field], row["step"])
+    for row in read_evaluations(folder):
+        low, high = (None if row.get(edge) is None else 100 * row[edge] for edge in ("low", "high"))
+        figure, lengths = Accuracy(100 * row["accuracy"], row["step"], low, high), _lengths(row)
         for length, at in lengths.items():
             niah.setdefault(length, {})[figure.step] = at or figure
-        if row["task"] != "niah" or NIAH_LENGTH in lengths:
+        if row["task"] != "niah" or LENGTH in lengths:
             tasks.setdefault(row["task"], {})[figure.step] = figure
     frozen = train.preset.startswith("sisa") and train.lambda_lr_scale == 0
     return Results(
@@ -129,25 +147,14 @@ def collect(folder: Path, name: str) -> Results:
     )  # fmt: skip
 
 
-def _figure(folder: Path, row: dict[str, Any]) -> Figure:
-    try:
-        step, value, _ = int(row["step"]), 100 * float(row["accuracy"]), str(row["task"])
-        low, high = (None if row.get(edge) is None else 100 * float(row[edge]) for edge in ("low", "high"))
-        if not 0 <= value <= 100:
-            raise ValueError(f"accuracy must be in [0, 1], got {row['accuracy']}")
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{folder / 'eval.jsonl'} must hold rows of step, task and accuracy, got {row}: {error!r}") from error
-    return Figure(value, step, low, high)
-
-
-def _lengths(row: dict[str, Any]) -> dict[int, Figure | None]:
+def _lengths(row: dict[str, Any]) -> dict[int, Accuracy | None]:
     """The lengths of the authors' needle test that a row holds, with their accuracy; None: the row's own."""
     if row["task"] not in ("niah", "niah_long"):
         return {}
-    by_length = row.get("by_length", {row.get("length", NIAH_LENGTH): None})
+    by_length = row.get("by_length", {row.get("length", LENGTH): None})
     if len(by_length) == 1:
         return {int(length): None for length in by_length}
-    return {int(length): Figure(100 * value, row["step"]) for length, value in by_length.items()}
+    return {int(length): Accuracy(100 * value, row["step"]) for length, value in by_length.items()}
 
 
 def tables(results: list[Results]) -> list[Table]:
@@ -161,7 +168,7 @@ def tables(results: list[Results]) -> list[Table]:
         figures = [_last(run.tasks[task]) for run in models.get(model, ()) if run.tasks.get(task)]
         return Cell(_accuracy(figures, {paper.STEPS}), _published(paper.RESULTS.get(model, {}).get(task)))
 
-    def along(curve: paper.Curve, found: list[dict[int, dict[int, Figure]]], ends: set[int]) -> list[Cell]:
+    def along(curve: paper.Curve, found: list[dict[int, dict[int, Accuracy]]], ends: set[int]) -> list[Cell]:
         """The cells of a curve beside ``found``: of each run, by point, the figures by step; no ``ends``: the points are steps."""
         figures = {point: [_last(run[point]) for run in found if point in run] for point in curve.points}
         return [Cell(_accuracy(figures[point], ends or {point}), _published(value)) for point, value in curve.points.items()]
@@ -246,10 +253,10 @@ def _training_flops(model: str) -> float:
 def _unpublished(models: dict[str, list[Results]]) -> list[Table]:
     """Final accuracies in whatever the paper has no figure of, by model and task; no table if there are none."""
     by_length = {(preset, length) for curve in paper.NIAH_BY_LENGTH for preset in curve.presets for length in curve.points}
-    found: dict[str, dict[str, list[Figure]]] = {}
+    found: dict[str, dict[str, list[Accuracy]]] = {}
     for run in (run for runs in models.values() for run in runs):
         ours = {TITLES.get(task, task): at for task, at in run.tasks.items() if task not in paper.RESULTS.get(run.model, {})}
-        beyond = {length: at for length, at in run.niah.items() if length != NIAH_LENGTH and (run.model, length) not in by_length}
+        beyond = {length: at for length, at in run.niah.items() if length != LENGTH and (run.model, length) not in by_length}
         for title, at in {**ours, **{f"NIAH at {length:,}": at for length, at in sorted(beyond.items())}}.items():
             found.setdefault(run.model, {}).setdefault(title, []).append(_last(at))
     if not found:
@@ -266,35 +273,24 @@ def _scale(model: str) -> str | None:
     return next((scale for scale in SCALES if scale in model.split("-")), None)
 
 
-def _last(figures: dict[int, Figure]) -> Figure:
+def _last(figures: dict[int, Accuracy]) -> Accuracy:
     return figures[max(figures)]
 
 
-def _accuracy(figures: list[Figure], expected: set[int]) -> str:
+def _accuracy(figures: list[Accuracy], expected: set[int]) -> str:
     """Mean and range of several figures, or one with its interval; with the steps where they aren't the ``expected`` ones."""
     if not figures:
         return MISSING
     values, steps = [figure.value for figure in figures], {figure.step for figure in figures}
-    text = f"{np.mean(values):.1f}"
-    if len(values) > 1:
-        text += f" ({min(values):.1f} to {max(values):.1f})"
-    elif figures[0].low is not None and figures[0].high is not None:
+    text = spread(values, "{:.1f}")
+    if len(values) == 1 and figures[0].low is not None and figures[0].high is not None:
         text += f" [{figures[0].low:.1f}, {figures[0].high:.1f}]"
     return text if steps <= expected else f"{text} at step {' to '.join(f'{step:,}' for step in sorted({min(steps), max(steps)}))}"
 
 
 def _number(values: list[float]) -> str:
-    if not values:
-        return MISSING
-    spread = f" ({min(values):,.0f} to {max(values):,.0f})" if len(values) > 1 else ""
-    return f"{np.mean(values):,.0f}{spread}"
+    return spread(values, "{:,.0f}") if values else MISSING
 
 
 def _published(value: float | None, digits: int = 1) -> str:
     return UNPUBLISHED if value is None else f"{value:.{digits}f}"
-
-
-def markdown(table: Table) -> str:
-    """The table in Markdown."""
-    lines = [f"| | {' | '.join(table.columns)} |", "|---" * (len(table.columns) + 1) + "|"]
-    return "\n".join([*lines, *(f"| {label} | {' | '.join(map(str, cells))} |" for label, cells in table.rows)]) + "\n"

@@ -1,7 +1,7 @@
 """Figures of an evaluation: bootstrap intervals, the table that is printed, the files that are written."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -70,11 +70,39 @@ def table(figures: dict[str, list[Figure]]) -> str:
     return "\n".join(lines)
 
 
+def markdown(columns: Sequence[str], rows: Iterable[Iterable[object]]) -> str:
+    """A table in Markdown: the columns' titles, then a line a row."""
+    head, *body = ("|" + "".join(f" {cell}".rstrip() + " |" for cell in row) for row in (columns, *rows))
+    return "\n".join((head, "|---" * len(columns) + "|", *body)) + "\n"
+
+
+def spread(values: Sequence[float], form: str, mean: Callable[[Sequence[float]], Any] = np.mean) -> str:
+    """The ``mean`` of ``values``, each in the format ``form``, and of several their minimum and maximum in brackets."""
+    text = form.format(mean(values))
+    return text if len(values) == 1 else f"{text} ({form.format(min(values))} to {form.format(max(values))})"
+
+
 def add_rows(path: Path, rows: list[dict[str, Any]]) -> None:
     """Append ``rows`` to a jsonl file in place of earlier ones of the same step and task; the file is replaced as a whole."""
     again = {(row["step"], row["task"]) for row in rows}
     kept = [row for row in read_rows(path) if (row["step"], row["task"]) not in again]
     write_text(path, "".join(json.dumps(row) + "\n" for row in kept + rows))
+
+
+def read_evaluations(folder: Path) -> list[dict[str, Any]]:
+    """The rows of RUN/eval.jsonl, shares in [0, 1]; ValueError for one that is no evaluation."""
+    path, found = folder / "eval.jsonl", []
+    for row in read_rows(path):
+        try:
+            shares = {
+                name: float(row[name]) for name in ("accuracy", "low", "high") if name == "accuracy" or row.get(name) is not None
+            }
+            if not 0 <= shares["accuracy"] <= 1:
+                raise ValueError(f"accuracy must be in [0, 1], got {row['accuracy']}")
+            found.append({**row, "step": int(row["step"]), "task": str(row["task"]), **shares})
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{path} must hold rows of step, task and accuracy, got {row}: {error!r}") from error
+    return found
 
 
 def write_record(path: Path, record: dict[str, Any]) -> None:

@@ -125,6 +125,7 @@ class Health:
     """How a layer's importance term stands on a batch: one value a head, averaged over the batch's sequences."""
 
     layer: int
+    """Which of the model's layers, from 0; a hybrid's others have no health."""
     lam: list[float]
     """lambda of each head."""
     half_life: list[float]
@@ -144,10 +145,13 @@ def half_life(log_decay: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def visit_layers(model: Any, input_ids: Tensor, visit: Callable[[SisaAttention, Tensor, Context], None]) -> None:
-    """Run ``model`` on ``input_ids`` [B, L] and call ``visit(attention, normed input, context)`` at each SISA layer, in order."""
-    found = [module for module in model.modules() if isinstance(module, SisaAttention)]
-    hooks = [module.register_forward_pre_hook(lambda m, args: visit(m, *args[:2])) for module in found]
+def visit_layers(model: Any, input_ids: Tensor, visit: Callable[[int, SisaAttention, Tensor, Context], None]) -> None:
+    """Run ``model`` on ``input_ids`` [B, L] and call ``visit(number, attention, normed input, context)`` at each SISA layer.
+
+    In order; the number is the layer's among all of the model's.
+    """
+    found = [(n, m) for n, layer in enumerate(model.layers) for m in layer.modules() if isinstance(m, SisaAttention)]
+    hooks = [attn.register_forward_pre_hook(lambda m, args, n=n: visit(n, m, *args[:2])) for n, attn in found]  # type: ignore[misc]
     try:
         if hooks:
             model.hidden(input_ids)
@@ -160,13 +164,13 @@ def health(model: Any, input_ids: Tensor) -> list[Health]:
     """The :class:`Health` of every SISA layer of ``model`` on ``input_ids`` [B, L]; empty for a model without one."""
     found: list[Health] = []
 
-    def measure(attn: SisaAttention, x: Tensor, context: Context) -> None:
+    def measure(layer: int, attn: SisaAttention, x: Tensor, context: Context) -> None:
         log_decay = attn.operands(x)[5]
         g = log_decay.double().cumsum(1)
         middle = (g[:, :1] + g[:, -1:]) / 2
         clamped = ((g - middle).abs() > CLAMP).double().mean().item() if attn.mode == "clamped" else 0.0
         lam, g_range = attn.lam().tolist(), (g[:, 0] - g[:, -1]).amax(0).tolist()
-        found.append(Health(len(found), lam, half_life(log_decay).tolist(), g_range, clamped))
+        found.append(Health(layer, lam, half_life(log_decay).tolist(), g_range, clamped))
 
     visit_layers(model, input_ids, measure)
     return found

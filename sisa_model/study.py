@@ -83,15 +83,19 @@ def run_study(config: StudyConfig) -> None:
         return
     if config.scale != "tiny" and not config.data:
         raise ValueError(f"data must be given at scale {config.scale}: Python's standard library is no text for these models")
-    trains = [_train_config(config, run) for run in runs]
-    for train in trains:
-        resolve(train)
     with world() as processes:  # one for all runs: torchrun's processes can meet only once
-        finished = all(map(continue_run, trains))
+        finished = train_all([_train_config(config, run) for run in runs])
     if processes.main:
         if not finished:
             print("stopped; the same command continues the study")
         print(listing(runs, config.out))
+
+
+def train_all(configs: list[TrainConfig]) -> bool:
+    """Begin, resume or pass over each run in order; False if one was stopped. Raises, before the first, for any one's settings."""
+    for config in configs:
+        resolve(config)
+    return all(map(continue_run, configs))
 
 
 def _train_config(config: StudyConfig, run: Run) -> TrainConfig:

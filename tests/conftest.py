@@ -1,5 +1,7 @@
 """Fixtures for every test: fresh memory is poisoned, and one problem generator serves all operators."""
 
+import dataclasses
+import json
 import os
 import sys
 from pathlib import Path
@@ -48,6 +50,32 @@ def corpus(tmp_path_factory):
     for n in range(60):
         (folder / f"{n}.txt").write_text(f"{n} " + "the quick brown fox jumps over the lazy dog; " * (10 + n % 7))
     return folder
+
+
+@pytest.fixture
+def text(tmp_path):
+    """A text file of two thousand short sentences."""
+    path = tmp_path / "text.txt"
+    path.write_text("".join(f"{n} green bottles on the wall; " for n in range(2000)))
+    return path
+
+
+def tokens(B=2, L=40, vocab=257, seed=1):
+    """Random token ids [B, L]."""
+    return torch.randint(vocab, (B, L), generator=torch.Generator().manual_seed(seed))
+
+
+def run_folder(path, preset, train, val, evals=(), **settings):
+    """A run folder as `sisa train` leaves one, of these rows, without the training."""
+    from sisa_model.run import TrainConfig, resolve
+
+    path.mkdir(parents=True)
+    config = resolve(TrainConfig(preset=preset, **settings))
+    record = {"train": dataclasses.asdict(config), "corpus": {"sha256": ""}, "versions": {"commit": "0123456789ab"}}
+    (path / "run.json").write_text(json.dumps(record, default=str))
+    for name, rows in (("train", train), ("val", val), ("eval", evals)):
+        (path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
 
 
 NAMES = ("q", "k", "v", "b", "c", "log_decay", "theta", "lam")

@@ -296,10 +296,11 @@ def test_command_line_says_why_a_path_failed(monkeypatch):
     assert all(line.endswith(" RuntimeError: no kernel image") for line in command.self_check(torch.device("cpu"))[1:])
 
 
-def test_the_readme_example_runs():
-    code = (ROOT / "README.md").read_text().split("```python\n")[1].split("```")[0]
+@pytest.mark.parametrize(("page", "shape"), [("README.md", (2, 1000, 8, 64)), ("docs/own-model.md", (2, 1000, 512))])
+def test_the_first_example_of_a_page_runs(page, shape):
     scope: dict = {}
-    exec(code, scope)
-    assert scope["y"].shape == (2, 1000, 8, 64)
+    exec((ROOT / page).read_text().split("```python\n")[1].split("```")[0], scope)
+    assert scope["y"].shape == shape
     scope["y"].sum().backward()
-    assert scope["lam"].grad.isfinite().all()
+    lam = scope["attn"].lambda_raw if "attn" in scope else scope["lam"]
+    assert lam.grad.isfinite().all()

@@ -16,11 +16,13 @@ pytest.importorskip("sisa_kernels.triton_attention", reason="needs the package t
 import accuracy
 import authors
 import cases
+import paths
 import report
 import rows
 import timing
-from cases import ATTENTION_ON_CPU, Setting, attention_case, failure
+from cases import Setting, attention_case
 from cpu_cases import SECTIONS
+from paths import ATTENTION_ON_CPU, failure
 from roofline import Shape
 
 from sisa_model.cli import main
@@ -64,12 +66,12 @@ def test_pytest_bench_measures_every_section_and_appends_its_rows(tmp_path):
 
 
 def wrong_by_a_tenth_of_a_percent(x, rotary):
-    return 1.001 * cases.exact_on_stock(x, rotary)
+    return 1.001 * paths.exact_on_stock(x, rotary)
 
 
 def test_a_wrong_path_gets_a_reason_and_no_number(tmp_path):
-    broken = case(replace(cases.EXACT_ON_CPU, name="broken", call=wrong_by_a_tenth_of_a_percent))
-    right = case(cases.STOCK[1], baseline=True)
+    broken = case(replace(paths.EXACT_ON_CPU, name="broken", call=wrong_by_a_tenth_of_a_percent))
+    right = case(paths.STOCK[1], baseline=True)
     run = timing.Run(TINY, tmp_path, 1.0, lambda calls: [[1.0, 2.0, 3.0] for _ in calls])
     found = timing.measure(run, [broken, right])
     row, series = found[broken]
@@ -86,7 +88,7 @@ def test_every_path_passes_its_check(path):
 
 def test_the_ratio_is_of_medians_and_its_spread_of_rounds(tmp_path):
     """A machine that is ten times as slow in one round slows both: the spread of the rounds' ratios stays at nought."""
-    base, mine = case(cases.STOCK[1], baseline=True), case(cases.EXACT_ON_CPU)
+    base, mine = case(paths.STOCK[1], baseline=True), case(paths.EXACT_ON_CPU)
     slow = [1.0, 1.0, 10.0, 1.0, 1.0]
     run = timing.Run(TINY, tmp_path, 1.0, lambda calls: [slow, [2 * ms for ms in slow]])
     row, series = timing.measure(run, [base, mine])[mine]
@@ -216,6 +218,14 @@ def test_every_figure_is_drawn_from_the_rows(results, tmp_path, capsys):
     assert report.main(["--results", str(results), "--out", str(out)]) == 0
     changed = {path.name for path in out.iterdir() if path.read_bytes() != before[path.name]}
     assert changed == {"speed.png", "growth.png"}
+
+
+def test_only_the_figures_asked_for_are_drawn(results, tmp_path):
+    (results / "growth.csv").unlink()
+    flags = ["bench-report", "--results", str(results), "--out", str(tmp_path / "docs"), "--only"]
+    assert main([*flags, "speed", "accuracy"]) == 0
+    assert sorted(path.name for path in (tmp_path / "docs").iterdir()) == ["accuracy.png", "speed.png"]
+    assert main([*flags, "growth"]) == 1
 
 
 def test_the_newest_row_of_one_device_counts():

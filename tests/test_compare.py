@@ -1,6 +1,9 @@
 """sisa compare and the other commands."""
 
+import dataclasses
 import json
+import re
+import shutil
 
 import pytest
 
@@ -11,9 +14,8 @@ from sisa_model.runlog import read_rows
 
 
 @pytest.fixture
-def small(tmp_path):
-    (tmp_path / "text.txt").write_text("".join(f"{n} green bottles on the wall; " for n in range(2000)))
-    settings = {"steps": 4, "seq_len": 64, "batch_size": 2, "val_every": 2, "data": (tmp_path / "text.txt",)}
+def small(text, tmp_path):
+    settings = {"steps": 4, "seq_len": 64, "batch_size": 2, "val_every": 2, "data": (text,)}
     return {"seeds": (0, 1), "out": tmp_path / "compare", **settings}
 
 
@@ -35,12 +37,20 @@ def test_compare_trains_alike_and_reports(small, capsys, monkeypatch):
     assert "| chance | | 6.2 % | 27.8 % | | |" in table
     assert (folder / "compare.png").read_bytes().startswith(b"\x89PNG")
 
-    with pytest.raises(FileExistsError, match="continue its comparison with --resume"):
-        compare(CompareConfig(**small))
-    monkeypatch.setattr("sisa_model.train.train", None)  # finished runs are not trained again
+    with pytest.raises(FileExistsError, match="exists and holds no run of this comparison"):
+        compare(CompareConfig(**{**small, "out": folder.parent}))
+    shutil.rmtree(folder / runs[3])
+    whole = {name: (folder / name / "val.jsonl").stat().st_mtime_ns for name in runs[:3]}
+    compare(CompareConfig(**small))
+    assert {name: (folder / name / "val.jsonl").stat().st_mtime_ns for name in runs[:3]} == whole, "what is finished is left alone"
+    assert json.loads((folder / "results.json").read_text())["val"] == results, "the run that was gone is made again"
+    monkeypatch.setattr("sisa_model.train.train", None)
     compare(CompareConfig(**small, resume=True))
     with pytest.raises(ValueError, match=r"steps must stay 4, as the run in .* has it, got 9"):
-        compare(CompareConfig(**{**small, "steps": 9}, resume=True))
+        compare(CompareConfig(**{**small, "steps": 9}))
+    (folder.parent / "begun").mkdir()
+    with pytest.raises(TypeError):  # train() itself is called
+        compare(CompareConfig(**{**small, "out": folder.parent / "begun"}, resume=True))
 
 
 @pytest.mark.parametrize(
@@ -74,8 +84,13 @@ def test_help_explains_every_flag(command, capsys):
     with pytest.raises(SystemExit) as done:
         main([command, "--help"])
     assert done.value.code == 0
-    shown = capsys.readouterr().out
-    assert "--" in shown
+    shown = " ".join(re.sub("[│|]", " ", capsys.readouterr().out.partition("--help")[2]).split())
+    for field in dataclasses.fields(COMMANDS[command][0]):
+        marks = str(getattr(field.type, "__metadata__", ""))
+        if "Suppress" not in marks and "Positional" not in marks:
+            found = re.search(rf"--{field.name.replace('_', '-')} ([^(]*)\(", shown)
+            assert found, f"{field.name} is not shown"
+            assert re.search("[a-z]", re.sub(r"\{.*?\}", "", found[1])), f"{field.name} is not explained"
     if command == "train":
         fixed = ("preset", "data", "tokenizer", "out", "steps", "seed", "seq-len", "batch-size", "lr", "device", "resume")
         assert all(f"--{flag}" in shown for flag in fixed)

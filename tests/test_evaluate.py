@@ -4,21 +4,25 @@ import dataclasses
 import json
 import math
 import shutil
+import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 
 import sisa_model as sm
 from sisa_model.benchmarks import BENCHMARKS, PIQA_LABELS, paper_requests, read_benchmark
 from sisa_model.cli import main
 from sisa_model.encoder import Encoder
-from sisa_model.evaluate import EvalConfig, evaluate, without_importance
+from sisa_model.evaluate import EvalConfig, evaluate
 from sisa_model.generate import generate
 from sisa_model.results import add_rows, interval
 from sisa_model.run import TrainConfig
 from sisa_model.runlog import read_rows
 from sisa_model.scoring import Request, Scorer
+from sisa_model.subject import with_positions, without_importance
 from sisa_model.train import train
 
 WORDS = ["cat", "dog", "bird", "fish", "mouse", "horse"]
@@ -296,7 +300,6 @@ def test_harness_model_scores_texts_and_generates(model):
     pytest.importorskip("lm_eval")
     from lm_eval.api.instance import Instance
 
-    from sisa_model.evaluate import with_positions
     from sisa_model.harness import HarnessModel
 
     def ask(model, kind, *args):
@@ -322,6 +325,10 @@ def test_harness_model_scores_texts_and_generates(model):
         ask(model, "generate_until", "the cat ", {"do_sample": True})
     with pytest.raises(ValueError, match=r"a prompt of 8 tokens and 256 more pass the model's 100 positions"):
         ask(with_positions(model, 100), "generate_until", "the cat ", {})
+    clamped = sm.build("sisa-tiny-ds16", mode="clamped").eval()  # which has no cache
+    clamped.load_state_dict(model.state_dict())
+    greedy = Encoder(None).decode(generate(clamped, prompt, 20, use_cache=False)[0, 8:].tolist())
+    assert ask(clamped, "generate_until", "the cat ", {"max_gen_toks": 20}) == greedy
 
 
 @pytest.mark.slow
@@ -462,6 +469,39 @@ def test_missing_data_is_named_with_its_source(data, tmp_path):
     (tmp_path / PIQA_LABELS).write_text("0\n2\n")
     with pytest.raises(ValueError, match="must hold lines of 0 or 1"):
         read_benchmark("piqa", tmp_path)
+
+
+def test_the_documented_script_makes_the_files(tmp_path, monkeypatch):
+    """That of docs/evaluate.md, on rows as the Hub's data sets have them; it is not run against the Hub."""
+    hub = {
+        "EleutherAI/lambada_openai": {"text": "a cat sat"},
+        "Rowan/hellaswag": {
+            "activity_label": "Pets",
+            "ctx": "A cat [header] sits. it",
+            "endings": ["[step] purrs.", "b"],
+            "label": "1",
+        },
+        "allenai/ai2_arc": {"question": "q", "choices": {"text": ["x", "y"], "label": ["A", "B"]}, "answerKey": "B"},
+        "allenai/winogrande": {"sentence": "The _ sat", "option1": "cat", "option2": "dog", "answer": "2"},
+        "baber/piqa": {"goal": "g", "sol1": "a", "sol2": "b", "label": 1},
+    }
+    loaded = []
+
+    def load_dataset(name, config=None, *, split):
+        loaded.append((name, config, split))
+        return [hub[name]]
+
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
+    monkeypatch.chdir(tmp_path)
+    page = (ROOT / "docs" / "evaluate.md").read_text()
+    exec(page.split("```python\n")[1].split("```")[0], {})
+    for (task, benchmark), (name, config, split) in zip(BENCHMARKS.items(), loaded, strict=True):
+        assert all(part in benchmark.source for part in (name, split, config or "") if part != "default")
+        assert f"`{benchmark.file}`" in page
+        assert f"| {benchmark.examples:,} |" in page
+        (row,) = read_benchmark(task, tmp_path / "data" / "eval")
+        assert row.get("label", 1) == 1
+    assert read_benchmark("hellaswag", tmp_path / "data" / "eval")[0]["query"] == "Pets: A cat sits. it"
 
 
 def test_limit_takes_the_first(data):

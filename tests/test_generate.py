@@ -224,13 +224,17 @@ def test_command_line_continues_a_prompt_of_a_run(tmp_path, capsys):
     assert main(["generate", str(run.folder), *flags]) == 0
     assert capsys.readouterr().out == first
     shutil.move(run.folder / "final", tmp_path / "elsewhere")
+    assert main(["generate", str(tmp_path / "elsewhere"), "--tokenizer", "bytes", *flags]) == 0
+    assert capsys.readouterr().out == first, "a folder of weights, as sisa convert makes one"
+    assert main(["generate", str(tmp_path / "elsewhere"), *flags]) == 1
+    assert "tokenizer must be given for a folder of model weights" in capsys.readouterr().err
     assert main(["generate", str(run.folder), *flags]) == 0
     assert capsys.readouterr().out == first, "the newest checkpoint serves as well"
     shutil.rmtree(run.folder / "checkpoints")
     assert main(["generate", str(run.folder)]) == 1
     assert "holds no final weights and no checkpoint" in capsys.readouterr().err
     assert main(["generate", str(tmp_path)]) == 1
-    assert "is not a run folder of sisa train" in capsys.readouterr().err
+    assert "run must be a run folder of sisa train or a folder of model weights" in capsys.readouterr().err
     assert main(["generate", str(run.folder), "--top-p", "0"]) == 1
     assert "top_p must be in (0, 1], got 0.0" in capsys.readouterr().err
 

@@ -18,9 +18,11 @@ from sisa_kernels import tiles
 pytest.importorskip("sisa_kernels.triton_attention", reason="needs the package triton")
 import cases
 import gpu
+import paths
 import rows
 import timing
-from cases import ATTENTION, EXACT, GROUPS, Setting, attention_case, failure
+from cases import GROUPS, Setting, attention_case
+from paths import ATTENTION, EXACT, failure
 from rows import COLUMNS
 from timing import Run, measure
 
@@ -29,7 +31,7 @@ CPU = torch.device("cpu")
 SAFE = tiles.SAFE[0][2]
 TINY = Setting(CPU, torch.float32, (64,), (16,), tokens=128, heads=1, head_width=16, models=("transformer-tiny", "sisa-tiny-ds16"))
 SHAPE = Shape(2, 64, 1, 16, 16, 16)
-FLASH = cases.STOCK[1]
+FLASH = paths.STOCK[1]
 NAMES = [path.name for path in ATTENTION]
 
 
@@ -57,7 +59,8 @@ def test_dry_run_lists_every_section_path_and_bound(capsys):
     assert gpu.main(["--dry-run", "--sections", *gpu.SECTIONS]) == 0
     out = capsys.readouterr().out
     sections = {part.partition(":")[0]: part for part in out.partition("\n")[2].split("\n\n")}
-    assert list(sections) == list(gpu.SECTIONS) == ["build", "tests", "stock", "attention", "prologue", "augment", "model", "tune"]
+    timed = ["stock", "attention", "prologue", "augment", "layer", "decode", "model", "tune"]
+    assert list(sections) == list(gpu.SECTIONS) == ["build", "tests", *timed]
     assert all("at most 8 minutes" in part for part in sections.values())
     assert "setup.py build_ext --inplace" in sections["build"]
     assert "-m sisa_kernels" in sections["build"]
@@ -78,6 +81,8 @@ def test_dry_run_lists_every_section_path_and_bound(capsys):
     assert "eager" in sections["prologue"]
     assert "extension" in sections["augment"]
     assert "8x2048 eager step: transformer-152m, sisa-152m-ds16" in sections["model"]
+    assert "16x2048 fwd+bwd: transformer-152m, sisa-152m-ds16" in sections["layer"]
+    assert "1x8192 token: transformer-152m, sisa-152m-ds16" in sections["decode"]
     assert sections["tune"].count("tuned") == 4
 
 
@@ -114,7 +119,7 @@ def test_without_a_gpu_it_says_so(capsys, tmp_path):
 
 
 def wrong_value(x, rotary):
-    return 1.001 * cases.exact(x, rotary)
+    return 1.001 * paths.exact(x, rotary)
 
 
 def wrong_gradient(x, rotary):
@@ -149,18 +154,18 @@ def test_the_paths_as_they_are_pass(path, half):
 
 def test_the_check_reaches_past_the_horizon():
     """With no product before it: the horizon is a path through the kernels that must not go unchecked."""
-    x, rotary, _ = cases.problem(Shape(1, 257, 2, 16, 16, 16), torch.float32, CPU, cases.CHECK_HALF_LIFE)
+    x, rotary, _ = paths.problem(Shape(1, 257, 2, 16, 16, 16), torch.float32, CPU, paths.CHECK_HALF_LIFE)
     q, k, _, b, c, log_decay, theta, lam = x
-    _, _, importance = cases.ta._prologue(q, k, b, c, log_decay, theta, lam, *rotary, False)
+    _, _, importance = paths.ta._prologue(q, k, b, c, log_decay, theta, lam, *rotary, False)
     for dtype in (torch.bfloat16, torch.float32):
-        tolerance = cases.ta.default_horizon(dtype)
-        starts = cases.ta.horizon_starts(importance, SAFE.forward, tolerance)
+        tolerance = paths.ta.default_horizon(dtype)
+        starts = paths.ta.horizon_starts(importance, SAFE.forward, tolerance)
         assert starts.max() > 0
 
 
 def test_what_raises_becomes_a_row(run):
     def late(x, rotary):
-        if x[0].shape[1] != cases.CHECK_LENGTH:
+        if x[0].shape[1] != paths.CHECK_LENGTH:
             raise RuntimeError("CUDA error: out of memory\nand a second line")
         return FLASH.call(x, rotary)
 
@@ -189,10 +194,10 @@ def test_a_refusal_of_sdpa_gives_its_reason():
     nothing_here = RuntimeError("No viable backend for scaled_dot_product_attention was found.")
     told = ["CuDNN attention has been runtime disabled. (Triggered internally at x.cpp:1.)", "d_v must equal d_qk (Triggered at y)"]
     told = [Told(line) for line in ("Flash attention kernel not used because: (Triggered at z)", *told)]
-    assert cases.reason(refused, told) == "d_v must equal d_qk"
-    assert cases.reason(nothing_here, told) == "d_v must equal d_qk"
-    assert cases.reason(RuntimeError("another"), told) == "RuntimeError: another"
-    assert cases.reason(refused) == "RuntimeError: No available kernel. Aborting execution."
+    assert paths.reason(refused, told) == "d_v must equal d_qk"
+    assert paths.reason(nothing_here, told) == "d_v must equal d_qk"
+    assert paths.reason(RuntimeError("another"), told) == "RuntimeError: another"
+    assert paths.reason(refused) == "RuntimeError: No available kernel. Aborting execution."
 
 
 def test_a_path_whose_test_failed_is_not_timed(run):
@@ -278,7 +283,7 @@ def test_the_attention_section_end_to_end(run):
     assert row["commit"] == "abc"
 
 
-@pytest.mark.parametrize("section", ["stock", "prologue", "augment", "model"])
+@pytest.mark.parametrize("section", ["stock", "prologue", "augment", "layer", "decode", "model"])
 def test_the_other_sections(run, section, monkeypatch):
     monkeypatch.delitem(cases.AUGMENTATIONS, "compiled")  # Inductor takes half a minute
     groups = GROUPS[section](run.setting)
@@ -289,21 +294,20 @@ def test_the_other_sections(run, section, monkeypatch):
         "stock": {"flash"},
         "prologue": {"compiled", "eager", "copy"},
         "augment": {"extension", "chain", "copy"},
-        "model": {"transformer-tiny", "sisa-tiny-ds16"},
-    }[section]
-    assert all(float(row["rate"]) >= 0 for row in rows if row["status"] == "ok")
+    }.get(section, {"transformer-tiny", "sisa-tiny-ds16"})
+    assert all(float(row["rate"]) > 0 for row in rows if row["status"] == "ok")
     baselines = [row for row in rows if row["path"] in ("copy", "transformer-tiny")]
     assert all(float(row["ratio"]) == 1 for row in baselines)
 
 
 def test_a_wrong_prologue_is_not_timed(run, monkeypatch):
-    right = cases.ta._prologue
+    right = paths.ta._prologue
 
     def wrong(q, *rest):
         q, k, x = right(q, *rest)
         return q, k, x._replace(g_hi=x.g_hi * (1 + 1e-5))
 
-    monkeypatch.setattr(cases.ta, "_prologue", wrong)
+    monkeypatch.setattr(paths.ta, "_prologue", wrong)
     gpu.run_section("prologue", run)
     assert [row["status"][:20] for row in run.rows("prologue") if row["path"] == "compiled"] == ["wrong: g is off by 1"] * 2
 
@@ -416,7 +420,7 @@ def test_a_whole_run_ends_with_its_table_and_its_verdict(monkeypatch, capsys, tm
 def test_the_table_of_a_full_run_stays_small():
     row = dict.fromkeys(COLUMNS, "") | {"status": "ok", "ms_p50": "0.5123", "ratio": "12.345", "over_bound": "12.34"}
     rows = [row | {"op": "tests", "path": str(n)} for n in range(200)]
-    for name in ("stock", "attention", "prologue", "model"):
+    for name in gpu.DEFAULT_SECTIONS[2:]:
         for one in itertools.chain(*GROUPS[name](Setting())):
             rows.append(row | {"op": name, "path": one.path, "shape": one.shape, "pass": one.passes})
     text = gpu.table(rows)

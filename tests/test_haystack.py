@@ -164,6 +164,21 @@ def test_the_command_finds_needles_past_the_positions_and_draws(run, monkeypatch
     assert image.imread(run / "eval" / "step-00000002-needle_grid.png").ndim == 3
 
 
+def test_the_grid_leaves_out_lengths_without_room(tmp_path, capsys):
+    """The default tiny run's 256 tokens: an eighth of them is too short for a needle and its question in bytes."""
+    torch.manual_seed(0)
+    for length in (256, 16):
+        sm.save(sm.build("transformer-tiny", max_seq_len=length), tmp_path / str(length))
+    flags = ["--tokenizer", "bytes", "--tasks", "needle_grid", "--limit", "1"]
+    assert main(["eval", str(tmp_path / "256"), *flags]) == 0
+    assert capsys.readouterr().out.count("needle_grid: leaves out lengths of 32 tokens; a needle and its question take 40") == 1
+    record = json.loads((tmp_path / "256" / "eval" / "needle_grid-limit1.json").read_text())["figures"][0]
+    assert record["details"]["lengths"] == [64, 128, 192, 256, 320, 384, 512]
+    assert record["count"] == 7 * 11 * 5
+    assert main(["eval", str(tmp_path / "16"), *flags]) == 1
+    assert "needle_grid needs a model trained on 20 tokens or more, got 16" in capsys.readouterr().err
+
+
 def test_limit_takes_trials_a_seed(run):
     assert main(["eval", str(run), "--tasks", "niah", "--limit", "3"]) == 0
     record = json.loads((run / "eval" / "step-00000002-niah-limit3.json").read_text())

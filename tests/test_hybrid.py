@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import check_compiles, check_refused
+from conftest import check_compiles, check_refused, tokens
 
 import sisa_model as sm
 from sisa_model.hybrid import HeadMix
@@ -34,10 +34,6 @@ def build(preset, seed=0, **overrides):
 def on_meta(preset, **overrides):
     with torch.device("meta"):
         return sm.build(preset, **overrides)
-
-
-def tokens(B=2, L=40):
-    return torch.randint(257, (B, L), generator=torch.Generator().manual_seed(1))
 
 
 @pytest.mark.parametrize("preset", COUNTS)

@@ -81,7 +81,7 @@ def test_share_and_entropy_are_what_a_loop_finds(preset, overrides, numbers):
             attn.lambda_raw.copy_(torch.linspace(-1, 2, len(attn.lambda_raw)))
             attn.decay_bias.fill_(-2.0)
     found = inspect_model(model, ids)
-    assert [layer.layer for layer in found] == numbers
+    assert [layer.layer for layer in found] == [layer.layer for layer in sm.health(model, ids)] == numbers
     for layer, (attn, x, rotary) in zip(found, attention_inputs(model, ids)):
         assert layer.lam == pytest.approx(attn.lam().tolist())
         rate = -attn.operands(x)[5].double().mean((0, 1)).repeat_interleave(attn.n_heads // attn.n_kv_heads)

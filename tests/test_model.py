@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import check_compiles, check_refused
+from conftest import check_compiles, check_refused, tokens
 from safetensors.torch import load_file, save_file
 
 import sisa_kernels as sk
@@ -43,10 +43,6 @@ COUNTS = {
 def tiny(preset="sisa-tiny-ds16", seed=0, **overrides):
     torch.manual_seed(seed)
     return sm.build(preset, **{"n_layers": 1, **overrides})
-
-
-def tokens(B=2, L=40, vocab=257):
-    return torch.randint(vocab, (B, L), generator=torch.Generator().manual_seed(1))
 
 
 @pytest.mark.parametrize("preset", COUNTS)

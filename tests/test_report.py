@@ -1,27 +1,17 @@
 """sisa report: every published value beside ours, over run folders as `sisa train` and `sisa eval` leave them."""
 
-import dataclasses
-import json
-
 import pytest
+from conftest import run_folder
 
 from sisa_model import paper
 from sisa_model.cli import main
 from sisa_model.report import TITLES, collect, tables
-from sisa_model.run import TrainConfig, resolve
 
 
-def run_folder(path, preset, evals=(), step=9536, rate=10.0, val=None, **settings):
+def run_of(path, preset, evals=(), step=9536, rate=10.0, val=None, **settings):
     """A run folder without the training; ``rate`` is the median of its tokens/s."""
-    path.mkdir(parents=True)
-    config = resolve(TrainConfig(preset=preset, **settings))
-    record = {"train": dataclasses.asdict(config), "corpus": {"sha256": ""}, "versions": {"commit": "0123456789ab"}}
-    (path / "run.json").write_text(json.dumps(record, default=str))
     train = [{"step": step - 2 + n, "tokens_per_s": x} for n, x in enumerate((rate, 0.0, 1e9))]
-    held = [{"step": step, "loss": 3.25, **(val or {})}]
-    for name, rows in (("train", train), ("val", held), ("eval", evals)):
-        (path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
+    return run_folder(path, preset, train, [{"step": step, "loss": 3.25, **(val or {})}], evals, **settings)
 
 
 def row(task, accuracy, step=9536, **more):
@@ -38,7 +28,7 @@ def found_tables(*folders):
 def study(tmp_path):
     """Two seeds of one model, a Transformer, a frozen lambda, an unfinished run, and a tiny model."""
     return [
-        run_folder(
+        run_of(
             tmp_path / "plain", "transformer-152m",
             [
                 row("lambada", 0.2), row("lambada", 0.14, low=0.131, high=0.1499), row("lambada", 0.05, 1000),
@@ -47,12 +37,12 @@ def study(tmp_path):
             ],
             rate=1000.0,
         ),
-        run_folder(tmp_path / "a", "sisa-152m-ds16", [row("lambada", 0.17), row("niah", 1.0), row("niah", 0.5, 2000)], rate=900.0),
-        run_folder(tmp_path / "b", "sisa-152m-ds16", [row("lambada", 0.182), row("niah", 0.9, length=512)], rate=940.0, seed=1),
-        run_folder(tmp_path / "frozen", "sisa-152m-ds32", [row("lambada", 0.16)], rate=800.0, lambda_lr_scale=0.0),
-        run_folder(tmp_path / "begun", "sisa-152m-ds32", [row("lambada", 0.08, 1000), row("piqa", 0.6, 1000)], 1200, rate=810.0),
-        run_folder(tmp_path / "369m", "sisa-369m-ds128", [row("lambada", 0.15), row("hellaswag", 0.27)]),
-        run_folder(
+        run_of(tmp_path / "a", "sisa-152m-ds16", [row("lambada", 0.17), row("niah", 1.0), row("niah", 0.5, 2000)], rate=900.0),
+        run_of(tmp_path / "b", "sisa-152m-ds16", [row("lambada", 0.182), row("niah", 0.9, length=512)], rate=940.0, seed=1),
+        run_of(tmp_path / "frozen", "sisa-152m-ds32", [row("lambada", 0.16)], rate=800.0, lambda_lr_scale=0.0),
+        run_of(tmp_path / "begun", "sisa-152m-ds32", [row("lambada", 0.08, 1000), row("piqa", 0.6, 1000)], 1200, rate=810.0),
+        run_of(tmp_path / "369m", "sisa-369m-ds128", [row("lambada", 0.15), row("hellaswag", 0.27)]),
+        run_of(
             tmp_path / "tiny", "sisa-tiny-ds16", [row("niah", 0.3, 1000), row("niah", 0.2, 1000, length=1024)], 1000,
             val={"needle_accuracy": 0.55},
         ),
@@ -95,6 +85,15 @@ def test_runs_stand_beside_the_published_values(study):
     assert {found["Runs"][name, "held-out loss, nats a token"] for name in ("plain", "tiny")} == {"3.250"}
 
 
+def test_what_only_the_harness_measured_is_said_with_the_command(study, tmp_path, capsys):
+    theirs = run_of(tmp_path / "theirs", "sisa-152m-ds16", [row("lambada (harness)", 0.17), row("niah", 1.0)])
+    assert main(["report", str(theirs), *map(str, study), "--out", str(tmp_path / "out")]) == 0
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last.startswith("only protocol harness: theirs; the paper's tables take protocol paper: sisa eval RUN --protocol paper")
+    assert main(["report", *map(str, study), "--out", str(tmp_path / "out")]) == 0
+    assert "only protocol harness" not in capsys.readouterr().out
+
+
 def test_what_is_not_published_has_a_table_of_its_own(study):
     rest = found_tables(*study)["What the paper has no figure of"]
     shown = {key: text for key, text in rest.items() if text != "missing"}
@@ -111,7 +110,7 @@ def test_what_is_not_published_has_a_table_of_its_own(study):
 
 
 def test_every_published_value_is_in_the_report(tmp_path, capsys):
-    folder = run_folder(tmp_path / "tiny", "sisa-tiny-ds16", step=3)
+    folder = run_of(tmp_path / "tiny", "sisa-tiny-ds16", step=3)
     found = found_tables(folder)
 
     def published(title, label, column):
@@ -151,11 +150,11 @@ def test_every_published_value_is_in_the_report(tmp_path, capsys):
 
 
 def test_what_is_no_run_or_no_evaluation_is_named(tmp_path, capsys):
-    good = run_folder(tmp_path / "good", "sisa-tiny-ds16", step=3)
+    good = run_of(tmp_path / "good", "sisa-tiny-ds16", step=3)
     (tmp_path / "empty").mkdir()
     bad = {
-        "task": run_folder(tmp_path / "task", "sisa-tiny-ds16", [{"step": 3, "accuracy": 0.5}]),
-        "percent": run_folder(tmp_path / "percent", "sisa-tiny-ds16", [row("lambada", 17.3)]),
+        "task": run_of(tmp_path / "task", "sisa-tiny-ds16", [{"step": 3, "accuracy": 0.5}]),
+        "percent": run_of(tmp_path / "percent", "sisa-tiny-ds16", [row("lambada", 17.3)]),
     }
     out = tmp_path / "out"
     for arguments, message in (

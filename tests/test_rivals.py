@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import tokens
 
 import sisa_kernels as sk
 import sisa_model as sm
@@ -15,10 +16,6 @@ RIVALS = ["fox-tiny", "alibi-tiny"]
 def tiny(preset, **overrides):
     torch.manual_seed(0)
     return sm.build(preset, **{"n_layers": 1, "d_model": 48, "n_heads": 3, **overrides})
-
-
-def tokens(B=2, L=40):
-    return torch.randint(257, (B, L), generator=torch.Generator().manual_seed(1))
 
 
 @pytest.mark.parametrize("n_kv_heads", [3, 1])

@@ -7,9 +7,10 @@ import math
 import numpy as np
 import pytest
 import torch
+from conftest import run_folder
 
 import sisa_model as sm
-from sisa_model import paper, plot_runs, study, train
+from sisa_model import paper, plot, plot_runs, study, train
 from sisa_model.cli import main
 from sisa_model.presets import preset_config
 from sisa_model.runlog import read_rows
@@ -17,18 +18,6 @@ from sisa_model.study import PAPER, StudyConfig, run_study
 
 SMALL = ["--steps", "4", "--seq-len", "32", "--batch-size", "2", "--val-every", "2", "--val-blocks", "2", "--save-every", "2"]
 BACKEND = ["--sample-tokens", "0", "--backend", "reference"]  # which a Transformer would reject
-
-
-def known(runs):
-    """Without the models that this version has no preset of."""
-    return tuple(run for run in runs if run.preset in sm.presets())
-
-
-@pytest.fixture
-def text(tmp_path):
-    path = tmp_path / "text.txt"
-    path.write_text("".join(f"{n} green bottles on the wall; " for n in range(500)))
-    return path
 
 
 def flags(text, out, *more):
@@ -54,7 +43,7 @@ def test_the_paper_at_152m():
 
 @pytest.mark.parametrize("scale", PAPER)
 def test_every_run_has_the_papers_settings(scale):
-    for run in known(PAPER[scale]):
+    for run in PAPER[scale]:
         config = study._train_config(StudyConfig(scale=scale), run)
         c = study.resolve(config)
         assert (c.out.name, c.preset) == (run.name, run.preset)
@@ -110,8 +99,7 @@ def test_the_same_command_after_a_kill_continues(text, tmp_path, monkeypatch, ca
 
 
 @pytest.mark.slow
-def test_the_whole_study_in_miniature(text, tmp_path, monkeypatch, capsys):
-    monkeypatch.setitem(PAPER, "tiny", known(PAPER["tiny"]))
+def test_the_whole_study_in_miniature(text, tmp_path, capsys):
     assert main(flags(text, tmp_path / "study")) == 0
     assert {p.name for p in (tmp_path / "study").iterdir()} == {run.name for run in PAPER["tiny"]}
     assert capsys.readouterr().out.count(" finished ") == len(PAPER["tiny"])
@@ -128,24 +116,18 @@ def test_bad_studies_are_named_before_anything_starts(text, tmp_path):
     assert not (tmp_path / "study").exists()
 
 
-def run_folder(path, preset="sisa-152m-ds32", layers=True, evals=()):
-    """A run folder as `sisa train` leaves one, without the training."""
-    path.mkdir(parents=True)
-    config = study.resolve(study.TrainConfig(preset=preset))
-    record = {"train": dataclasses.asdict(config), "model": {}, "corpus": {"sha256": ""}, "versions": {}}
-    (path / "run.json").write_text(json.dumps(record, default=str))
+def run_of(path, preset="sisa-152m-ds32", layers=True, evals=()):
+    """A run folder of a thousand steps, without the training."""
     health = [{"layer": n, "lam": [0.1 * n, 0.3 * n], "half_life": [50.0], "g_range": [4.0]} for n in range(2)] if layers else []
     steps = [{"step": s, "loss": 1 / s, "lr": 0.1, "grad_norm": 1.0, "tokens_per_s": 9.0, "mfu": None} for s in range(1, 1001)]
     val = [{"step": s, "loss": 2.0, "needle_accuracy": 0.5, "layers": health} for s in (0, 500, 1000)]
-    for name, rows in (("train", steps), ("val", val), ("eval", evals)):
-        (path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
+    return run_folder(path, preset, steps, val, evals)
 
 
 def test_plot_draws_what_the_runs_hold(tmp_path, monkeypatch):
     evals = [{"step": step, "task": "lambada", "accuracy": step / 1e4} for step in (2000, 1000)]
-    sisa = run_folder(tmp_path / "a" / "run", evals=evals)
-    plain = run_folder(tmp_path / "b" / "run", "transformer-152m", layers=False)
+    sisa = run_of(tmp_path / "a" / "run", evals=evals)
+    plain = run_of(tmp_path / "b" / "run", "transformer-152m", layers=False)
     drawn = []
     real = plot_runs.panels
     monkeypatch.setattr(plot_runs, "panels", lambda runs: drawn.append(real(runs)) or drawn[-1])
@@ -170,16 +152,45 @@ def test_plot_draws_what_the_runs_hold(tmp_path, monkeypatch):
     assert (lam.low[-1], lam.values[-1], lam.high[-1]) == pytest.approx((0.0, 0.1, 0.2))
 
 
+@pytest.fixture
+def figures(monkeypatch):
+    """The figures that are drawn, kept open."""
+    kept = []
+    monkeypatch.setattr(plot.plt, "close", kept.append)
+    yield kept
+    monkeypatch.undo()
+    for figure in kept:
+        plot.plt.close(figure)
+
+
+def test_the_legend_names_every_run(tmp_path, figures):
+    """Also one that is missing from the first panel, as it was evaluated before its first step only."""
+    begun, run = run_of(tmp_path / "begun"), run_of(tmp_path / "run", evals=[{"step": 9, "task": "niah", "accuracy": 1}])
+    first = (begun / "val.jsonl").read_text().splitlines()[0]
+    (begun / "val.jsonl").write_text(first + "\n")
+    assert main(["plot", str(begun), str(run), "--out", str(tmp_path / "runs.png")]) == 0
+    legends = [axis.get_legend() for axis in figures[0].axes if axis.get_legend()]
+    assert [text.get_text() for text in legends[-1].get_texts()] == ["begun", "run"]
+
+
+def test_health_is_drawn_by_the_layers_own_numbers(tmp_path, figures):
+    health = [{"layer": n, "lam": [0.3], "half_life": [50.0], "g_range": [4.0], "clamped": 0.0} for n in (20, 23)]
+    plot.plot_health(tmp_path / "health.png", "a hybrid", [{"step": step, "layers": health} for step in (0, 9)])
+    assert [text.get_text() for text in figures[0].axes[0].get_legend().get_texts()] == ["layer 20", "layer 23"]
+
+
 def test_folders_that_are_no_runs_are_named(tmp_path, capsys):
-    run = run_folder(tmp_path / "run")
+    run = run_of(tmp_path / "run")
+    bad = run_of(tmp_path / "bad", evals=[{"step": 9, "accuracy": 0.5}])
     (tmp_path / "empty").mkdir()
-    begun = run_folder(tmp_path / "begun")
+    begun = run_of(tmp_path / "begun")
     for name in ("train", "val"):
         (begun / f"{name}.jsonl").write_text("")
     for arguments, message in (
         ([run, tmp_path / "empty"], "is not a run folder of sisa train: it has no run.json"),
         ([run, tmp_path / "missing"], "is not a run folder of sisa train: it has no run.json"),
         ([begun], "holds no step yet"),
+        ([bad], "eval.jsonl must hold rows of step, task and accuracy"),
         ([run, run], "runs must name at least one run folder, each once"),
         ([], "runs must name at least one run folder, each once"),
         ([run, "--out", tmp_path / "x.pdf"], "out must be a .png file"),

@@ -10,7 +10,6 @@ from typing import Any, TypeVar
 
 from .checkpointer import checkpoints
 from .data import find_tokenizer
-from .encoder import Encoder
 from .parallel import PARALLELS
 from .presets import preset_config
 from .runlog import check_logs
@@ -188,11 +187,6 @@ def read_run(folder: Path) -> dict[str, Any]:
         return {**record, "train": TrainConfig(**fields)}
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} is not the record of a run of this version of sisa train: {error!r}") from error
-
-
-def read_encoder(folder: Path) -> Encoder:
-    """The tokenizer of the run in ``folder``; raises as :func:`read_run` does, and FileNotFoundError if the file is gone."""
-    return Encoder(read_run(folder)["train"].tokenizer)
 
 
 def require_same_run(config: TrainConfig, free: set[str] = RESUME_MAY_CHANGE) -> dict[str, Any]:

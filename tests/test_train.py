@@ -109,8 +109,9 @@ def test_nothing_interrupts_the_last_save(corpus, tmp_path, monkeypatch):
         real(self, *args)
 
     monkeypatch.setattr(Checkpointer, "save", save)
+    before = signal.getsignal(signal.SIGINT)
     assert train(config(corpus, tmp_path / "run", steps=1)).finished
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 def test_a_run_folder_holds_the_whole_record(corpus, tmp_path, capsys):

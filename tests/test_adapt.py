@@ -11,7 +11,7 @@ from torch import nn
 import sisa_model as sm
 from sisa_model.layers import Context, rotary_tables
 
-transformers = pytest.importorskip("transformers")
+transformers = pytest.importorskip("transformers", minversion="5.24")
 from transformers import LlamaConfig, LlamaForCausalLM  # noqa: E402
 
 from sisa_model.adapt import LlamaSisaAttention, replace_attention  # noqa: E402

@@ -12,7 +12,7 @@ from conftest import relative
 
 import sisa_model as sm
 
-transformers = pytest.importorskip("transformers")
+transformers = pytest.importorskip("transformers", minversion="5.24")
 from transformers import AutoConfig, AutoModelForCausalLM  # noqa: E402
 
 from sisa_model.hf import SisaConfig, SisaForCausalLM  # noqa: E402

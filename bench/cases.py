@@ -260,18 +260,24 @@ def one_layer(preset: str, device: torch.device) -> Any:
     return authors.build(preset, n_layers=1, vocab_size=8).to(device)
 
 
+def layer_limit(s: Setting) -> float:
+    """The relative error that a whole layer may have."""
+    return LAYER_LIMIT if s.dtype == torch.float32 else torch.finfo(s.dtype).eps
+
+
 @functools.cache
 def layer_failure(preset: str, s: Setting) -> str | None:
-    """Why a model's first layer must not be timed: its y and dL/dx against the layer's own formulas in fp64."""
+    """Why a model's first layer must not be timed: y and dL/dx, autocast as timed, against the layer's own formulas in fp64."""
     model, width = one_layer(preset, s.device), preset_config(preset).d_model
     x, dy = torch.randn(2, 1, CHECK_LENGTH, width, device=s.device).unbind()
     found = []
     for dtype in (torch.float32, torch.float64):
         layer, rotary = model.to(dtype).layers[0], rotary_tables(CHECK_LENGTH, model.config.head_dim, s.device)
         leaf = x.to(dtype).requires_grad_()
-        y = layer(leaf, Context(rotary))
+        with torch.autocast(s.device.type, s.dtype, enabled=dtype == torch.float32 and s.dtype != torch.float32):
+            y = layer(leaf, Context(rotary))
         found.append([y.detach(), *torch.autograd.grad(y, leaf, dy.to(dtype))])
-    return first_wrong(("y", "dx"), errors(*found, []), [LAYER_LIMIT] * 2)
+    return first_wrong(("y", "dx"), errors(*found, []), [layer_limit(s)] * 2)
 
 
 def layer_step(preset: str, batch: int, length: int, s: Setting) -> Callable[[], object]:
@@ -332,8 +338,7 @@ def decode_failure(preset: str, s: Setting) -> str | None:
     rotary = rotary_tables(CHECK_LENGTH + 1, model.config.head_dim, s.device)
     with torch.no_grad():
         right = model.double().layers[0](states, Context(rotary))[:, -1:]
-    limit = LAYER_LIMIT if s.dtype == torch.float32 else torch.finfo(s.dtype).eps
-    return first_wrong(("the next token",), errors([found], [right], []), [limit])
+    return first_wrong(("the next token",), errors([found], [right], []), [layer_limit(s)])
 
 
 def decode_groups(s: Setting) -> list[list[Case]]:

@@ -125,9 +125,9 @@ def sdpa_exact(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Exact SISA attention (Eq. 2) of one document on stock kernels: (y [B, L, H, Dv], log-sum-exp [B, H, L]).
 
-    Shapes as in :func:`sisa_kernels.sisa_attention`, ``cos`` and ``sin`` its ``rotary``. Half precision is computed in fp32, and
-    y stays fp32 for the backward: augmented operands rounded to bf16 would cost 8e-3 of y, and bf16 flash is slow on CPUs
-    without bf16 matrix hardware.
+    Shapes as in :func:`sisa_kernels.sisa_attention`, ``cos`` and ``sin`` its ``rotary``. Half precision is computed in fp32,
+    and y stays fp32 for the backward: augmented operands rounded to bf16 would cost up to 2.7e-3 of y (1e-2 of a row), and bf16
+    flash is slow on CPUs without bf16 matrix hardware.
     """
     Dh, scale, Dv = q.shape[3], q.shape[3] ** -0.5, v.shape[3]
     importance = slice(Dh, Dh + b.shape[3])

@@ -1,8 +1,10 @@
 """sisa compare: presets on the same data, seeds and token budget, as one figure and one table."""
 
 import dataclasses
+import json
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ from .parallel import world
 from .plot import Rows, plot_compare, plot_task
 from .presets import preset_config
 from .results import markdown, spread
-from .run import TrainConfig, resolved
+from .run import TrainConfig, is_taken, resolved
 from .runlog import read_rows
 from .study import train_all
 from .tasks import LENGTHS, TASKS
@@ -42,7 +44,7 @@ class CompareConfig:
     """A `tokenizers` JSON file. Default: that of a prepared folder, or bytes."""
     out: Path | None = None
     """Folder to make: one run folder a preset and seed, compare.png, table.md, results.json. Default: runs/compare or
-    runs/compare-TASK."""
+    runs/compare-TASK, with -2, -3 ... where another comparison has that."""
     steps: int | None = None
     """Optimizer steps of each run. Default: 2500 on text, 1000 on a task."""
     seq_len: int | None = None
@@ -56,7 +58,7 @@ class CompareConfig:
     device: str = "auto"
     """cpu, cuda, cuda:1 ...; auto: a GPU if there is one."""
     resume: bool = False
-    """Continue in a folder that exists even if none of the runs has begun in it; without, only where one has."""
+    """Go on in a folder that holds something else, another comparison say, whose runs are kept and whose figure is replaced."""
 
 
 def resolve(config: CompareConfig) -> CompareConfig:
@@ -68,11 +70,31 @@ def resolve(config: CompareConfig) -> CompareConfig:
     for preset in config.presets:
         preset_config(preset)
     text = config.task == "text"
-    defaults: dict[str, Any] = {
-        **DEFAULTS["text" if text else "task"],
-        "out": Path("runs/compare" if text else f"runs/compare-{config.task}"),
-    }
+    defaults: dict[str, Any] = DEFAULTS["text" if text else "task"]
     return dataclasses.replace(config, **{name: value for name, value in defaults.items() if getattr(config, name) is None})
+
+
+def _folder(config: CompareConfig) -> Path:
+    """``out``, or the first of runs/compare, -2, -3 ... that is free or this comparison's; FileExistsError for another's."""
+    if config.out is None:
+        wanted = Path("runs/compare" if config.task == "text" else f"runs/compare-{config.task}")
+        numbered = (wanted.with_name(f"{wanted.name}-{number}") for number in count(2))
+        return next(folder for folder in chain([wanted], numbered) if not is_taken(folder) or _is_this(config, folder))
+    if is_taken(config.out) and not config.resume and not _is_this(config, config.out):
+        raise FileExistsError(
+            f"out {config.out} exists and holds no run of this comparison; choose another folder, or give --resume"
+        )
+    return config.out
+
+
+def _is_this(config: CompareConfig, folder: Path) -> bool:
+    """Whether ``folder`` holds this comparison, finished or begun."""
+    results = folder / "results.json"
+    if results.is_file():
+        saved = json.loads(results.read_text(encoding="utf-8"))["config"]
+        return (saved["task"], saved["presets"], saved["seeds"]) == (config.task, [*config.presets], [*config.seeds])
+    begun = {path.parent for path in folder.glob("*/run.json")}
+    return bool(begun) and begun <= {resolved(train.out) for train in _train_configs(config, folder)}
 
 
 def compare(config: CompareConfig) -> Path:
@@ -82,15 +104,9 @@ def compare(config: CompareConfig) -> Path:
     Returns the folder. Raises as :func:`sisa_model.train.train` does, and ValueError for fewer than two presets or no seed.
     """
     config = resolve(config)
-    out = config.out
-    assert out is not None, "resolve() fills it in"
     with world() as processes:  # one for all runs: torchrun's processes can meet only once
-        trains = _train_configs(config, out)
-        begun = [resolved(train.out) / "run.json" for train in trains]
-        taken = processes.from_main(lambda: out.exists() and not any(path.is_file() for path in begun))
-        if taken and not config.resume:
-            raise FileExistsError(f"out {out} exists and holds no run of this comparison; choose another folder")
-        if train_all(trains):
+        out = processes.from_main(lambda: _folder(config))
+        if train_all(_train_configs(config, out)):
             processes.from_main(lambda: _write(config, out))
         elif processes.main:
             print("stopped; the same command continues the comparison")

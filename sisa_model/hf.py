@@ -6,7 +6,6 @@ One folder serves both libraries: config.json holds ModelConfig's fields, model.
 
 import dataclasses
 import functools
-import warnings
 from collections.abc import Callable
 from typing import Any, ClassVar
 
@@ -19,6 +18,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, Cache, GenerationMixi
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.modeling_utils import LoadStateDictInfo, load_state_dict, slice_logits_to_keep
 from transformers.utils import can_return_tuple
+
+from sisa_kernels.ops import say_once
 
 from .checkpoint import MODEL_TYPE, copy_state
 from .config import ModelConfig
@@ -101,11 +102,6 @@ class DecodingCache(Cache):
 
     def reset(self) -> None:
         raise ValueError("this cache cannot be reset: pass none, and the model makes a new one")
-
-
-@functools.cache
-def _say_once(message: str) -> None:
-    warnings.warn(message, stacklevel=2)
 
 
 class SisaForCausalLM(PreTrainedModel, GenerationMixin):
@@ -225,7 +221,7 @@ class SisaForCausalLM(PreTrainedModel, GenerationMixin):
         if generation_config.cache_implementation is not None:
             raise ValueError(f"cache_implementation must be None, got {generation_config.cache_implementation!r}")
         if generation_config.use_cache and (why := self.model.cache_refusal()):
-            _say_once(f"generate runs every token again for each new one: {why}")
+            say_once(f"generate runs every token again for each new one: {why}")
             generation_config.use_cache = False
 
     @staticmethod

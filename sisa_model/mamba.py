@@ -7,7 +7,6 @@ weights). E = expand * D inner channels, P = head_dim, H = E / P heads, N = mamb
 Over a cache it is plain PyTorch everywhere, a step being the chunked scan of one token: the kernels take and leave no state.
 """
 
-import contextlib
 import math
 
 import torch
@@ -15,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sisa_kernels.cache import last, take
+from sisa_kernels.ops import without_autocast
 from sisa_kernels.reference import rotate
 
 from .config import ModelConfig
@@ -90,9 +90,7 @@ class MambaMixer(Fp32Parameters):
 
     def forward(self, x: Tensor, context: Context, cache: StateCache | None = None) -> Tensor:
         projected = self.in_proj(x)
-        device = x.device.type
-        lowered = device != "meta" and torch.is_autocast_enabled(device)  # autocast would round what the mixers keep in fp32
-        with torch.autocast(device, enabled=False) if lowered else contextlib.nullcontext():
+        with without_autocast(x.device):
             documents = projected.split(context.documents(x.shape[1]), 1)
             pieces = [self.mix(document, cache, context.lengths) for document in documents]
         return self.out_proj(torch.cat(pieces, 1).to(projected.dtype))

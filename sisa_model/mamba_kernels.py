@@ -10,12 +10,13 @@ import importlib
 import importlib.util
 import sys
 import types
-import warnings
 from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from sisa_kernels.ops import say_once
 
 
 class Kernels(NamedTuple):
@@ -46,7 +47,7 @@ def kernels_for(x: Tensor, powers_of_two: tuple[int, ...] = ()) -> Kernels | Non
         reason = f"the package's kernels take head and state widths that are powers of two from 16, and this layer has {odd[0]}"
     else:
         return found
-    _say_once(reason)
+    say_once(f"Mamba layers run in plain PyTorch on CUDA, slower: {reason}")
     return None
 
 
@@ -75,8 +76,3 @@ def _import(name: str) -> types.ModuleType:
         bare.__path__ = list(spec.submodule_search_locations or ())
         sys.modules[package] = bare
         return importlib.import_module(name)
-
-
-@functools.cache
-def _say_once(reason: str) -> None:
-    warnings.warn(f"Mamba layers run in plain PyTorch on CUDA, slower: {reason}", stacklevel=2)

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -208,7 +209,8 @@ def resumed(config: TrainConfig) -> TrainConfig:
     saved = require_same_run(config, free)
     given = {name: getattr(config, name) for name in free}
     given = {name: value for name, value in given.items() if name in LAUNCH or value != getattr(TrainConfig(), name)}
-    if "data" in given and saved["tokenizer"] and saved["tokenizer"].parent in saved["data"]:
+    data = _absolute(config).data
+    if data and data != saved["data"] and find_tokenizer(data, None):
         saved["tokenizer"] = None  # a prepared folder's own moved with it
     return resolve(TrainConfig(**{**saved, **given}))
 
@@ -240,8 +242,9 @@ def newest_weights(folder: Path) -> Path:
 
 
 def is_taken(folder: Path) -> bool:
-    """Whether something is at ``folder`` already, other than an empty folder."""
-    return folder.exists() and not (folder.is_dir() and not any(folder.iterdir()))
+    """Whether something is at ``folder`` already, other than an empty folder that another can be renamed to."""
+    replaceable = folder.is_dir() and not folder.is_symlink() and not os.path.ismount(folder) and not any(folder.iterdir())
+    return os.path.lexists(folder) and not replaceable
 
 
 def free_folder(wanted: Path) -> Path:

@@ -34,7 +34,7 @@ from .optimizer import learning_rate, make_optimizer
 from .parallel import Parallel, World, world
 from .plot import plot_health, plot_losses
 from .presets import preset_config
-from .run import TrainConfig, free_folder, is_taken, read_run, require_same_run, resolve, resolved, resumed
+from .run import PATHS, TrainConfig, free_folder, is_taken, read_run, require_same_run, resolve, resolved, resumed
 from .runlog import RunLog, peak_memory_mib, read_rows
 from .sisa import health
 from .tasks import LENGTHS, TASKS, Sample, TaskBlocks, accuracy, exams, find_task
@@ -212,10 +212,14 @@ class _Run:
         make_folder_atomically(self.folder, lambda aside: write_json(aside / "run.json", record))
 
     def _check_record(self) -> None:
-        if read_run(self.folder)["corpus"]["sha256"] != self.fingerprint:
+        record = read_run(self.folder)
+        if record["corpus"]["sha256"] != self.fingerprint:
             raise ValueError(f"data must be what the run in {self.folder} began with, but its tokens have changed since")
         if (self.folder / "final").is_dir() and not checkpoints(self.folder):
             raise ValueError(f"the run in {self.folder} is finished, and has no checkpoint to resume from")
+        moved = {name: getattr(self.config, name) for name in PATHS}  # generate, inspect and the next resume look there
+        record["train"] = dataclasses.asdict(record["train"]) | moved
+        write_json(self.folder / "run.json", record)
 
     def _loop(self) -> None:
         config, main = self.config, self.world.main

@@ -48,9 +48,20 @@ def test_compare_trains_alike_and_reports(small, capsys, monkeypatch):
     compare(CompareConfig(**small, resume=True))
     with pytest.raises(ValueError, match=r"steps must stay 4, as the run in .* has it, got 9"):
         compare(CompareConfig(**{**small, "steps": 9}))
-    (folder.parent / "begun").mkdir()
-    with pytest.raises(TypeError):  # train() itself is called
-        compare(CompareConfig(**{**small, "out": folder.parent / "begun"}, resume=True))
+    with pytest.raises(FileExistsError, match="exists and holds no run of this comparison"):
+        compare(CompareConfig(**{**small, "seeds": (0,)}))  # its figure would replace this one
+    (folder.parent / "empty").mkdir()
+    for options in ({"out": folder.parent / "empty"}, {"seeds": (0, 2), "resume": True}):
+        with pytest.raises(TypeError):  # train() itself is called
+            compare(CompareConfig(**{**small, **options}))
+
+
+def test_a_comparison_takes_a_folder_that_is_free_or_its_own(small, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    own = {name: value for name, value in small.items() if name != "out"}
+    assert [str(compare(CompareConfig(**options))) for options in (own, own, own | {"seeds": (0,)})] == [
+        "runs/compare", "runs/compare", "runs/compare-2",
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from conftest import relative, value_and_grads, worst_row
 
 import sisa_model as sm
+from sisa_kernels import ops
 from sisa_model import mamba, mamba_kernels
 from sisa_model.config import ModelConfig
 from sisa_model.layers import Context
@@ -412,7 +413,7 @@ def test_a_fallback_on_cuda_says_why_once(monkeypatch):
         device, dtype = torch.device("cuda"), torch.float32
 
     monkeypatch.setattr(torch.version, "hip", None)
-    mamba_kernels._say_once.cache_clear()
+    ops._said.clear()
     here = Kernels(ssd_steps, siso_steps)
     assert mamba_kernels.kernels_for(torch.empty(1)) is None, "a CPU has no kernels to miss: nothing is said"
     monkeypatch.setattr(mamba_kernels, "load_kernels", lambda: "mamba-ssm 2.3.2.post1 cannot be imported")

@@ -500,6 +500,7 @@ def test_train_on_a_prepared_folder_resumes_and_generates(tmp_path, tokenizer, s
     train(TrainConfig(out=tmp_path / "b", tasks=("needle",), stop_at=2, **run))
     out.rename(tmp_path / "moved")
     train(TrainConfig(out=tmp_path / "b", resume=True, data=(tmp_path / "moved",)))
+    assert main(["generate", str(tmp_path / "b"), "--max-new-tokens", "3", "--prompt", "lorem"]) == 0
     (tmp_path / "moved").rename(out)
     a, b = (load_file(tmp_path / name / "final" / "model.safetensors") for name in ("a", "b"))
     assert all(torch.equal(a[name], b[name]) for name in a)

@@ -212,8 +212,8 @@ def test_the_longest_exam_fits_the_model(tmp_path, monkeypatch):
 
 def test_a_task_has_defaults_of_its_own():
     text, parity = resolve(CompareConfig()), resolve(CompareConfig(task="parity", steps=7))
-    assert (text.out, text.steps, text.seq_len, text.batch_size) == (Path("runs/compare"), 2500, 128, 8)
-    assert (parity.out, parity.steps, parity.seq_len, parity.batch_size) == (Path("runs/compare-parity"), 7, 64, 64)
+    assert (text.steps, text.seq_len, text.batch_size) == (2500, 128, 8)
+    assert (parity.steps, parity.seq_len, parity.batch_size) == (7, 64, 64)
 
 
 def test_a_tiny_sisa_learns_the_flipflop(tmp_path):

@@ -41,7 +41,7 @@ class EvalConfig:
     niah: the authors' needle test (512 tokens, 5 needles, 5 seeds of 200). niah_long: the same at 256 to 3,072 tokens.
     needle_grid: random five-digit numbers, every token right, by depth and by length to twice the training length, as a picture.
 
-    Figures go to RUN/eval/*.json with each example's outcome, and, of all examples, to RUN/eval.jsonl, which `sisa plot` draws.
+    Figures go to `RUN/eval/*.json` with each example's outcome, and, of all examples, to RUN/eval.jsonl, which `sisa plot` draws.
     """
 
     run: tyro.conf.Positional[Path]

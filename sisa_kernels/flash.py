@@ -222,10 +222,8 @@ def state(call: Call) -> dict[str, str]:
 
 def kernel_fault(kernel: Kernel, call: Call, mode: str, Dh: int, input_dtype: torch.dtype) -> str | None:
     """What :func:`selfcheck.fault` knows of :func:`one_call` by one kernel, on a small problem of ``call``'s kind."""
-    attend, widths = (
-        functools.partial(one_call, cos=None, sin=None, mode=mode, kernel=kernel),
-        (Dh, call.width - Dh, call.value_width),
-    )
+    attend = functools.partial(one_call, cos=None, sin=None, mode=mode, kernel=kernel)
+    widths = Dh, call.width - Dh, call.value_width
     return selfcheck.fault(kernel.name, attend, call.device, input_dtype, *widths, mode, call.grouped, call.grad)
 
 

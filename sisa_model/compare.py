@@ -4,7 +4,6 @@ import dataclasses
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass
-from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ from .parallel import world
 from .plot import Rows, plot_compare, plot_task
 from .presets import preset_config
 from .results import markdown, spread
-from .run import TrainConfig, is_taken, resolved
+from .run import TrainConfig, free_folder, is_taken, resolved
 from .runlog import read_rows
 from .study import train_all
 from .tasks import LENGTHS, TASKS
@@ -78,23 +77,24 @@ def _folder(config: CompareConfig) -> Path:
     """``out``, or the first of runs/compare, -2, -3 ... that is free or this comparison's; FileExistsError for another's."""
     if config.out is None:
         wanted = Path("runs/compare" if config.task == "text" else f"runs/compare-{config.task}")
-        numbered = (wanted.with_name(f"{wanted.name}-{number}") for number in count(2))
-        return next(folder for folder in chain([wanted], numbered) if not is_taken(folder) or _is_this(config, folder))
-    if is_taken(config.out) and not config.resume and not _is_this(config, config.out):
+        return free_folder(wanted, lambda folder: _is_anothers(config, folder))
+    if not config.resume and _is_anothers(config, config.out):
         raise FileExistsError(
             f"out {config.out} exists and holds no run of this comparison; choose another folder, or give --resume"
         )
     return config.out
 
 
-def _is_this(config: CompareConfig, folder: Path) -> bool:
-    """Whether ``folder`` holds this comparison, finished or begun."""
+def _is_anothers(config: CompareConfig, folder: Path) -> bool:
+    """Whether ``folder`` holds something, and not this comparison, finished or begun."""
+    if not is_taken(folder):
+        return False
     results = folder / "results.json"
     if results.is_file():
         saved = json.loads(results.read_text(encoding="utf-8"))["config"]
-        return (saved["task"], saved["presets"], saved["seeds"]) == (config.task, [*config.presets], [*config.seeds])
+        return (saved["task"], saved["presets"], saved["seeds"]) != (config.task, [*config.presets], [*config.seeds])
     begun = {path.parent for path in folder.glob("*/run.json")}
-    return bool(begun) and begun <= {resolved(train.out) for train in _train_configs(config, folder)}
+    return not begun or not begun <= {resolved(train.out) for train in _train_configs(config, folder)}
 
 
 def compare(config: CompareConfig) -> Path:

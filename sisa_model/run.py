@@ -1,10 +1,12 @@
 """A training run's settings, its folder and its record: what every command that reads or makes runs shares."""
 
 import dataclasses
+import itertools
 import json
 import math
 import os
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -247,10 +249,7 @@ def is_taken(folder: Path) -> bool:
     return os.path.lexists(folder) and not replaceable
 
 
-def free_folder(wanted: Path) -> Path:
-    taken = 1
-    folder = wanted
-    while folder.exists():
-        taken += 1
-        folder = wanted.with_name(f"{wanted.name}-{taken}")
-    return folder
+def free_folder(wanted: Path, taken: Callable[[Path], bool] = Path.exists) -> Path:
+    """The first of ``wanted``, ``wanted``-2, -3 ... that is not taken."""
+    numbered = (wanted.with_name(f"{wanted.name}-{number}") for number in itertools.count(2))
+    return next(folder for folder in itertools.chain([wanted], numbered) if not taken(folder))

@@ -1,9 +1,11 @@
-"""Builds the compiled extension sisa_kernels._C; without it the package works in plain PyTorch, slower.
+"""Builds the compiled extension sisa_kernels._C; without it the package works in plain PyTorch,
+slower.
 
-SISA_BUILD_CUDA: "auto" (default: where there are nvcc and a torch with CUDA), "1" (an error where not) or "0", whether to build the
-CUDA kernels; no GPU is needed. TORCH_CUDA_ARCH_LIST: the architectures to build them for, in place of CUDA_ARCHS.
-SISA_CPU_ISA: "avx512", "avx2" or "default", the vector instructions to build for; without it, the building machine's best.
-"""
+SISA_BUILD_CUDA: "auto" (default: where there are nvcc and a torch with CUDA), "1" (an error where
+not) or "0", whether to build the CUDA kernels; no GPU is needed. TORCH_CUDA_ARCH_LIST: the
+architectures to build them for, in place of CUDA_ARCHS.
+SISA_CPU_ISA: "avx512", "avx2" or "default", the vector instructions to build for; without it, the
+building machine's best."""
 
 import glob
 import os
@@ -17,7 +19,9 @@ ISA_FLAGS = {
     "avx2": ["-mavx2", "-mfma", "-mf16c"],
     "default": [],
 }
-CUDA_ARCHS = "8.0;8.6;8.9;9.0;10.0;12.0+PTX"  # PTX, for the driver to compile on GPUs that came later
+CUDA_ARCHS = (
+    "8.0;8.6;8.9;9.0;10.0;12.0+PTX"  # PTX, for the driver to compile on GPUs that came later
+)
 
 
 def say(*lines: str) -> None:
@@ -32,7 +36,9 @@ def builds_cuda(wanted: str) -> bool:
 
     missing = []
     if torch.version.cuda is None:
-        missing.append(f"torch {torch.__version__} is for CPUs only, it has no CUDA runtime to link: install a torch with CUDA")
+        missing.append(
+            f"torch {torch.__version__} is for CPUs only, it has no CUDA runtime to link: install a torch with CUDA"
+        )
     if not shutil.which("nvcc", path=f"{CUDA_HOME}/bin" if CUDA_HOME else None):
         missing.append("nvcc is not found: install the CUDA toolkit and set CUDA_HOME or PATH")
     if missing and wanted == "1":
@@ -67,14 +73,33 @@ def extension() -> dict:
     cuda = builds_cuda(wanted)
 
     def module(cuda: bool) -> Extension:
-        archs = os.environ.setdefault("TORCH_CUDA_ARCH_LIST", CUDA_ARCHS).replace(";", " ") if cuda else ""
-        record = {"TORCH": torch.__version__, "VECTOR": isa.upper(), "FLAGS": " ".join(flags), "CUDA_ARCHS": archs}
+        archs = (
+            os.environ.setdefault("TORCH_CUDA_ARCH_LIST", CUDA_ARCHS).replace(";", " ")
+            if cuda
+            else ""
+        )
+        record = {
+            "TORCH": torch.__version__,
+            "VECTOR": isa.upper(),
+            "FLAGS": " ".join(flags),
+            "CUDA_ARCHS": archs,
+        }
         defines = [f'-DSISA_{name}="{value}"' for name, value in record.items()]
         return (CUDAExtension if cuda else CppExtension)(
             "sisa_kernels._C",
-            sorted([*glob.glob("csrc/*.cpp"), *glob.glob("csrc/cpu/*.cpp"), *(glob.glob("csrc/cuda/*.cu") if cuda else [])]),
-            depends=glob.glob("csrc/**/*.h", recursive=True) + glob.glob("csrc/**/*.cuh", recursive=True),
-            extra_compile_args={"cxx": [*flags, *defines, *(["-DSISA_WITH_CUDA"] if cuda else [])], "nvcc": ["-O3", "-std=c++20"]},
+            sorted(
+                [
+                    *glob.glob("csrc/*.cpp"),
+                    *glob.glob("csrc/cpu/*.cpp"),
+                    *(glob.glob("csrc/cuda/*.cu") if cuda else []),
+                ]
+            ),
+            depends=glob.glob("csrc/**/*.h", recursive=True)
+            + glob.glob("csrc/**/*.cuh", recursive=True),
+            extra_compile_args={
+                "cxx": [*flags, *defines, *(["-DSISA_WITH_CUDA"] if cuda else [])],
+                "nvcc": ["-O3", "-std=c++20"],
+            },
             extra_link_args=["-fopenmp"],
         )
 

@@ -1,4 +1,6 @@
-"""The authors' formulation, op by op, from the paper's Proposition 1: the rival that every bench times beside ours."""
+"""The authors' formulation, op by op, from the paper's Proposition 1: the rival that every bench
+times beside ours.
+"""
 
 import torch
 import torch.nn.functional as F
@@ -6,14 +8,18 @@ from torch import Tensor
 
 import sisa_model as sm
 from sisa_kernels.checks import Rotary
-from sisa_kernels.reference import CLAMP, rotate
-from sisa_model.layers import Context
-from sisa_model.model import LanguageModel
-from sisa_model.sisa import SisaAttention
+from sisa_kernels.rotation import CLAMP, rotate
+from sisa_model.models.context import Context
+from sisa_model.models.language_model import LanguageModel
+from sisa_model.models.sisa import SisaAttention
 
 
-def eager_chain(q, k, b, c, log_decay, theta, lam, cos, sin, clamp: float = CLAMP) -> tuple[Tensor, Tensor]:
-    """Augmented q and k under autograd, scans, rotations and concatenation in fp32, results in q's dtype."""
+def eager_chain(
+    q, k, b, c, log_decay, theta, lam, cos, sin, clamp: float = CLAMP
+) -> tuple[Tensor, Tensor]:
+    """Augmented q and k under autograd, scans, rotations and concatenation in fp32, results in q's
+    dtype.
+    """
     dtype = q.dtype
     q, k, b, c = (x.float() for x in (q, k, b, c))
     q, k = rotate(q, cos[:, None], sin[:, None]), rotate(k, cos[:, None], sin[:, None])
@@ -33,7 +39,9 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, **options) -> Tensor:
 
 
 def attention(q, k, v, b, c, log_decay, theta, lam, rotary: Rotary, clamp: float = CLAMP) -> Tensor:
-    """The chain, then stock attention with v as narrow as it is, by whichever kernel SDPA picks for d_qk != d_v."""
+    """The chain, then stock attention with v as narrow as it is, by whichever kernel SDPA picks for
+    d_qk != d_v.
+    """
     q_aug, k_aug = eager_chain(q, k, b, c, log_decay, theta, lam, *rotary, clamp)
     return sdpa(q_aug, k_aug, v, scale=q.shape[3] ** -0.5)
 
@@ -51,7 +59,9 @@ def ours(preset: str) -> str:
 
 
 def build(preset: str, **overrides) -> LanguageModel:
-    """:func:`sisa_model.build`, which also knows "authors-...": SISA's models on the authors' attention."""
+    """:func:`sisa_model.build`, which also knows "authors-...": SISA's models on the authors'
+    attention.
+    """
     model = sm.build(ours(preset), **overrides)
     if preset != ours(preset):
         for layer in model.layers:

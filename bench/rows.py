@@ -13,25 +13,45 @@ from typing import Any
 
 import torch
 
-from sisa_kernels.tiles import tuned_tiles
+from sisa_kernels.triton.tiles import tuned_tiles
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
-RATIOS = ("baseline", "ratio", "ratio_p20", "ratio_p80")  # to its time: of medians; percentiles of the rounds' own ratios
-TIMES = ("rounds", "ms_p20", "ms_p50", "ms_p80", *RATIOS, "over_bound", "rate", "unit", "formula", "peak_mib")
+RATIOS = (
+    "baseline",
+    "ratio",
+    "ratio_p20",
+    "ratio_p80",
+)  # to its time: of medians; percentiles of the rounds' own ratios
+TIMES = (
+    "rounds",
+    "ms_p20",
+    "ms_p50",
+    "ms_p80",
+    *RATIOS,
+    "over_bound",
+    "rate",
+    "unit",
+    "formula",
+    "peak_mib",
+)
 WHERE = ("device", "threads", "driver", "cuda", "torch", "triton", "tiles", "commit", "date")
 COLUMNS = ("op", "path", "mode", "dtype", "shape", "pass", *TIMES, "status", *WHERE)
 CODE = ("csrc", "sisa_kernels", "sisa_model", "bench/*.py")  # what a row's numbers depend on
 
 
 def append(path: Path, columns: Sequence[str], values: dict[str, Any]) -> dict[str, str]:
-    """Append a row to a CSV file, made with its header where absent; ValueError where the file has other columns."""
+    """Append a row to a CSV file, made with its header where absent; ValueError where the file has
+    other columns.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "a+", newline="", encoding="utf-8") as file:
         file.seek(0)
         header = next(csv.reader(file), None)
         if header not in (None, list(columns)):
-            raise ValueError(f"{path} has other columns than this bench writes: keep it elsewhere, or choose another folder")
+            raise ValueError(
+                f"{path} has other columns than this bench writes: keep it elsewhere, or choose another folder"
+            )
         writer = csv.DictWriter(file, columns)
         if header is None:
             writer.writeheader()
@@ -55,7 +75,12 @@ def now() -> str:
 def output_of(*command: str) -> str:
     """What a command prints, or "unknown" where it is absent or fails."""
     try:
-        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip() or "unknown"
+        return (
+            subprocess.run(
+                command, cwd=ROOT, capture_output=True, text=True, check=True
+            ).stdout.strip()
+            or "unknown"
+        )
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
 
@@ -83,9 +108,13 @@ def provenance(device: torch.device) -> dict[str, str]:
     commit, driver = os.environ.get("SISA_COMMIT", ""), ""
     if not commit:
         commit = output_of("git", "rev-parse", "--short", "HEAD")
-        commit += "" if output_of("git", "diff", "--name-only", "HEAD", "--", *CODE) == "unknown" else "+"
+        commit += (
+            "" if output_of("git", "diff", "--name-only", "HEAD", "--", *CODE) == "unknown" else "+"
+        )
     if device.type == "cuda":
-        driver = output_of("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").partition("\n")[0]
+        driver = output_of(
+            "nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"
+        ).partition("\n")[0]
     return {
         "device": torch.cuda.get_device_name() if device.type == "cuda" else cpu_name(),
         "threads": str(torch.get_num_threads()),

@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from cases import Case, Setting
-from paths import reason
-from rows import COLUMNS, append, now, read
 from torch.profiler import ProfilerActivity, profile
+
+from bench.cases import Case, Setting
+from bench.paths import reason
+from bench.rows import COLUMNS, append, now, read
 
 WARM_CALLS = 3
 WARM_SECONDS = 5.0  # past which a long call is warm after the first
@@ -24,7 +25,9 @@ T = TypeVar("T")
 
 @dataclass
 class Run:
-    """What the sections share. ``timer`` takes the calls of a problem and gives the milliseconds of each round of each."""
+    """What the sections share. ``timer`` takes the calls of a problem and gives the milliseconds of
+    each round of each.
+    """
 
     setting: Setting
     out: Path
@@ -45,23 +48,33 @@ class Run:
     def failed_tests(self) -> list[str]:
         """The tests whose newest outcome at this commit, on this device, is a failure."""
         keys = ("commit", "device", "torch")
-        newest = {r["path"]: r["status"] for r in self.rows("tests") if all(r[k] == self.provenance.get(k, "") for k in keys)}
+        newest = {
+            r["path"]: r["status"]
+            for r in self.rows("tests")
+            if all(r[k] == self.provenance.get(k, "") for k in keys)
+        }
         return [test for test, status in newest.items() if status.startswith("failed")]
 
 
-# ---- Timing ---------------------------------------------------------------------------------------------------------------------
+# ---- Timing --------------------------------------------------------------------------------------
 
 
 def gpu_milliseconds(calls: Calls, seconds: float = 3.0) -> list[list[float]]:
-    """The milliseconds of each call on the GPU in each of 10 to 50 rounds, as many as fit in ``seconds``."""
-    flush = torch.empty(1 << 28, dtype=torch.int8, device="cuda")  # 256 MiB, several times any L2 cache
+    """The milliseconds of each call on the GPU in each of 10 to 50 rounds, as many as fit in
+    ``seconds``.
+    """
+    flush = torch.empty(
+        1 << 28, dtype=torch.int8, device="cuda"
+    )  # 256 MiB, several times any L2 cache
 
     def one_round() -> list[float]:
         events = []
         for call in calls:
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             flush.zero_()
-            torch.cuda._sleep(4_000_000)  # about 2 ms, in which the host gets ahead: its launches are not what is measured
+            torch.cuda._sleep(
+                4_000_000
+            )  # about 2 ms, in which the host gets ahead: its launches are not what is measured
             start.record()
             call()
             end.record()
@@ -73,7 +86,9 @@ def gpu_milliseconds(calls: Calls, seconds: float = 3.0) -> list[list[float]]:
 
 
 def cpu_milliseconds(calls: Calls, seconds: float = 20.0, least: int = 5) -> list[list[float]]:
-    """The wall-clock milliseconds of each call in each of ``least`` to 50 rounds, as many as fit in ``seconds``."""
+    """The wall-clock milliseconds of each call in each of ``least`` to 50 rounds, as many as fit in
+    ``seconds``.
+    """
 
     def one_round() -> list[float]:
         took = []
@@ -87,15 +102,21 @@ def cpu_milliseconds(calls: Calls, seconds: float = 20.0, least: int = 5) -> lis
 
 
 def _rounds(one_round: Callable[[], list[float]], seconds: float, least: int) -> list[list[float]]:
-    """The series of each call after one round that only says how long a round is; all take turns in every round."""
+    """The series of each call after one round that only says how long a round is; all take turns in
+    every round.
+    """
     begin = time.monotonic()
     one_round()
     rounds = int(seconds / (time.monotonic() - begin))
-    return [list(series) for series in zip(*(one_round() for _ in range(max(least, min(50, rounds)))))]
+    return [
+        list(series) for series in zip(*(one_round() for _ in range(max(least, min(50, rounds)))))
+    ]
 
 
 def peak_mib(call: Callable[[], object], device: torch.device) -> str:
-    """The most memory that a call holds beyond what was held before, in MiB; on a CPU from the profiler's records."""
+    """The most memory that a call holds beyond what was held before, in MiB; on a CPU from the
+    profiler's records.
+    """
     if device.type != "cuda":
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as trace:
             call()
@@ -114,7 +135,9 @@ def peak_mib(call: Callable[[], object], device: torch.device) -> str:
 
 
 def attempt(function: Callable[[], T]) -> tuple[T | None, str]:
-    """(Its result, "") or, where it raises, (None, why); what it warns of is printed, such as tiles that no table has."""
+    """(Its result, "") or, where it raises, (None, why); what it warns of is printed, such as tiles
+    that no table has.
+    """
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
         try:
@@ -141,7 +164,9 @@ def warm(case: Case, device: torch.device) -> tuple[Callable[[], object], str]:
     return call, peak_mib(call, device)
 
 
-Measured = tuple[dict[str, str], list[float]]  # a case's row, and its milliseconds in each round (none: the row's status says why)
+Measured = tuple[
+    dict[str, str], list[float]
+]  # a case's row, and its milliseconds in each round (none: the row's status says why)
 
 
 def measure(run: Run, cases: Sequence[Case]) -> dict[Case, Measured]:
@@ -150,17 +175,27 @@ def measure(run: Run, cases: Sequence[Case]) -> dict[Case, Measured]:
     measured: dict[Case, Measured] = {}
 
     def add(case: Case, status: str, ms: Sequence[float] = (), **values: Any) -> None:
-        fixed = {"mode": case.mode, "dtype": str(run.setting.dtype)[6:], "shape": case.shape, "pass": case.passes}
+        fixed = {
+            "mode": case.mode,
+            "dtype": str(run.setting.dtype)[6:],
+            "shape": case.shape,
+            "pass": case.passes,
+        }
         measured[case] = run.add(case.op, case.path, status, **fixed, **values), list(ms)
 
     for case in cases:
-        guilty = next((test for test in tests if case.proofs and re.search(case.proofs, test)), None)
-        wrong, raised = (f"refused, its test failed: {guilty}", "") if guilty else attempt(case.check)
+        guilty = next(
+            (test for test in tests if case.proofs and re.search(case.proofs, test)), None
+        )
+        wrong, raised = (
+            (f"refused, its test failed: {guilty}", "") if guilty else attempt(case.check)
+        )
         if wrong or raised:
             add(case, wrong or raised)
         else:
             allowed.append(case)
-    torch._dynamo.reset()  # the checks' sizes are forgotten: compiled for these alone, as a training run has them
+    # the checks' sizes are forgotten: compiled for these alone, as a training run has them
+    torch._dynamo.reset()
     for case in allowed:
         prepared, raised = attempt(partial(warm, case, run.setting.device))
         if prepared is None:
@@ -174,20 +209,38 @@ def measure(run: Run, cases: Sequence[Case]) -> dict[Case, Measured]:
                 add(case, raised)
     fastest: dict[str, tuple[str, list[float]]] = {}
     for (case, _, _), ms in zip(ready, series or []):
-        if case.baseline and not (case.passes in fastest and statistics.median(fastest[case.passes][1]) <= statistics.median(ms)):
+        if case.baseline and not (
+            case.passes in fastest
+            and statistics.median(fastest[case.passes][1]) <= statistics.median(ms)
+        ):
             fastest[case.passes] = case.path, ms
     for (case, _, peak), ms in zip(ready, series or []):
         p20, p50, p80 = percentiles(ms)
-        values = {"rounds": len(ms), "ms_p20": f"{p20:.4f}", "ms_p50": f"{p50:.4f}", "ms_p80": f"{p80:.4f}", "peak_mib": peak}
+        values = {
+            "rounds": len(ms),
+            "ms_p20": f"{p20:.4f}",
+            "ms_p50": f"{p50:.4f}",
+            "ms_p80": f"{p80:.4f}",
+            "peak_mib": peak,
+        }
         if case.passes in fastest:
             name, base = fastest[case.passes]
             low, _, high = percentiles([mine / its for mine, its in zip(ms, base)])
             ratio = p50 / statistics.median(base)
-            values |= {"baseline": name, "ratio": f"{ratio:.3f}", "ratio_p20": f"{low:.3f}", "ratio_p80": f"{high:.3f}"}
+            values |= {
+                "baseline": name,
+                "ratio": f"{ratio:.3f}",
+                "ratio_p20": f"{low:.3f}",
+                "ratio_p80": f"{high:.3f}",
+            }
         if case.bound:
             values["over_bound"] = f"{p50 / case.bound:.2f}"
         if case.work:
-            values |= {"rate": f"{case.work / (1e-3 * p50):.4g}", "unit": case.unit, "formula": case.formula}
+            values |= {
+                "rate": f"{case.work / (1e-3 * p50):.4g}",
+                "unit": case.unit,
+                "formula": case.formula,
+            }
         add(case, "ok", ms, **values)
     return measured
 

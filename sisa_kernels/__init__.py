@@ -1,12 +1,14 @@
-"""Exact SISA attention: operators on tensors (``import sisa_kernels as sk``); ``python -m sisa_kernels`` checks this machine."""
+"""Exact SISA attention: operators on tensors (``import sisa_kernels as sk``); ``python -m
+sisa_kernels`` checks this machine.
+"""
 
-from . import reference
-from .attention import backends, sisa_attention
-from .augment import augment_qk
-from .cache import TokenCache
-from .decode import SisaCache, sisa_decode
-from .forgetting import alibi_slopes, forgetting_attention, forgetting_decode
-from .version import __version__
+from sisa_kernels import reference
+from sisa_kernels.attention import backends, sisa_attention
+from sisa_kernels.cache import TokenCache
+from sisa_kernels.decode import SisaCache, sisa_decode
+from sisa_kernels.forgetting import alibi_slopes, forgetting_attention, forgetting_decode
+from sisa_kernels.paths.augment import augment_qk
+from sisa_kernels.version import __version__
 
 __all__ = [
     "SisaCache",

@@ -1,4 +1,6 @@
-"""The compiled extension: loaded where it fits this torch and this CPU, and otherwise said once, with the command that helps."""
+"""The compiled extension: loaded where it fits this torch and this CPU, and otherwise said once,
+with the command that helps.
+"""
 
 import importlib.util
 import os
@@ -12,7 +14,9 @@ ISAS = ("DEFAULT", "AVX2", "AVX512")  # each contains the ones before
 
 
 def _read_record(path: Path) -> dict[str, str]:
-    """The build record kept in the extension's file (csrc/sisa.cpp), read without running any of its code."""
+    """The build record kept in the extension's file (csrc/sisa.cpp), read without running any of
+    its code.
+    """
     start = path.read_bytes().partition(b"sisa build record\n")[2]
     return dict(line.split("=", 1) for line in start.partition(b"\0")[0].decode().splitlines())
 
@@ -50,5 +54,7 @@ if not LOADED and os.environ.get("SISA_EXTENSION") != "0":
 
 
 def build_info() -> str:
-    """One line a fact of the build: torch, vector width, compiler, flags, OpenMP, CUDA architectures; empty where not built."""
+    """One line a fact of the build: torch, vector width, compiler, flags, OpenMP, CUDA
+    architectures; empty where not built.
+    """
     return "\n".join(f"{name:10} {value or 'none'}" for name, value in RECORD.items())

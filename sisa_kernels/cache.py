@@ -1,4 +1,6 @@
-"""TokenCache: what a layer of attention keeps of the tokens so far, in buffers that grow and of which no old entry is rewritten."""
+"""TokenCache: what a layer of attention keeps of the tokens so far, in buffers that grow and of
+which no old entry is rewritten.
+"""
 
 import torch
 from torch import Tensor
@@ -13,7 +15,9 @@ def uniform(lengths: list[int]) -> int | None:
 
 
 def write(buffer: Tensor, x: Tensor, lengths: list[int]) -> None:
-    """Put x [B, T, heads, ...] into buffer [B, heads, capacity, ...], behind the first ``lengths[r]`` tokens of each row r."""
+    """Put x [B, T, heads, ...] into buffer [B, heads, capacity, ...], behind the first
+    ``lengths[r]`` tokens of each row r.
+    """
     T, x = x.shape[1], x.transpose(1, 2)
     start = uniform(lengths)
     if start is not None:
@@ -37,13 +41,17 @@ def last(x: Tensor, lengths: list[int]) -> Tensor:
 
 
 def visible(lengths: list[int], new: int, device: torch.device) -> Tensor:
-    """Which slots each of ``new`` tokens behind ``lengths`` sees: itself and all before, bool [B, 1, new, max(lengths) + new]."""
+    """Which slots each of ``new`` tokens behind ``lengths`` sees: itself and all before, bool [B,
+    1, new, max(lengths) + new].
+    """
     own = torch.tensor(lengths, device=device)[:, None] + torch.arange(new, device=device)
     return (torch.arange(max(lengths) + new, device=device) <= own[..., None])[:, None]
 
 
 def check_lengths(lengths: list[int], held: list[int], length: int, name: str = "lengths") -> None:
-    """Raise ValueError unless ``lengths`` are the real tokens of each row of the first [batch, length] into an empty cache."""
+    """Raise ValueError unless ``lengths`` are the real tokens of each row of the first [batch,
+    length] into an empty cache.
+    """
     if any(held):
         raise ValueError(f"{name} is for the first tokens of an empty cache, this one holds {held}")
     if (
@@ -58,16 +66,19 @@ def refuse_gradients(inputs: dict[str, Tensor]) -> None:
     """Raise ValueError for a tensor through which a gradient would be lost."""
     for name, x in inputs.items():
         if torch.is_grad_enabled() and x.requires_grad:
-            raise ValueError(f"{name} requires grad, but a cache is for inference: call it under torch.no_grad()")
+            raise ValueError(
+                f"{name} requires grad, but a cache is for inference: call it under torch.no_grad()"
+            )
 
 
 class TokenCache:
-    """Named buffers [B, heads, capacity(, channels)], of which row r holds tokens in the first ``lengths[r]`` slots.
+    """Named buffers [B, heads, capacity(, channels)], of which row r holds tokens in the first
+    ``lengths[r]`` slots.
 
-    They take the dtype and device of what is first appended, and grow by half, so that a token costs no copy on average. Rows
-    may differ in length: prompts are padded on the right, where causal attention never looks, and later tokens of a row
-    overwrite its padding. Raises ValueError for a batch below 1.
-    """
+    They take the dtype and device of what is first appended, and grow by half, so that a token
+    costs no copy on average. Rows may differ in length: prompts are padded on the right, where
+    causal attention never looks, and later tokens of a row overwrite its padding. Raises ValueError
+    for a batch below 1."""
 
     def __init__(self, batch: int):
         if batch < 1:
@@ -76,61 +87,82 @@ class TokenCache:
         self.buffers: dict[str, Tensor] = {}
 
     def check(self, new: dict[str, Tensor], lengths: list[int] | None) -> None:
-        """Refuse, before anything is written, tokens [B, T, heads(, channels)] that the cache cannot take."""
+        """Refuse, before anything is written, tokens [B, T, heads(, channels)] that the cache
+        cannot take.
+        """
         refuse_gradients(new)
         if not new:
             raise ValueError("a cache needs at least one tensor of new tokens, got none")
         odd = self.buffers.keys() ^ new.keys()
         if self.buffers and odd:
-            raise ValueError(f"{', '.join(sorted(odd))}: the cache holds {', '.join(self.buffers)}, got {', '.join(new)}")
+            raise ValueError(
+                f"{', '.join(sorted(odd))}: the cache holds {', '.join(self.buffers)}, got {', '.join(new)}"
+            )
         first, length = next((name, x.shape[1]) for name, x in new.items())
         for name, x in new.items():
             batch, tokens, *rest = x.shape
             if batch != len(self.lengths):
-                raise ValueError(f"{name} must have the cache's batch of {len(self.lengths)}, got {batch}")
+                raise ValueError(
+                    f"{name} must have the cache's batch of {len(self.lengths)}, got {batch}"
+                )
             if tokens != length:
                 raise ValueError(f"{name} must have {length} tokens like {first}, got {tokens}")
             held = self.buffers.get(name)
             if held is not None and [held.shape[1], *held.shape[3:]] != rest:
-                raise ValueError(f"{name} must be [heads, channels] {[held.shape[1], *held.shape[3:]]} as in the cache, got {rest}")
+                raise ValueError(
+                    f"{name} must be [heads, channels] {[held.shape[1], *held.shape[3:]]} as in the cache, got {rest}"
+                )
             if held is not None and (held.dtype, held.device) != (x.dtype, x.device):
-                raise ValueError(f"{name} must be {held.dtype} on {held.device} as in the cache, got {x.dtype} on {x.device}")
+                raise ValueError(
+                    f"{name} must be {held.dtype} on {held.device} as in the cache, got {x.dtype} on {x.device}"
+                )
         if lengths is not None:
             check_lengths(lengths, self.lengths, length)
 
     def reserve(self, new: dict[str, Tensor]) -> None:
-        """Make room for tokens such as ``new`` [B, T, heads(, channels)], of which only shape, dtype and device matter."""
+        """Make room for tokens such as ``new`` [B, T, heads(, channels)], of which only shape,
+        dtype and device matter.
+        """
         buffers = {}
         for name, x in new.items():
             batch, length, heads, *channels = x.shape
             needed, held = max(self.lengths) + length, self.buffers.get(name)
             if held is None or held.shape[2] < needed:
-                # Zeros: a slot behind a row's tokens has weight 0 in its softmax, which a NaN there would survive.
-                grown = x.new_zeros(batch, heads, max(MIN_CAPACITY, needed + needed // 2), *channels)
+                # Zeros: a slot behind a row's tokens has weight 0 in its softmax, which a NaN there
+                # would survive.
+                grown = x.new_zeros(
+                    batch, heads, max(MIN_CAPACITY, needed + needed // 2), *channels
+                )
                 if held is not None:
                     grown[:, :, : held.shape[2]] = held
                 buffers[name] = grown
         self.buffers |= buffers  # all, or after an error none
 
     def put(self, new: dict[str, Tensor]) -> None:
-        """Write tokens [B, T, heads(, channels)] behind those held, among which :meth:`advance` will count them."""
+        """Write tokens [B, T, heads(, channels)] behind those held, among which :meth:`advance`
+        will count them.
+        """
         self.reserve(new)
         for name, x in new.items():
             write(self.buffers[name], x, self.lengths)
 
     def advance(self, new: int, lengths: list[int] | None) -> None:
         """Count ``new`` tokens as held, or ``lengths[r]`` of them where rows differ."""
-        self.lengths = [old + count for old, count in zip(self.lengths, lengths or [new] * len(self.lengths))]
+        self.lengths = [
+            old + count for old, count in zip(self.lengths, lengths or [new] * len(self.lengths))
+        ]
 
     def append(self, lengths: list[int] | None = None, **new: Tensor) -> list[int]:
         """Write tokens [B, T, heads(, channels)] behind those held; returns the lengths before.
 
         Args:
-            lengths: for the first tokens of an empty cache: row r's tokens are the first ``lengths[r]``, the rest is padding.
+            lengths: for the first tokens of an empty cache: row r's tokens are the first
+                ``lengths[r]``, the rest is padding.
 
         Raises:
-            ValueError: other names than the cache's, or none; another batch, width, dtype or device; tensors of unequal numbers of
-                tokens, or that require grad; lengths out of range.
+            ValueError: other names than the cache's, or none; another batch, width, dtype or
+                device; tensors of unequal numbers of tokens, or that require grad; lengths out of
+                range.
         """
         self.check(new, lengths)
         self.put(new)

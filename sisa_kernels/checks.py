@@ -1,4 +1,6 @@
-"""Argument checks of the attention operators: every error names the argument, what was given and what is allowed."""
+"""Argument checks of the attention operators: every error names the argument, what was given and
+what is allowed.
+"""
 
 import itertools
 import math
@@ -11,8 +13,16 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 Rotary = tuple[Tensor, Tensor]
 
 
-def check_tensor(name: str, x: object, shape: tuple[int, ...], dtypes: tuple[torch.dtype, ...], device: torch.device) -> None:
-    """Raise TypeError/ValueError unless ``x`` is a tensor of exactly this shape and device and one of these dtypes."""
+def check_tensor(
+    name: str,
+    x: object,
+    shape: tuple[int, ...],
+    dtypes: tuple[torch.dtype, ...],
+    device: torch.device,
+) -> None:
+    """Raise TypeError/ValueError unless ``x`` is a tensor of exactly this shape and device and one
+    of these dtypes.
+    """
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
     if tuple(x.shape) != shape:
@@ -33,7 +43,9 @@ def wide_dtypes(q: Tensor) -> tuple[torch.dtype, ...]:
 
 
 def check_rotary(rotary: Rotary | None, q: Tensor, by_row: bool = False) -> None:
-    """Check the rotary tables of ``q`` [B, L, H, Dh], a pair [L, Dh / 2] of constants; ``by_row``: or [B, L, Dh / 2]."""
+    """Check the rotary tables of ``q`` [B, L, H, Dh], a pair [L, Dh / 2] of constants; ``by_row``:
+    or [B, L, Dh / 2].
+    """
     if rotary is None:
         return
     if not isinstance(rotary, (tuple, list)) or len(rotary) != 2:
@@ -45,28 +57,49 @@ def check_rotary(rotary: Rotary | None, q: Tensor, by_row: bool = False) -> None
         rows = (B,) if by_row and isinstance(table, Tensor) and table.ndim == 3 else ()
         check_tensor(name, table, (*rows, L, Dh // 2), wide_dtypes(q), q.device)
         if table.requires_grad:
-            raise ValueError(f"{name} must not require grad: the rotary tables are constants of the operator")
+            raise ValueError(
+                f"{name} must not require grad: the rotary tables are constants of the operator"
+            )
 
 
 def check_documents(cu_seqlens: Tensor | None, q: Tensor) -> None:
-    """Check the bounds of the documents packed into ``q`` [1, L, ...]; on a GPU their values are asserted without a wait."""
+    """Check the bounds of the documents packed into ``q`` [1, L, ...]; on a GPU their values are
+    asserted without a wait.
+    """
     if cu_seqlens is None:
         return
     B, L = q.shape[:2]
-    if not isinstance(cu_seqlens, Tensor) or cu_seqlens.dtype != torch.int32 or cu_seqlens.ndim != 1 or len(cu_seqlens) < 2:
-        got = f"{cu_seqlens.dtype} {list(cu_seqlens.shape)}" if isinstance(cu_seqlens, Tensor) else type(cu_seqlens).__name__
+    if (
+        not isinstance(cu_seqlens, Tensor)
+        or cu_seqlens.dtype != torch.int32
+        or cu_seqlens.ndim != 1
+        or len(cu_seqlens) < 2
+    ):
+        got = (
+            f"{cu_seqlens.dtype} {list(cu_seqlens.shape)}"
+            if isinstance(cu_seqlens, Tensor)
+            else type(cu_seqlens).__name__
+        )
         raise ValueError(f"cu_seqlens must be an int32 tensor [documents + 1], got {got}")
     if B != 1:
-        raise ValueError(f"cu_seqlens needs the documents packed into one sequence (batch 1), got batch {B}")
+        raise ValueError(
+            f"cu_seqlens needs the documents packed into one sequence (batch 1), got batch {B}"
+        )
     if torch.compiler.is_compiling():
         return
     allowed = f"cu_seqlens must rise strictly from 0 to the length {L}"
     if cu_seqlens.device.type == "cpu":
         bounds = cu_seqlens.tolist()
-        if bounds[0] != 0 or bounds[-1] != L or any(lo >= hi for lo, hi in itertools.pairwise(bounds)):
+        if (
+            bounds[0] != 0
+            or bounds[-1] != L
+            or any(lo >= hi for lo, hi in itertools.pairwise(bounds))
+        ):
             raise ValueError(f"{allowed}, got {bounds}")
     elif cu_seqlens.device.type == "cuda":
-        torch._assert_async((cu_seqlens[0] == 0) & (cu_seqlens[-1] == L) & (cu_seqlens.diff() > 0).all(), allowed)
+        torch._assert_async(
+            (cu_seqlens[0] == 0) & (cu_seqlens[-1] == L) & (cu_seqlens.diff() > 0).all(), allowed
+        )
 
 
 def check_qk(q: Tensor, k: Tensor) -> None:
@@ -74,14 +107,20 @@ def check_qk(q: Tensor, k: Tensor) -> None:
     if not isinstance(q, Tensor):
         raise TypeError(f"q must be a torch.Tensor, got {type(q).__name__}")
     if q.ndim != 4 or 0 in q.shape:
-        raise ValueError(f"q must be [batch, length, heads, channels] with every size >= 1, got {list(q.shape)}")
+        raise ValueError(
+            f"q must be [batch, length, heads, channels] with every size >= 1, got {list(q.shape)}"
+        )
     if q.dtype not in DTYPES:
         raise TypeError(f"q must be one of {', '.join(map(str, DTYPES))}, got {q.dtype}")
     if not isinstance(k, Tensor) or k.ndim != 4:
-        raise ValueError(f"k must be a 4-d tensor [batch, length, key heads, channels], got {_given(k)}")
+        raise ValueError(
+            f"k must be a 4-d tensor [batch, length, key heads, channels], got {_given(k)}"
+        )
     H, G = q.shape[2], k.shape[2]
     if G == 0 or H % G:
-        raise ValueError(f"the number of key heads must divide the number of query heads, got k with {G} heads and q with {H}")
+        raise ValueError(
+            f"the number of key heads must divide the number of query heads, got k with {G} heads and q with {H}"
+        )
     check_tensor("k", k, (*q.shape[:2], G, q.shape[3]), (q.dtype,), q.device)
 
 
@@ -93,21 +132,36 @@ def check_values(v: Tensor, k: Tensor) -> None:
 
 
 def check_log(name: str, x: Tensor, meaning: str) -> None:
-    """Refuse a log of a factor above 1 (or NaN) in a CPU tensor; on a GPU the check would stall the device."""
+    """Refuse a log of a factor above 1 (or NaN) in a CPU tensor; on a GPU the check would stall the
+    device.
+    """
     if x.device.type == "cpu" and not torch.compiler.is_compiling():
         worst = x.detach().max().item()
         if not worst <= 0:
-            raise ValueError(f"{name} must be <= 0 everywhere (log of a {meaning} in (0, 1]), got a maximum of {worst:g}")
+            raise ValueError(
+                f"{name} must be <= 0 everywhere (log of a {meaning} in (0, 1]), got a maximum of {worst:g}"
+            )
 
 
 def check_shapes(
-    q: Tensor, k: Tensor, b: Tensor, c: Tensor, log_decay: Tensor, theta: Tensor, lam: Tensor, rotary: Rotary | None
+    q: Tensor,
+    k: Tensor,
+    b: Tensor,
+    c: Tensor,
+    log_decay: Tensor,
+    theta: Tensor,
+    lam: Tensor,
+    rotary: Rotary | None,
 ) -> None:
-    """Check all of a SISA layer's inputs but v, and all but their values (shapes in :func:`sisa_kernels.sisa_attention`)."""
+    """Check all of a SISA layer's inputs but v, and all but their values (shapes in
+    :func:`sisa_kernels.sisa_attention`).
+    """
     check_qk(q, k)
     (B, L, H, _), G, wide = q.shape, k.shape[2], wide_dtypes(q)
     if not isinstance(b, Tensor) or b.ndim != 4 or b.shape[3] < 2 or b.shape[3] % 2:
-        raise ValueError(f"b must be [batch, length, key heads, Ds] with Ds even and >= 2, got {_given(b)}")
+        raise ValueError(
+            f"b must be [batch, length, key heads, Ds] with Ds even and >= 2, got {_given(b)}"
+        )
     Ds = b.shape[3]
     check_tensor("b", b, (B, L, G, Ds), (q.dtype,), q.device)
     check_tensor("c", c, (B, L, H, Ds), (q.dtype,), q.device)
@@ -118,15 +172,26 @@ def check_shapes(
 
 
 def check_operands(
-    q: Tensor, k: Tensor, b: Tensor, c: Tensor, log_decay: Tensor, theta: Tensor, lam: Tensor, rotary: Rotary | None
+    q: Tensor,
+    k: Tensor,
+    b: Tensor,
+    c: Tensor,
+    log_decay: Tensor,
+    theta: Tensor,
+    lam: Tensor,
+    rotary: Rotary | None,
 ) -> None:
-    """:func:`check_shapes`, and for CPU tensors ``log_decay <= 0`` and ``lam > 0``; on a GPU that would stall the device."""
+    """:func:`check_shapes`, and for CPU tensors ``log_decay <= 0`` and ``lam > 0``; on a GPU that
+    would stall the device.
+    """
     check_shapes(q, k, b, c, log_decay, theta, lam, rotary)
     check_log("log_decay", log_decay, "decay")
     if q.device.type == "cpu" and not torch.compiler.is_compiling():
         least, most = (x.item() for x in lam.detach().aminmax())
         if not 0 < least <= most < math.inf:
-            raise ValueError(f"lam must be finite and > 0 for every head, got {lam.detach().tolist()}")
+            raise ValueError(
+                f"lam must be finite and > 0 for every head, got {lam.detach().tolist()}"
+            )
 
 
 def check_attention(q, k, v, b, c, log_decay, theta, lam, rotary, mode, cu_seqlens) -> None:

@@ -1,11 +1,13 @@
-"""Forgetting attention, the additive score bias of FoX and ALiBi, exact at any length and decay on stock attention kernels.
+"""Forgetting attention, the additive score bias of FoX and ALiBi, exact at any length and decay on
+stock attention kernels.
 
-``s_ij = q_i.k_j / sqrt(Dh) + g_i - g_j``. The softmax of a row forgets a constant of the row, so that ``ref - g_j`` does, on the
-keys alone: a channel for each query head of the key's group, against a constant in the query. A bias is rounded in proportion to
-its size; hence queries are cut into chunks over which g falls by at most ``sdpa.MAX_RANGE``, ref in the middle of a chunk's range.
-The keys that a chunk can see have small biases, old keys large negative ones whose rounding nothing sees; nothing overflows.
-The Triton kernel could add g_i - g_j to its fp32 scores as it multiplies by the decay; that is not built.
-"""
+``s_ij = q_i.k_j / sqrt(Dh) + g_i - g_j``. The softmax of a row forgets a constant of the row, so
+that ``ref - g_j`` does, on the keys alone: a channel for each query head of the key's group,
+against a constant in the query. A bias is rounded in proportion to its size; hence queries are cut
+into chunks over which g falls by at most ``sdpa.MAX_RANGE``, ref in the middle of a chunk's range.
+The keys that a chunk can see have small biases, old keys large negative ones whose rounding nothing
+sees; nothing overflows. The Triton kernel could add g_i - g_j to its fp32 scores as it multiplies
+by the decay; that is not built."""
 
 import math
 
@@ -13,57 +15,73 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import sdpa
-from .cache import MAX_ROWS, TokenCache, last, refuse_gradients, visible
-from .checks import Rotary, check_forgetting
-from .ops import no_second_derivative, refuse_forward_mode, without_autocast
-from .reference import by_document, rotate
-from .scans import cumulative_decay, work_dtype
+from sisa_kernels.cache import MAX_ROWS, TokenCache, last, refuse_gradients, visible
+from sisa_kernels.checks import Rotary, check_forgetting
+from sisa_kernels.ops import no_second_derivative, refuse_forward_mode, without_autocast
+from sisa_kernels.paths import chunked as sdpa
+from sisa_kernels.rotation import by_document, rotate
+from sisa_kernels.scans import cumulative_decay, work_dtype
 
-HALF_CHUNK = 2048  # queries a call in half precision: over them g falls by less than 2^14 unless its mean step passes -8
+# queries a call in half precision: over them g falls by less than 2^14 unless its mean step passes
+# -8
+HALF_CHUNK = 2048
 HALF_UNIT = 256.0  # the query's constant there: keeps a bias of 10^6 within fp16
 HALF_PARTS = 3  # bf16 numbers that together hold a bias to fp32
 
 
 def alibi_slopes(heads: int, device: torch.device | str | None = None) -> Tensor:
-    """ALiBi's slopes (arXiv 2108.12409, section 3), [heads] fp32: ``log_forget = -slopes`` at every token is ALiBi.
+    """ALiBi's slopes (arXiv 2108.12409, section 3), [heads] fp32: ``log_forget = -slopes`` at every
+    token is ALiBi.
 
-    For a power of two of heads ``2^(-8h/heads)``, h = 1 .. heads; for other numbers those of the power of two below, then every
-    other one of twice that power's. Raises ValueError for less than one head.
-    """
+    For a power of two of heads ``2^(-8h/heads)``, h = 1 .. heads; for other numbers those of the
+    power of two below, then every other one of twice that power's. Raises ValueError for less than
+    one head."""
     if heads < 1:
         raise ValueError(f"heads must be at least 1, got {heads}")
     power = 2 ** (heads.bit_length() - 1)
     steps = torch.arange(1, power + 1, dtype=torch.float32, device=device) * (8 / power)
-    between = (2 * torch.arange(heads - power, dtype=torch.float32, device=device) + 1) * (4 / power)
+    between = (2 * torch.arange(heads - power, dtype=torch.float32, device=device) + 1) * (
+        4 / power
+    )
     return torch.cat((steps, between)).neg().exp2()
 
 
 def forgetting_attention(
-    q: Tensor, k: Tensor, v: Tensor, log_forget: Tensor, *, rotary: Rotary | None = None, cu_seqlens: Tensor | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_forget: Tensor,
+    *,
+    rotary: Rotary | None = None,
+    cu_seqlens: Tensor | None = None,
 ) -> Tensor:
-    """Causal softmax attention with a forget gate (FoX, arXiv 2503.02130, section 3); ALiBi with :func:`alibi_slopes`.
+    """Causal softmax attention with a forget gate (FoX, arXiv 2503.02130, section 3); ALiBi with
+    :func:`alibi_slopes`.
 
-    ``s_ij = q_i.k_j / sqrt(Dh) + g_i - g_j`` for i >= j, ``y_i = sum_j softmax_j(s_ij) v_j``; g is the running sum of
-    ``log_forget``. With fewer key heads than query heads, head h uses key head h // (H/G).
+    ``s_ij = q_i.k_j / sqrt(Dh) + g_i - g_j`` for i >= j, ``y_i = sum_j softmax_j(s_ij) v_j``; g is
+    the running sum of ``log_forget``. With fewer key heads than query heads, head h uses key head h
+    // (H/G).
 
     Args:
         q: queries [B, L, H, Dh], fp32, bf16, fp16 or fp64.
         k: keys [B, L, G, Dh] in q's dtype; G divides H.
         v: values [B, L, G, Dv] in q's dtype.
-        log_forget: natural log of each query head's forget gate, [B, L, H] fp32, <= 0; below -1000 it counts as -1000, whose
-            exp is 0 (-inf: the token forgets all before it).
-        rotary: (cos, sin) of the positions, each [L, Dh/2] fp32, applied to q and k inside; None (as in FoX and ALiBi): no RoPE.
-        cu_seqlens: [documents + 1] int32, rising from 0 to L: documents packed into one sequence (B = 1), where g and
-            attention restart at each.
+        log_forget: natural log of each query head's forget gate, [B, L, H] fp32, <= 0; below -1000
+            it counts as -1000, whose exp is 0 (-inf: the token forgets all before it).
+        rotary: (cos, sin) of the positions, each [L, Dh/2] fp32, applied to q and k inside; None
+            (as in FoX and ALiBi): no RoPE.
+        cu_seqlens: [documents + 1] int32, rising from 0 to L: documents packed into one sequence (B
+            = 1), where g and attention restart at each.
 
     Returns:
-        y [B, L, H, Dv] in q's dtype, differentiable in q, k, v and log_forget. For fp64, pass log_forget and rotary in fp64 or
-        fp32. On a CPU half precision is computed in fp32; on a GPU by stock flash kernels (:func:`half_document`).
+        y [B, L, H, Dv] in q's dtype, differentiable in q, k, v and log_forget. For fp64, pass
+        log_forget and rotary in fp64 or fp32. On a CPU half precision is computed in fp32; on a GPU
+        by stock flash kernels (:func:`half_document`).
 
     Raises:
-        TypeError, ValueError: an argument of the wrong type, shape, dtype, device or range; the message names it. The range of
-            log_forget is checked for CPU tensors only, the bounds in cu_seqlens as in :func:`sisa_kernels.sisa_attention`.
+        TypeError, ValueError: an argument of the wrong type, shape, dtype, device or range; the
+            message names it. The range of log_forget is checked for CPU tensors only, the bounds in
+            cu_seqlens as in :func:`sisa_kernels.sisa_attention`.
     """
     check_forgetting(q, k, v, log_forget, rotary, cu_seqlens)
     refuse_forward_mode(q, k, v, log_forget)
@@ -79,25 +97,35 @@ def forgetting_attention(
 
 
 def forgetting_decode(
-    q: Tensor, k: Tensor, v: Tensor, log_forget: Tensor, cache: TokenCache, *, lengths: list[int] | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_forget: Tensor,
+    cache: TokenCache,
+    *,
+    lengths: list[int] | None = None,
 ) -> Tensor:
-    """Append T new tokens to ``cache`` and return their attention over all it then holds: :func:`forgetting_attention`, continued.
+    """Append T new tokens to ``cache`` and return their attention over all it then holds:
+    :func:`forgetting_attention`, continued.
 
-    The cache holds k, v and g: a score's bias ``g_i - g_j`` is formed when it is used, from running sums in fp64 (8 bytes a token
-    and query head). The first tokens run through :func:`forgetting_attention`; T tokens over n take T (n + T) scores a head.
+    The cache holds k, v and g: a score's bias ``g_i - g_j`` is formed when it is used, from running
+    sums in fp64 (8 bytes a token and query head). The first tokens run through
+    :func:`forgetting_attention`; T tokens over n take T (n + T) scores a head.
 
     Args:
-        q, k, v, log_forget: as in :func:`forgetting_attention`, [B, T, heads(, channels)]; B, the heads, the widths, the dtype
-            and the device stay those of the first call.
-        cache: a :class:`TokenCache` of B sequences, changed in place; after an error it is as it was.
-        lengths: for prompts of unequal length, into an empty cache: row r's tokens are its first ``lengths[r]``, the rest is
-            (finite) padding on the right, whose results mean nothing.
+        q, k, v, log_forget: as in :func:`forgetting_attention`, [B, T, heads(, channels)]; B, the
+            heads, the widths, the dtype and the device stay those of the first call.
+        cache: a :class:`TokenCache` of B sequences, changed in place; after an error it is as it
+            was.
+        lengths: for prompts of unequal length, into an empty cache: row r's tokens are its first
+            ``lengths[r]``, the rest is (finite) padding on the right, whose results mean nothing.
 
     Returns:
         y [B, T, H, Dv] in q's dtype, without a gradient.
 
     Raises:
-        TypeError, ValueError: as :func:`forgetting_attention` and :meth:`TokenCache.append`, the latter for q, too.
+        TypeError, ValueError: as :func:`forgetting_attention` and :meth:`TokenCache.append`, the
+        latter for q, too.
     """
     if not isinstance(cache, TokenCache):
         raise TypeError(f"cache must be a sisa_kernels.TokenCache, got {type(cache).__name__}")
@@ -119,51 +147,72 @@ def forgetting_decode(
     with without_autocast(q.device):
         for start in range(0, T, MAX_ROWS):
             rows = slice(start, start + MAX_ROWS)
-            bias = (g[:, rows].transpose(1, 2)[..., None] - g_keys).to(work).masked_fill(hidden[:, :, rows], -math.inf)
-            pieces.append(F.scaled_dot_product_attention(queries[:, :, rows], keys, values, attn_mask=bias, enable_gqa=gqa))
+            bias = (
+                (g[:, rows].transpose(1, 2)[..., None] - g_keys)
+                .to(work)
+                .masked_fill(hidden[:, :, rows], -math.inf)
+            )
+            pieces.append(
+                F.scaled_dot_product_attention(
+                    queries[:, :, rows], keys, values, attn_mask=bias, enable_gqa=gqa
+                )
+            )
         y = torch.cat(pieces, 2).transpose(1, 2).to(q.dtype)
     cache.advance(T, None)  # last: after an error the cache is as it was
     return y
 
 
 def half_document(q: Tensor, k: Tensor, v: Tensor, log_forget: Tensor) -> Tensor:
-    """Forgetting attention of one document by stock SDPA in half precision, each bias in ``HALF_PARTS`` channels: y [B, L, H, Dv].
+    """Forgetting attention of one document by stock SDPA in half precision, each bias in
+    ``HALF_PARTS`` channels: y [B, L, H, Dv].
 
-    No value is read from the device: chunks have a fixed length. A bias is off by 2^-24 of its size, which is the rounding of a
-    logit of 1 in bf16 where g falls by 2^15 in a chunk. The gradient of log_forget is a running sum over tokens in which the
-    rounding of y inside any half-precision flash backward adds up: in bf16 0.7 % at half-lives of 100 tokens, 14 % at one token
-    (L = 257 and 2,500, against 0.6 % and 10 % for exact arithmetic on a rounded y).
-    """
+    No value is read from the device: chunks have a fixed length. A bias is off by 2^-24 of its
+    size, which is the rounding of a logit of 1 in bf16 where g falls by 2^15 in a chunk. The
+    gradient of log_forget is a running sum over tokens in which the rounding of y inside any
+    half-precision flash backward adds up: in bf16 0.7 % at half-lives of 100 tokens, 14 % at one
+    token (L = 257 and 2,500, against 0.6 % and 10 % for exact arithmetic on a rounded y)."""
     (L, H, Dh), G, Dv = q.shape[1:], k.shape[2], v.shape[3]
     g = cumulative_decay(log_forget)
-    width = -(-max(Dh + HALF_PARTS * H // G, Dv) // 8) * 8  # flash kernels take one width, a multiple of 8
+    width = (
+        -(-max(Dh + HALF_PARTS * H // G, Dv) // 8) * 8
+    )  # flash kernels take one width, a multiple of 8
     unit = (HALF_UNIT * _head_channels(q, G)).repeat(1, HALF_PARTS).expand(*q.shape[:2], -1, -1)
     query, value = (sdpa.padded(x, width).transpose(1, 2) for x in (torch.cat((q, unit), 3), v))
     pieces = []
     for start in range(0, L, HALF_CHUNK):
         end = min(start + HALF_CHUNK, L)
-        bias = (_middle(g, start, end) - g[:, :end]).unflatten(2, (G, -1)) * (math.sqrt(Dh) / HALF_UNIT)
+        bias = (_middle(g, start, end) - g[:, :end]).unflatten(2, (G, -1)) * (
+            math.sqrt(Dh) / HALF_UNIT
+        )
         rest = bias.clamp(min=-6e4).float()  # fp16's lowest; in the score -2e6
-        parts = [rest.to(q.dtype)]  # this one carries the gradient, the others make up for its rounding
+        parts = [
+            rest.to(q.dtype)
+        ]  # this one carries the gradient, the others make up for its rounding
         for _ in range(1, HALF_PARTS):
             rest = (rest - parts[-1]).detach()
             parts.append(rest.to(q.dtype))
         key = sdpa.padded(torch.cat((k[:, :end], *parts), 3), width).transpose(1, 2)
         causal = {"attn_mask": _lower_right(end - start, end)} if start else {"is_causal": True}
         rows = query[:, :, start:end], key, value[:, :, :end]
-        pieces.append(F.scaled_dot_product_attention(*rows, scale=Dh**-0.5, enable_gqa=H != G, **causal))
+        pieces.append(
+            F.scaled_dot_product_attention(*rows, scale=Dh**-0.5, enable_gqa=H != G, **causal)
+        )
     return torch.cat(pieces, 2)[..., :Dv].transpose(1, 2)
 
 
 def _lower_right(queries: int, keys: int) -> Tensor:
-    """The causal mask that aligns the last query with the last key, where SDPA's is_causal aligns the first ones."""
+    """The causal mask that aligns the last query with the last key, where SDPA's is_causal aligns
+    the first ones.
+    """
     from torch.nn.attention.bias import causal_lower_right  # here: it loads TorchDynamo, 4 seconds
 
     return causal_lower_right(queries, keys)
 
 
 def _head_channels(q: Tensor, G: int) -> Tensor:
-    """[H, H/G]: 1 in the channel that holds the query head's bias among those of its key head's group."""
+    """[H, H/G]: 1 in the channel that holds the query head's bias among those of its key head's
+    group.
+    """
     return torch.eye(q.shape[2] // G, dtype=q.dtype, device=q.device).repeat(G, 1)
 
 
@@ -172,8 +221,12 @@ def _middle(g: Tensor, start: int, end: int) -> Tensor:
     return ((g[:, start : start + 1] + g[:, end - 1 : end]) / 2).detach()
 
 
-def _operands(q: Tensor, k: Tensor, v: Tensor, log_forget: Tensor) -> tuple[Tensor, Tensor, Tensor, slice]:
-    """Queries with their constants, keys with room for biases and values, of one width; and the bias channels."""
+def _operands(
+    q: Tensor, k: Tensor, v: Tensor, log_forget: Tensor
+) -> tuple[Tensor, Tensor, Tensor, slice]:
+    """Queries with their constants, keys with room for biases and values, of one width; and the
+    bias channels.
+    """
     (H, Dh), G, Dv = q.shape[2:], k.shape[2], v.shape[3]
     bias = slice(Dh, Dh + H // G)
     width = max(bias.stop, Dv)
@@ -183,16 +236,24 @@ def _operands(q: Tensor, k: Tensor, v: Tensor, log_forget: Tensor) -> tuple[Tens
 
 
 def _chunks(k_aug: Tensor, log_forget: Tensor, bias: slice):
-    """Yield (start, end) of each chunk of queries, the keys up to its end holding their biases relative to it."""
+    """Yield (start, end) of each chunk of queries, the keys up to its end holding their biases
+    relative to it.
+    """
     g = cumulative_decay(log_forget)
-    for start, end in sdpa.chunk_bounds(g, g.shape[1] if sdpa.has_flash(g.device) else sdpa.MAX_DENSE_CHUNK):
-        k_aug[:, :end, :, bias] = (_middle(g, start, end) - g[:, :end]).unflatten(2, (k_aug.shape[2], -1)).to(k_aug.dtype)
+    for start, end in sdpa.chunk_bounds(
+        g, g.shape[1] if sdpa.has_flash(g.device) else sdpa.MAX_DENSE_CHUNK
+    ):
+        k_aug[:, :end, :, bias] = (
+            (_middle(g, start, end) - g[:, :end]).unflatten(2, (k_aug.shape[2], -1)).to(k_aug.dtype)
+        )
         yield start, end
 
 
 @torch.library.custom_op("sisa::forgetting", mutates_args=())
 def forgetting(q: Tensor, k: Tensor, v: Tensor, log_forget: Tensor) -> tuple[Tensor, Tensor]:
-    """Forgetting attention of one document in fp32 or fp64: (y [B, L, H, Dv], log-sum-exp [B, H, L] relative to its chunk)."""
+    """Forgetting attention of one document in fp32 or fp64: (y [B, L, H, Dv], log-sum-exp [B, H, L]
+    relative to its chunk).
+    """
     scale, Dv = q.shape[3] ** -0.5, v.shape[3]
     q_aug, k_aug, value, bias = _operands(q, k, v, log_forget)
     y = q.new_empty(*q.shape[:3], Dv)
@@ -201,7 +262,9 @@ def forgetting(q: Tensor, k: Tensor, v: Tensor, log_forget: Tensor) -> tuple[Ten
         chunk = slice(start, end)
         part = sdpa.attend(q_aug[:, chunk], k_aug[:, chunk], value[:, chunk], True, scale)
         if start:
-            part = sdpa.merge(part, sdpa.attend(q_aug[:, chunk], k_aug[:, :start], value[:, :start], False, scale))
+            part = sdpa.merge(
+                part, sdpa.attend(q_aug[:, chunk], k_aug[:, :start], value[:, :start], False, scale)
+            )
         y[:, chunk], lse[..., chunk] = part[0][..., :Dv], part[1]
     return y, lse
 
@@ -216,12 +279,13 @@ def _(q, k, v, log_forget):
 def forgetting_backward(
     dy: Tensor, y: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, log_forget: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of :func:`forgetting` for q, k, v and log_forget, from its inputs and outputs alone.
+    """Gradients of :func:`forgetting` for q, k, v and log_forget, from its inputs and outputs
+    alone.
 
-    With dS = dL/ds, ``dL/d log_forget_t`` is the sum of dS_ij over i >= t > j. A row of dS sums to 0, so that all rows i of a
-    chunk may be counted: a running sum, over the chunk's keys, of the gradients of their biases. It starts at the oldest keys,
-    which have none, and ends with the chunk, so that rounding errors stay where they were made.
-    """
+    With dS = dL/ds, ``dL/d log_forget_t`` is the sum of dS_ij over i >= t > j. A row of dS sums to
+    0, so that all rows i of a chunk may be counted: a running sum, over the chunk's keys, of the
+    gradients of their biases. It starts at the oldest keys, which have none, and ends with the
+    chunk, so that rounding errors stay where they were made."""
     scale, Dh, Dv = q.shape[3] ** -0.5, q.shape[3], v.shape[3]
     q_aug, k_aug, value, bias = _operands(q, k, v, log_forget)
     dout, out = (sdpa.padded(x, value.shape[3]) for x in (dy, y))
@@ -232,7 +296,9 @@ def forgetting_backward(
         query, softmax = q_aug[:, chunk], (dout[:, chunk], out[:, chunk], lse[..., chunk], scale)
         parts = [sdpa.attend_backward(query, k_aug[:, chunk], value[:, chunk], True, *softmax)]
         if start:
-            parts.insert(0, sdpa.attend_backward(query, k_aug[:, :start], value[:, :start], False, *softmax))
+            parts.insert(
+                0, sdpa.attend_backward(query, k_aug[:, :start], value[:, :start], False, *softmax)
+            )
         for dq, _, _ in parts:
             dq_aug[:, chunk] += dq
         dk, dv_keys = (torch.cat([part[n] for part in parts], 1) for n in (1, 2))

@@ -1,4 +1,6 @@
-"""How the operators are registered, and what all of them do alike: refuse, leave autocast, and say a thing once."""
+"""How the operators are registered, and what all of them do alike: refuse, leave autocast, and say
+a thing once.
+"""
 
 import contextlib
 import warnings
@@ -9,44 +11,62 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from . import _extension
+from sisa_kernels import _extension
 
 library = torch.library.Library("sisa", "FRAGMENT")
 
 
 def register(
-    name: str, eager: Callable, fake: Callable, backward: Callable | None = None, setup_context: Callable | None = None,
+    name: str,
+    eager: Callable,
+    fake: Callable,
+    backward: Callable | None = None,
+    setup_context: Callable | None = None,
     mutates: tuple[str, ...] = (),
-) -> Any:  # fmt: skip
-    """The op sisa::``name``: compiled for the devices the loaded extension was built for, ``eager`` on every other."""
+) -> Any:
+    """The op sisa::``name``: compiled for the devices the loaded extension was built for, ``eager``
+    on every other.
+    """
     schema = torch.library.infer_schema(eager, mutates_args=mutates)
     compiled = hasattr(torch.ops.sisa, name)
     if _extension.LOADED and not compiled:
         message = f"sisa_kernels runs sisa::{name} in plain PyTorch: its compiled extension is of older sources. To build it: "
         warnings.warn(message + _extension.REBUILD, RuntimeWarning, stacklevel=3)
-    undefined = f"{name}_eager" if compiled else name  # the compiled op hands fp64 to sisa::<name>_eager
+    undefined = (
+        f"{name}_eager" if compiled else name
+    )  # the compiled op hands fp64 to sisa::<name>_eager
     library.define(undefined + schema, tags=(torch.Tag.pt2_compliant_tag,))
     for op in {name, undefined}:
         library.impl(op, eager, "CompositeExplicitAutograd")
     torch.library.register_fake(f"sisa::{name}", fake, lib=library)
     if backward is not None:
-        torch.library.register_autograd(f"sisa::{name}", backward, setup_context=setup_context, lib=library)
+        torch.library.register_autograd(
+            f"sisa::{name}", backward, setup_context=setup_context, lib=library
+        )
     return getattr(torch.ops.sisa, name).default
 
 
 def no_second_derivative(ctx, *grads) -> NoReturn:
-    """The backward of the backward ops: an error, where autograd's own answer would be a warning and a wrong gradient."""
-    raise RuntimeError("SISA's operators are differentiable once: no double backward (create_graph=True), nested grad or hessian")
+    """The backward of the backward ops: an error, where autograd's own answer would be a warning
+    and a wrong gradient.
+    """
+    raise RuntimeError(
+        "SISA's operators are differentiable once: no double backward (create_graph=True), nested grad or hessian"
+    )
 
 
 def refuse_forward_mode(*tensors: Tensor) -> None:
     """An error where PyTorch would take an op without a forward-mode derivative for a constant."""
-    if not torch.compiler.is_compiling() and any(forward_ad.unpack_dual(x).tangent is not None for x in tensors):
+    if not torch.compiler.is_compiling() and any(
+        forward_ad.unpack_dual(x).tangent is not None for x in tensors
+    ):
         raise NotImplementedError("SISA's operators have no forward-mode derivative (jvp)")
 
 
 def without_autocast(device: torch.device) -> contextlib.AbstractContextManager:
-    """Within it autocast is off: it would reach into the operators and run their fp32 products in half precision."""
+    """Within it autocast is off: it would reach into the operators and run their fp32 products in
+    half precision.
+    """
     if device.type == "meta" or not torch.is_autocast_enabled(device.type):
         return contextlib.nullcontext()
     return torch.autocast(device.type, enabled=False)

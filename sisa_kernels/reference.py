@@ -1,50 +1,47 @@
-"""The oracles: SISA attention (arXiv 2606.02332, Eq. 2) and its rival's, densely in fp64, with no trick of numerics or speed.
+"""The oracles: SISA attention (arXiv 2606.02332, Eq. 2) and its rival's, densely in fp64, with no
+trick of numerics or speed.
 
-Every other path of this package is measured against this file, and this file is checked by ``torch.autograd.gradcheck``.
-"""
+Every other path of this package is measured against this file, and this file is checked by
+``torch.autograd.gradcheck``."""
 
 import functools
 import math
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from .checks import Rotary, check_attention, check_forgetting
-
-CLAMP = 11.0  # the authors' bound on the exponent g - c
-LOWEST_LOG_DECAY = -1e3  # exp of it is 0 in fp64: a bound that changes nothing, but keeps the digits of the running sum
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """R(phase) x: rotate the interleaved pairs (2n, 2n+1) of the last axis, given the cosine and sine of each pair's phase."""
-    x0, x1 = x[..., 0::2], x[..., 1::2]
-    return torch.stack((x0 * cos - x1 * sin, x0 * sin + x1 * cos), -1).flatten(-2)
-
-
-def by_document(attend: Callable[..., Tensor], cu_seqlens: Tensor | None, *tensors: Tensor) -> Tensor:
-    """``attend`` on each document's part of the tensors [1, L, ...], the results joined; without cu_seqlens on the whole."""
-    if cu_seqlens is None:
-        return attend(*tensors)
-    lengths = cu_seqlens.diff().tolist()
-    return torch.cat([attend(*document) for document in zip(*(x.split(lengths, 1) for x in tensors))], 1)
+from sisa_kernels.checks import Rotary, check_attention, check_forgetting
+from sisa_kernels.rotation import CLAMP, LOWEST_LOG_DECAY, by_document, rotate
 
 
 def sisa_attention(
-    q: Tensor, k: Tensor, v: Tensor, b: Tensor, c: Tensor, log_decay: Tensor, theta: Tensor, lam: Tensor, *,
-    rotary: Rotary | None = None, mode: str = "exact", cu_seqlens: Tensor | None = None,
-) -> Tensor:  # fmt: skip
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    b: Tensor,
+    c: Tensor,
+    log_decay: Tensor,
+    theta: Tensor,
+    lam: Tensor,
+    *,
+    rotary: Rotary | None = None,
+    mode: str = "exact",
+    cu_seqlens: Tensor | None = None,
+) -> Tensor:
     """SISA attention, Eq. 2 of the paper, O(L^2) memory, computed in fp64 whatever comes in.
 
     ``s_ij = q_i.k_j / sqrt(Dh) + lam exp(g_i - g_j) (R(Phi_i) c_i).(R(Phi_j) b_j)`` for i >= j,
-    ``y_i = sum_j softmax_j(s_ij) v_j``, with g and Phi the running sums of ``log_decay`` and ``theta``. In ``mode="clamped"``
-    g_i - g_j becomes ``clip(g_i - m) - clip(g_j - m)``: clip to +-11, m the middle of g's range in the sequence, a constant.
+    ``y_i = sum_j softmax_j(s_ij) v_j``, with g and Phi the running sums of ``log_decay`` and
+    ``theta``. In ``mode="clamped"`` g_i - g_j becomes ``clip(g_i - m) - clip(g_j - m)``: clip to
+    +-11, m the middle of g's range in the sequence, a constant.
 
-    Arguments, shapes and errors are those of :func:`sisa_kernels.sisa_attention`; returns y [B, L, H, Dv] in q's dtype.
-    """
+    Arguments, shapes and errors are those of :func:`sisa_kernels.sisa_attention`; returns y [B, L,
+    H, Dv] in q's dtype."""
     check_attention(q, k, v, b, c, log_decay, theta, lam, rotary, mode, cu_seqlens)
     dtype = q.dtype
-    q, k, v, b, c, log_decay, theta, lam = (x.double() for x in (q, k, v, b, c, log_decay, theta, lam))
+    q, k, v, b, c, log_decay, theta, lam = (
+        x.double() for x in (q, k, v, b, c, log_decay, theta, lam)
+    )
     if rotary is not None:
         cos, sin = (table.double()[:, None] for table in rotary)
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
@@ -53,12 +50,20 @@ def sisa_attention(
 
 
 def scores(
-    q: Tensor, k: Tensor, b: Tensor, c: Tensor, log_decay: Tensor, theta: Tensor, lam: Tensor, mode: str = "exact"
+    q: Tensor,
+    k: Tensor,
+    b: Tensor,
+    c: Tensor,
+    log_decay: Tensor,
+    theta: Tensor,
+    lam: Tensor,
+    mode: str = "exact",
 ) -> tuple[Tensor, Tensor]:
-    """The two terms of Eq. 2, whose sum is s_ij: ``q_i.k_j / sqrt(Dh)`` and the importance term, each fp64 [B, H, L, L].
+    """The two terms of Eq. 2, whose sum is s_ij: ``q_i.k_j / sqrt(Dh)`` and the importance term,
+    each fp64 [B, H, L, L].
 
-    Above the diagonal the first is -inf and the second 0. Arguments are those of :func:`sisa_attention`, with RoPE applied to q, k.
-    """
+    Above the diagonal the first is -inf and the second 0. Arguments are those of
+    :func:`sisa_attention`, with RoPE applied to q, k."""
     q, k, b, c, log_decay, theta, lam = (x.double() for x in (q, k, b, c, log_decay, theta, lam))
     L, H, Dh = q.shape[1:]
     g = log_decay.clamp(min=LOWEST_LOG_DECAY).cumsum(1)
@@ -83,14 +88,20 @@ def _document(q, k, v, b, c, log_decay, theta, lam: Tensor, mode: str) -> Tensor
 
 
 def forgetting_attention(
-    q: Tensor, k: Tensor, v: Tensor, log_forget: Tensor, *, rotary: Rotary | None = None, cu_seqlens: Tensor | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_forget: Tensor,
+    *,
+    rotary: Rotary | None = None,
+    cu_seqlens: Tensor | None = None,
 ) -> Tensor:
-    """Forgetting attention (arXiv 2503.02130, section 3), O(L^2) memory, computed in fp64 whatever comes in.
+    """Forgetting attention (arXiv 2503.02130, section 3), O(L^2) memory, computed in fp64 whatever
+    comes in.
 
-    ``s_ij = q_i.k_j / sqrt(Dh) + F_i - F_j`` for i >= j, ``y_i = sum_j softmax_j(s_ij) v_j``, with F the running sum of
-    ``log_forget``. Arguments, shapes and errors are those of :func:`sisa_kernels.forgetting_attention`; returns y [B, L, H, Dv] in
-    q's dtype.
-    """
+    ``s_ij = q_i.k_j / sqrt(Dh) + F_i - F_j`` for i >= j, ``y_i = sum_j softmax_j(s_ij) v_j``, with
+    F the running sum of ``log_forget``. Arguments, shapes and errors are those of
+    :func:`sisa_kernels.forgetting_attention`; returns y [B, L, H, Dv] in q's dtype."""
     check_forgetting(q, k, v, log_forget, rotary, cu_seqlens)
     dtype = q.dtype
     q, k, v, log_forget = (x.double() for x in (q, k, v, log_forget))
@@ -105,6 +116,8 @@ def _forgetting_document(q: Tensor, k: Tensor, v: Tensor, log_forget: Tensor) ->
     F = log_forget.clamp(min=LOWEST_LOG_DECAY).cumsum(1).transpose(1, 2)
     k, v = (x.repeat_interleave(H // k.shape[2], 2) for x in (k, v))
     causal = torch.ones(L, L, dtype=torch.bool, device=q.device).tril()
-    score = torch.einsum("bihd,bjhd->bhij", q, k) / math.sqrt(Dh) + F[..., :, None] - F[..., None, :]
+    score = (
+        torch.einsum("bihd,bjhd->bhij", q, k) / math.sqrt(Dh) + F[..., :, None] - F[..., None, :]
+    )
     weight = score.masked_fill(~causal, -math.inf).softmax(-1)
     return torch.einsum("bhij,bjhd->bihd", weight, v)

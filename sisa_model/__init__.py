@@ -1,10 +1,23 @@
-"""SISA's models and experiments, on the operators of ``sisa_kernels`` (``import sisa_model as sm``)."""
+"""SISA's models and experiments, on the operators of ``sisa_kernels`` (``import sisa_model as
+sm``).
+"""
 
-from .checkpoint import load, save
-from .generate import generate
-from .model import build, count_parameters
-from .paper_checkpoint import load_paper_checkpoint
-from .presets import presets
-from .sisa import SisaAttention, health
+from sisa_model.interop.authors import load_paper_checkpoint
+from sisa_model.models.checkpoint import load, save
+from sisa_model.models.generate import generate
+from sisa_model.models.health import health
+from sisa_model.models.language_model import build, count_parameters
+from sisa_model.models.presets import presets
+from sisa_model.models.sisa import SisaAttention
 
-__all__ = ["SisaAttention", "build", "count_parameters", "generate", "health", "load", "load_paper_checkpoint", "presets", "save"]
+__all__ = [
+    "SisaAttention",
+    "build",
+    "count_parameters",
+    "generate",
+    "health",
+    "load",
+    "load_paper_checkpoint",
+    "presets",
+    "save",
+]

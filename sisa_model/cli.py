@@ -1,4 +1,6 @@
-"""The command ``sisa``: prepare, train, compare, study, eval, plot, inspect, report, generate, convert, info, bench-report."""
+"""The command ``sisa``: prepare, train, compare, study, eval, plot, inspect, report, generate,
+convert, info, bench-report.
+"""
 
 import subprocess
 import sys
@@ -11,24 +13,24 @@ import torch
 import tyro
 
 import sisa_kernels as sk
-
-from .checkpoint import load, save
-from .compare import CompareConfig, compare
-from .evaluate import EvalConfig, evaluate
-from .files import make_folder_atomically
-from .generate import check_sampling, generate
-from .inspection import InspectConfig, inspect_run
-from .machine import find_device
-from .model import LanguageModel, count_parameters
-from .paper_checkpoint import load_paper_checkpoint
-from .plot_runs import PlotConfig, plot_runs
-from .prepare import PrepareConfig, prepare
-from .presets import preset_config, presets
-from .report import ReportConfig, report
-from .run import TrainConfig, is_taken
-from .study import StudyConfig, run_study
-from .subject import find_subject
-from .train import train
+from sisa_model.data.prepare import PrepareConfig, prepare
+from sisa_model.evaluation.evaluate import EvalConfig, evaluate
+from sisa_model.evaluation.inspection import InspectConfig, inspect_run
+from sisa_model.evaluation.subject import find_subject
+from sisa_model.experiments.compare import CompareConfig, compare
+from sisa_model.experiments.plot_runs import PlotConfig, plot_runs
+from sisa_model.experiments.report import ReportConfig, report
+from sisa_model.experiments.study import StudyConfig, run_study
+from sisa_model.interop.authors import load_paper_checkpoint
+from sisa_model.models.checkpoint import load, save
+from sisa_model.models.generate import check_sampling, generate
+from sisa_model.models.language_model import LanguageModel, count_parameters
+from sisa_model.models.presets import preset_config, presets
+from sisa_model.runs.config import TrainConfig
+from sisa_model.runs.folder import is_taken
+from sisa_model.training.trainer import train
+from sisa_model.utils.files import make_folder_atomically
+from sisa_model.utils.machine import find_device
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +38,9 @@ class GenerateConfig:
     """Continue a prompt with a model that `sisa train` or `sisa convert` made."""
 
     run: tyro.conf.Positional[Path]
-    """Run folder of `sisa train`, of an unfinished run its newest checkpoint, or with --tokenizer a folder of model weights."""
+    """Run folder of `sisa train`, of an unfinished run its newest checkpoint, or with --tokenizer a
+    folder of model weights.
+    """
     tokenizer: str | None = None
     """For a folder of model weights: its tokenizer, a `tokenizers` JSON file or the word bytes."""
     prompt: str = ""
@@ -57,7 +61,9 @@ class GenerateConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ConvertConfig:
-    """Turn a checkpoint of the paper's authors into this package's format: config.json and model.safetensors."""
+    """Turn a checkpoint of the paper's authors into this package's format: config.json and
+    model.safetensors.
+    """
 
     checkpoint: tyro.conf.Positional[Path]
     """The authors' .pt file."""
@@ -79,7 +85,9 @@ class InfoConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class BenchReportConfig:
-    """Draw the figures of docs/ from the rows that `pytest bench` and bench/accuracy.py have measured; needs a checkout."""
+    """Draw the figures of docs/ from the rows that `pytest bench` and bench/accuracy.py have
+    measured; needs a checkout.
+    """
 
     results: Path | None = None
     """Folder of the CSV files. Default: bench/results of the checkout."""
@@ -103,9 +111,15 @@ def run_generate(config: GenerateConfig) -> None:
     if why := model.cache_refusal():
         print(f"sisa: every token runs all before it again: {why}", file=sys.stderr)
     out = generate(
-        model, ids, config.max_new_tokens, config.temperature, why is None,
-        top_k=config.top_k, top_p=config.top_p, generator=generator,
-    )  # fmt: skip
+        model,
+        ids,
+        config.max_new_tokens,
+        config.temperature,
+        why is None,
+        top_k=config.top_k,
+        top_p=config.top_p,
+        generator=generator,
+    )
     print(encoder.decode(out[0, 1:].tolist()))
 
 
@@ -115,7 +129,9 @@ def run_convert(config: ConvertConfig) -> None:
         raise FileExistsError(f"out {config.out} exists; choose another folder")
     model = load_paper_checkpoint(config.checkpoint, config.preset, config.mode)
     make_folder_atomically(config.out, lambda folder: save(model, folder))
-    print(f"{config.preset}, {count_parameters(model):,} parameters, mode {model.config.mode}: {config.out}")
+    print(
+        f"{config.preset}, {count_parameters(model):,} parameters, mode {model.config.mode}: {config.out}"
+    )
 
 
 def run_info(config: InfoConfig) -> None:
@@ -125,7 +141,9 @@ def run_info(config: InfoConfig) -> None:
             print(f"{name:18} {value}")
         return
     print(f"sisa {sk.__version__}")
-    columns = f"{'d_model':>7} {'heads':>5} {'layers':>6} {'d_state':>7} {'mamba_state':>11} {'d_ff':>5}"
+    columns = (
+        f"{'d_model':>7} {'heads':>5} {'layers':>6} {'d_state':>7} {'mamba_state':>11} {'d_ff':>5}"
+    )
     print(f"{'preset':30} {'parameters':>12}  {columns}")
     for name in presets():
         with torch.device("meta"):
@@ -136,13 +154,19 @@ def run_info(config: InfoConfig) -> None:
 
 
 def run_bench_report(config: BenchReportConfig) -> None:
-    """Run bench/report.py of the checkout that this package stands in: the benches are no part of the package."""
+    """Run bench/report.py of the checkout that this package stands in: the benches are no part of
+    the package.
+    """
     script = Path(__file__).resolve().parent.parent / "bench" / "report.py"
     if not script.is_file():
         raise FileNotFoundError(
             f"bench-report needs a checkout of the repository, installed with pip install -e; {script} is absent"
         )
-    given = {name: value if isinstance(value, tuple) else (value,) for name, value in vars(config).items() if value}
+    given = {
+        name: value if isinstance(value, tuple) else (value,)
+        for name, value in vars(config).items()
+        if value
+    }
     options = [str(part) for name, values in given.items() for part in (f"--{name}", *values)]
     if subprocess.run([sys.executable, str(script), *options]).returncode:
         raise ValueError("not every figure could be drawn")
@@ -165,14 +189,18 @@ COMMANDS: dict[str, tuple[type, Callable[[Any], object]]] = {
 
 
 def main(args: list[str] | None = None) -> int:
-    """Run the command line; returns 0, or 1 after one line saying which argument, file or disk was at fault."""
+    """Run the command line; returns 0, or 1 after one line saying which argument, file or disk was
+    at fault.
+    """
     if (sys.argv[1:] if args is None else args) == ["--version"]:
         print(f"sisa {sk.__version__}")
         return 0
     description = "Exact SISA attention: train, compare and sample its models. `sisa --version` prints the version."
     configs: dict[str, Any] = {name: config for name, (config, _) in COMMANDS.items()}
     plain = (tyro.conf.FlagCreatePairsOff,)
-    config: Any = tyro.extras.subcommand_cli_from_dict(configs, prog="sisa", description=description, args=args, config=plain)
+    config: Any = tyro.extras.subcommand_cli_from_dict(
+        configs, prog="sisa", description=description, args=args, config=plain
+    )
     try:
         dict(COMMANDS.values())[type(config)](config)
     except (ValueError, TypeError, OSError, FloatingPointError) as error:

@@ -1,9 +1,10 @@
-"""Registers, spills and shared memory of the CUDA kernels as ptxas reports them: nvcc needed, no GPU and no torch with CUDA.
+"""Registers, spills and shared memory of the CUDA kernels as ptxas reports them: nvcc needed, no
+GPU and no torch with CUDA.
 
-For every architecture it compiles csrc/cuda/augment.cu, prints one row a kernel, and fails if one spills or keeps a stack. Shared
-memory is what a kernel asks for by itself; the chunk kernels get theirs at launch, at most 48 KiB. Threads: in as many blocks as
-a multiprocessor's registers hold, at most what it runs.
-"""
+For every architecture it compiles csrc/cuda/augment.cu, prints one row a kernel, and fails if one
+spills or keeps a stack. Shared memory is what a kernel asks for by itself; the chunk kernels get
+theirs at launch, at most 48 KiB. Threads: in as many blocks as a multiprocessor's registers hold,
+at most what it runs."""
 
 import argparse
 import re
@@ -15,7 +16,14 @@ from pathlib import Path
 
 SOURCE = Path(__file__).parent.parent / "csrc" / "cuda" / "augment.cu"
 FLAGS = ["-std=c++20", "-O3", "--expt-relaxed-constexpr", "-cubin", "-Xptxas", "-v"]
-THREADS = {80: 2048, 86: 1536, 89: 1536, 90: 2048, 100: 2048, 120: 1536}  # a multiprocessor runs (CUDA programming guide)
+THREADS = {
+    80: 2048,
+    86: 1536,
+    89: 1536,
+    90: 2048,
+    100: 2048,
+    120: 1536,
+}  # a multiprocessor runs (CUDA programming guide)
 REGISTERS = 65536  # a multiprocessor has; a warp takes them by eight a thread
 BLOCK = 128  # kThreads
 REPORT = re.compile(
@@ -28,21 +36,35 @@ REPORT = re.compile(
 def short(name: str) -> str:
     """A kernel's name and types, from its mangled name."""
     full = subprocess.run(["c++filt", name], capture_output=True, text=True, check=True).stdout
-    kernel, types = re.search(r"::(\w+)(?:<(.*?)>)?\(", full.replace("(anonymous namespace)", "")).groups()  # type: ignore[union-attr]
-    for long, brief in (("__nv_bfloat16", "bf16"), ("__half", "fp16"), ("float", "fp32"), (", ", " -> ")):
+    kernel, types = re.search(
+        r"::(\w+)(?:<(.*?)>)?\(", full.replace("(anonymous namespace)", "")
+    ).groups()  # type: ignore[union-attr]
+    for long, brief in (
+        ("__nv_bfloat16", "bf16"),
+        ("__half", "fp16"),
+        ("float", "fp32"),
+        (", ", " -> "),
+    ):
         types = types and types.replace(long, brief)
     return f"{kernel} {types}" if types else kernel
 
 
 def compile_for(arch: int) -> list[tuple[str, int, int, int]]:
-    """(name, registers a thread, bytes of stack and spills a thread, bytes of shared memory) of each kernel."""
+    """(name, registers a thread, bytes of stack and spills a thread, bytes of shared memory) of
+    each kernel.
+    """
     with tempfile.TemporaryDirectory() as folder:
         command = ["nvcc", *FLAGS, f"-arch=sm_{arch}", str(SOURCE), "-o", f"{folder}/augment.cubin"]
         done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         sys.exit(done.stderr)
     found = [
-        (short(x["name"]), int(x["registers"]), int(x["stack"]) + int(x["stores"]) + int(x["loads"]), int(x["shared"] or 0))
+        (
+            short(x["name"]),
+            int(x["registers"]),
+            int(x["stack"]) + int(x["stores"]) + int(x["loads"]),
+            int(x["shared"] or 0),
+        )
         for x in REPORT.finditer(done.stderr)
     ]
     if not found:
@@ -51,20 +73,27 @@ def compile_for(arch: int) -> list[tuple[str, int, int, int]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--arch", type=int, nargs="+", default=[80, 90, 100], choices=THREADS)
     args = parser.parse_args()
     if not shutil.which("nvcc"):
         print("skipped: nvcc is not found")
         return
-    print(f"{'arch':>6} {'kernel':28} {'registers':>9} {'spilled B':>9} {'shared B':>8} {'threads':>7}")
+    print(
+        f"{'arch':>6} {'kernel':28} {'registers':>9} {'spilled B':>9} {'shared B':>8} {'threads':>7}"
+    )
     faults = 0
     for arch in args.arch:
         for name, registers, spilled, shared in compile_for(arch):
             threads = min(THREADS[arch], REGISTERS // (-(-registers // 8) * 8 * BLOCK) * BLOCK)
             faults += spilled > 0
             fault = "  FAULT" if spilled else ""
-            print(f"{f'sm_{arch}':>6} {name:28} {registers:9} {spilled:9} {shared:8} {threads:7}{fault}", flush=True)
+            print(
+                f"{f'sm_{arch}':>6} {name:28} {registers:9} {spilled:9} {shared:8} {threads:7}{fault}",
+                flush=True,
+            )
     sys.exit(f"{faults} faults" if faults else 0)
 
 

@@ -1,8 +1,9 @@
-"""Kills a training run with SIGKILL at random moments, resumes it each time, and compares its end with a run left alone.
+"""Kills a training run with SIGKILL at random moments, resumes it each time, and compares its end
+with a run left alone.
 
-Usage: python tools/kill_test.py [kills, default 20] [seed of the moments, default 0]. One process, on the CPU; about a minute.
-Exits 0 if the final weights are bit for bit the same, and every step is logged once.
-"""
+Usage: python tools/kill_test.py [kills, default 20] [seed of the moments, default 0]. One process,
+on the CPU; about a minute. Exits 0 if the final weights are bit for bit the same, and every step is
+logged once."""
 
 import os
 import random
@@ -16,15 +17,18 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from sisa_model.run import TrainConfig, newest_weights
-from sisa_model.runlog import read_rows
-from sisa_model.train import train
+from sisa_model.runs.config import TrainConfig
+from sisa_model.runs.folder import newest_weights
+from sisa_model.runs.log import read_rows
+from sisa_model.training.trainer import train
 
 STEPS = 600
 
 
 def launch(config: TrainConfig) -> int:
-    """Start or resume the run in a process of its own, forked so that it need not import torch anew; returns its id."""
+    """Start or resume the run in a process of its own, forked so that it need not import torch
+    anew; returns its id.
+    """
     pid = os.fork()
     if pid == 0:
         output = os.open(config.out.with_suffix(".txt"), os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
@@ -32,7 +36,11 @@ def launch(config: TrainConfig) -> int:
         os.dup2(output, 2)
         status = 1
         try:
-            train(TrainConfig(out=config.out, resume=True) if (config.out / "run.json").is_file() else config)
+            train(
+                TrainConfig(out=config.out, resume=True)
+                if (config.out / "run.json").is_file()
+                else config
+            )
             status = 0
         except Exception:
             traceback.print_exc()
@@ -43,10 +51,14 @@ def launch(config: TrainConfig) -> int:
 
 
 def finish(config: TrainConfig) -> dict[str, torch.Tensor]:
-    """Let the run end; its weights. AssertionError with what it printed if it fails or has not logged every step once."""
+    """Let the run end; its weights. AssertionError with what it printed if it fails or has not
+    logged every step once.
+    """
     status = os.waitpid(launch(config), 0)[1]
     assert status == 0, config.out.with_suffix(".txt").read_text()
-    assert [row["step"] for row in read_rows(config.out / "train.jsonl")] == list(range(1, STEPS + 1))
+    assert [row["step"] for row in read_rows(config.out / "train.jsonl")] == list(
+        range(1, STEPS + 1)
+    )
     return load_file(newest_weights(config.out) / "model.safetensors")
 
 
@@ -55,7 +67,9 @@ def main(kills: int, seed: int) -> int:
     moment = random.Random(seed)
     with tempfile.TemporaryDirectory() as scratch:
         text = Path(scratch, "text.txt")
-        text.write_text("".join(f"{n} the quick brown fox jumps over {n * n} lazy dogs; " for n in range(2000)))
+        text.write_text(
+            "".join(f"{n} the quick brown fox jumps over {n * n} lazy dogs; " for n in range(2000))
+        )
         settings = {
             "data": (text,),
             "steps": STEPS,
@@ -65,7 +79,10 @@ def main(kills: int, seed: int) -> int:
             "val_blocks": 2,
             "save_every": 3,
         }
-        alone, killed = (TrainConfig(out=Path(scratch, name), sample_tokens=0, **settings) for name in ("alone", "killed"))
+        alone, killed = (
+            TrainConfig(out=Path(scratch, name), sample_tokens=0, **settings)
+            for name in ("alone", "killed")
+        )
         start = time.time()
         wanted = finish(alone)
         longest = 3 * (time.time() - start) / kills
@@ -81,7 +98,9 @@ def main(kills: int, seed: int) -> int:
             )
         found = finish(killed)
         same = all(torch.equal(wanted[name], found[name]) for name in wanted)
-        print(f"after {kills} kills: weights {'the same, every step logged once' if same else 'DIFFER'}")
+        print(
+            f"after {kills} kills: weights {'the same, every step logged once' if same else 'DIFFER'}"
+        )
         return 0 if same else 1
 
 

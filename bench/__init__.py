@@ -1,0 +1,1 @@
+"""Speed, accuracy and their figures: ``python -m bench`` from a checkout."""

@@ -1,0 +1,158 @@
+"""What ``pytest bench`` times on the CPU, by section: groups of cases that take turns. A new model,
+shape or path is a line.
+"""
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch
+
+from bench.cases import (
+    Case,
+    Setting,
+    attention_case,
+    attention_groups,
+    augmentation_groups,
+    decode_groups,
+    label_of,
+    layer_groups,
+    model_groups,
+)
+from bench.paths import ATTENTION_ON_CPU, AUTHORS, EXACT_ON_CPU, FLEX, STOCK
+from bench.roofline import Shape
+
+CPU = torch.device("cpu")
+QUICK = (
+    os.environ.get("SISA_BENCH_QUICK") == "1"
+)  # the same code at sizes that say nothing: for tests
+DENSE_GIB = 0.5  # of scores, past which the authors' formulation, dense on a CPU, is left out
+
+
+@dataclass(frozen=True)
+class Group:
+    """Cases that are timed together, for ``seconds`` but at least ``least`` rounds."""
+
+    setting: Setting
+    cases: tuple[Case, ...]
+    seconds: float = 20.0
+    least: int = 5
+
+
+FULL = Setting(
+    CPU, torch.float32, (2048, 512), tokens=1
+)  # batch 1: an attention layer of the 152M model
+TINY = Setting(CPU, torch.float32, (64,), (16,), tokens=1, heads=1, head_width=16)
+BASE = Shape(1, 2048, 4, 64, 16, 64)
+GROWTH = {  # the field of BASE that grows, and its values
+    "length": (256, 512, 1024, 2048, 4096, 8192, 16384, 32768),
+    "state_width": (16, 32, 64, 128),
+    "heads": (1, 2, 4, 8, 16),
+    "batch": (1, 2, 4, 8),
+}
+LAYERS = (
+    "transformer-152m",
+    "sisa-152m-ds16",
+    "sisa-152m-ds32",
+    "authors-152m-ds16",
+    "authors-152m-ds32",
+    "fox-152m",
+    "alibi-152m",
+    "mamba2-152m",
+    "mamba3-152m",
+)
+DECODERS = tuple(
+    preset for preset in LAYERS if not preset.startswith("authors")
+)  # whose formulation has no cache
+CONTEXTS = (512, 4096, 8192)
+MODELS = {  # by (batch, length), the trainer's
+    (8, 128): (
+        "transformer-tiny",
+        "sisa-tiny-ds16",
+        "authors-tiny-ds16",
+        "mamba2-tiny",
+        "mamba3-tiny",
+    ),
+    (8, 2048): ("transformer-tiny", "sisa-tiny-ds16", "authors-tiny-ds16"),
+    (1, 2048): ("transformer-50m", "sisa-50m-ds16", "authors-50m-ds16"),
+}
+if QUICK:
+    FULL, BASE, GROWTH = TINY, Shape(1, 64, 1, 16, 16, 16), {"length": (64, 128)}
+    LAYERS = (
+        "transformer-tiny",
+        "sisa-tiny-ds16",
+        "authors-tiny-ds16",
+        "fox-tiny",
+        "alibi-tiny",
+        "mamba2-tiny",
+        "mamba3-tiny",
+    )
+    MODELS, DECODERS, CONTEXTS = {(2, 32): MODELS[8, 128]}, (*LAYERS[:2], *LAYERS[3:]), (64,)
+
+
+def augment() -> Iterator[Group]:
+    for dtype in (torch.float32, torch.bfloat16):
+        setting = replace(FULL, dtype=dtype, lengths=FULL.lengths[:1])
+        for cases in augmentation_groups(setting, baseline="chain"):
+            yield Group(setting, tuple(cases), seconds=10.0)
+
+
+def attention() -> Iterator[Group]:
+    for cases in attention_groups(FULL, ATTENTION_ON_CPU):
+        yield Group(FULL, tuple(cases))
+
+
+def flex() -> Iterator[Group]:
+    """FlexAttention beside the others at one shape, forward: Inductor takes a minute for it."""
+    shape = FULL.shapes()[0]
+    cases = [
+        attention_case("flex", path, shape, label_of(shape), "fwd", FULL, baseline=path is STOCK[1])
+        for path in (STOCK[1], EXACT_ON_CPU, AUTHORS, FLEX)
+    ]
+    yield Group(FULL, tuple(cases))
+
+
+def layer() -> Iterator[Group]:
+    setting = replace(FULL, models=LAYERS)
+    for cases in layer_groups(setting):
+        yield Group(setting, tuple(cases))
+
+
+def decode() -> Iterator[Group]:
+    setting = replace(FULL, lengths=CONTEXTS, models=DECODERS)
+    for cases in decode_groups(setting):
+        yield Group(setting, tuple(cases), seconds=5.0)
+
+
+def model() -> Iterator[Group]:
+    for (batch, length), models in MODELS.items():
+        setting = replace(FULL, lengths=(length,), tokens=batch * length, models=models)
+        for cases in model_groups(setting):
+            yield Group(setting, tuple(cases))
+
+
+def growth() -> Iterator[Group]:
+    """Plain attention, ours and the authors', forward + backward, as one of the sizes grows."""
+    for shape in dict.fromkeys(
+        replace(BASE, **{name: value}) for name, values in GROWTH.items() for value in values
+    ):
+        dense = 4 * shape.batch * shape.heads * shape.length**2 / 2**30
+        paths = [STOCK[1], EXACT_ON_CPU, *([AUTHORS] if dense <= DENSE_GIB else [])]
+        cases = [
+            attention_case(
+                "growth", path, shape, label_of(shape), "fwd+bwd", FULL, baseline=path is STOCK[1]
+            )
+            for path in paths
+        ]
+        yield Group(FULL, tuple(cases), seconds=10.0, least=3)
+
+
+SECTIONS = {
+    "augment": augment,
+    "attention": attention,
+    "flex": flex,
+    "layer": layer,
+    "decode": decode,
+    "model": model,
+    "growth": growth,
+}

@@ -1,0 +1,89 @@
+"""``pytest bench``: every op and layer beside its rivals on the CPU, and rows appended to
+bench/results/<section>.csv.
+
+A test is one case: the cases of a problem are checked against the fp64 oracle and then timed in
+turns, in the first of their tests; one that fails its check has no number, and its test fails. ``-k
+'attention and 2048'`` chooses, ``SISA_BENCH_OUT`` is another folder for the rows,
+``SISA_BENCH_QUICK=1`` takes tiny sizes, kept only in such a folder, OMP_NUM_THREADS sets the
+threads. pytest-benchmark's own loop times one function at a time, and what else runs on the machine
+would slow one and spare the other: it is given the rounds that were timed in turns through a clock
+that replays them."""
+
+import functools
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from bench.cases import Case
+from bench.cases_cpu import CPU, QUICK, SECTIONS, Group
+from bench.paths import problem
+from bench.rows import RESULTS, provenance
+from bench.timing import Measured, Run, cpu_milliseconds, measure
+
+
+class Clock:
+    """A timer for pytest-benchmark that goes by recorded milliseconds."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+        self.series: list[float] = []
+
+    def read(self) -> float:
+        return self.seconds
+
+    def pass_a_round(self) -> None:
+        self.seconds += 1e-3 * self.series.pop(0)
+
+
+def parameters():
+    for section, groups in SECTIONS.items():
+        for group in groups():
+            for case in group.cases:
+                clock, dtype = Clock(), str(group.setting.dtype)[6:]
+                name = f"{section} {dtype} {case.shape} {case.passes}"
+                mark = pytest.mark.benchmark(group=name, timer=clock.read)
+                yield pytest.param(
+                    group, case, clock, marks=mark, id=f"{name} {case.path}".replace(" ", "-")
+                )
+
+
+@pytest.fixture(scope="session")
+def results(tmp_path_factory) -> Path:
+    folder = os.environ.get("SISA_BENCH_OUT")
+    return Path(folder) if folder else tmp_path_factory.mktemp("results") if QUICK else RESULTS
+
+
+@functools.cache
+def measured(group: Group, folder: Path) -> dict[Case, Measured]:
+    """The rows and times of a group's cases, which take turns."""
+    seconds, least = (0.0, 2) if QUICK else (group.seconds, group.least)
+    timer = functools.partial(cpu_milliseconds, seconds=seconds, least=least)
+    found = measure(Run(group.setting, folder, float("inf"), timer, provenance(CPU)), group.cases)
+    problem.cache_clear()
+    return found
+
+
+@pytest.mark.parametrize(("group", "case", "clock"), list(parameters()))
+def test_speed(group, case, clock, benchmark, results, request, capsys):
+    params = [item.callspec.params for item in request.session.items if hasattr(item, "callspec")]
+    chosen = tuple(one["case"] for one in params if one.get("group") is group)
+    row, series = measured(replace(group, cases=chosen), results)[case]
+    if not series:
+        pytest.fail(row["status"], pytrace=False)
+    clock.series = [
+        *series,
+        0.0,
+    ]  # the last for the call that pytest-benchmark makes after its rounds
+    benchmark.extra_info.update(row)
+    benchmark.pedantic(clock.pass_a_round, rounds=len(series))
+    ratio = (
+        f"{row['ratio']} ({row['ratio_p20']} to {row['ratio_p80']})"
+        if row["ratio"]
+        else "no baseline chosen"
+    )
+    with capsys.disabled():
+        print(
+            f"\n{request.node.callspec.id}: {float(row['ms_p50']):.2f} ms, ratio {ratio}, peak {row['peak_mib']} MiB"
+        )

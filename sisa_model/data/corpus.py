@@ -1,0 +1,181 @@
+"""Text or shards in, blocks of tokens out: corpora, the held-out split, the order of training."""
+
+import hashlib
+import io
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from sisa_model.data.blocks import Blocks
+from sisa_model.data.shards import INDEX, TOKENIZER, Shards, file_sha256, read_index
+from sisa_model.data.text import documents, find_files, read_text, standard_library
+from sisa_model.data.tokenizer import Encoder
+
+HELD_OUT_PERCENT = 5
+MIN_UNITS = 20  # fewer files (or documents) than this cannot be split with 5 % held out
+SAMPLE_TOKENS = (
+    2**22
+)  # of shards, the first tokens that n-gram models are counted on and needles are hidden in
+
+
+@dataclass
+class Corpus:
+    """Training and held-out tokens [N] int32, and how the split was made, in words."""
+
+    train: np.ndarray
+    val: np.ndarray
+    split: str
+
+    def fingerprint(self) -> str:
+        """A hash of the tokens and of how they are split."""
+        digest = hashlib.sha256(len(self.train).to_bytes(8, "big"))
+        for tokens in (self.train, self.val):
+            digest.update(tokens.tobytes())
+        return digest.hexdigest()
+
+
+def load_corpus(data: list[Path], val_data: list[Path], encoder: Encoder) -> Corpus:
+    """Read, split and encode a corpus; no ``data`` means the Python standard library.
+
+    Held out are ``val_data``, or else 5 % of the distinct files (of few files, documents), the
+    first by the hash of their text; no document of theirs stays in training. Fewer than 20
+    documents are cut at 95 %. Raises ValueError for an empty corpus."""
+    files = find_files(data) if data else standard_library()
+    texts = [text for text in map(read_text, files) if text.strip()]
+    if not texts:
+        where = ", ".join(map(str, data)) or "the standard library"
+        raise ValueError(f"data holds no text in {len(files)} files: {where}")
+    if val_data:
+        held_out = [
+            d for path in find_files(val_data) for d in documents(io.StringIO(read_text(path)))
+        ]
+        return _without(held_out, texts, encoder, "held-out files as given")
+    units, name = texts, "files"
+    if len(units) < MIN_UNITS:
+        units, name = [d for text in texts for d in documents(io.StringIO(text))], "documents"
+    if len(units) < MIN_UNITS:
+        tokens = encoder.encode(units)
+        cut = len(tokens) * (100 - HELD_OUT_PERCENT) // 100
+        return Corpus(
+            tokens[:cut],
+            tokens[cut:],
+            f"the last {HELD_OUT_PERCENT} % of {len(units)} {name} held out",
+        )
+    distinct = sorted(
+        {unit.strip() for unit in units}, key=lambda unit: hashlib.sha256(unit.encode()).digest()
+    )
+    chosen = set(distinct[: math.ceil(len(distinct) * HELD_OUT_PERCENT / 100)])
+    held_out = [d for unit in distinct if unit in chosen for d in documents(io.StringIO(unit))]
+    rest = [unit for unit in units if unit.strip() not in chosen]
+    return _without(
+        held_out,
+        rest,
+        encoder,
+        f"{len(chosen)} of {len(distinct)} distinct {name} held out, the first by hash",
+    )
+
+
+def _without(held_out: list[str], texts: list[str], encoder: Encoder, split: str) -> Corpus:
+    """The corpus that trains on the documents of ``texts``, less those held out."""
+    known = set(held_out)
+    train = [d for text in texts for d in documents(io.StringIO(text)) if d not in known]
+    return Corpus(encoder.encode(train), encoder.encode(held_out), split)
+
+
+@dataclass
+class Data:
+    """What a run reads, from text or from shards."""
+
+    encoder: Encoder
+    train: Blocks
+    val: Blocks
+    train_text: np.ndarray
+    """Training tokens to count n-grams on and to hide needles in, int32: of text all, of shards the
+    first 4 million.
+    """
+    val_text: np.ndarray
+    """The same of the held-out tokens."""
+    fingerprint: str
+    """A hash of the tokens and of how they are split; of shards, of their checksums."""
+    split: str
+    """How much there is and how it was split, in words."""
+
+
+def prepared(data: tuple[Path, ...]) -> Path | None:
+    """The folder of `sisa prepare` that ``data`` is, if it is one; ValueError for one among other
+    data.
+    """
+    folders = [path for path in data if (path / INDEX).is_file()]
+    if folders and len(data) > 1:
+        raise ValueError(
+            f"data must be one folder of sisa prepare alone, or text; got {', '.join(map(str, data))}"
+        )
+    return folders[0] if folders else None
+
+
+def find_tokenizer(data: tuple[Path, ...], tokenizer: Path | None) -> Path | None:
+    """The tokenizer's file: ``tokenizer``, else the one that a prepared folder brings, else None
+    for bytes.
+
+    Raises ValueError for another one than a folder was prepared with, FileNotFoundError for one
+    that is missing."""
+    folder = prepared(data)
+    if folder is None:
+        return tokenizer
+    known = read_index(folder)["options"]["tokenizer"]
+    path = folder / TOKENIZER if tokenizer is None and known["sha256"] is not None else tokenizer
+    if path is not None and not path.is_file():
+        raise FileNotFoundError(f"tokenizer {path} does not exist")
+    if known["sha256"] != (None if path is None else file_sha256(path)):
+        raise ValueError(
+            f"tokenizer must be the one that {folder} was prepared with ({known['name']}), got another in {path}"
+        )
+    return path
+
+
+def open_data(
+    data: tuple[Path, ...],
+    val_data: tuple[Path, ...],
+    tokenizer: Path | None,
+    seq_len: int,
+    seed: int,
+    *,
+    verify: bool = True,
+    rank: int = 0,
+    size: int = 1,
+) -> Data:
+    """Open text files, the default corpus (no ``data``) or one folder of `sisa prepare`.
+
+    ``verify`` reads a folder through once and compares the checksums of its shards, process
+    ``rank`` of ``size`` its share of them. Raises FileNotFoundError or ValueError naming the file,
+    the shard or the argument at fault."""
+    encoder, folder = Encoder(find_tokenizer(data, tokenizer)), prepared(data)
+    if folder is None:
+        corpus = load_corpus([*data], [*val_data], encoder)
+        train, val = (
+            Blocks(corpus.train, seq_len, seed, "training"),
+            Blocks(corpus.val, seq_len, 0, "held-out"),
+        )
+        split = f"{len(corpus.train):,} training and {len(corpus.val):,} held-out tokens ({corpus.split})"
+        return Data(encoder, train, val, corpus.train, corpus.val, corpus.fingerprint(), split)
+    if val_data:
+        raise ValueError(
+            f"val_data must be left out: {folder} brings the documents that sisa prepare held out"
+        )
+    shards = Shards(folder)
+    if verify:
+        shards.verify(rank, size)
+    train, val = (
+        Blocks(shards.train, seq_len, seed, "training"),
+        Blocks(shards.val, seq_len, 0, "held-out"),
+    )
+    sample, val_sample = (
+        tokens[:SAMPLE_TOKENS].astype(np.int32) for tokens in (shards.train, shards.val)
+    )
+    split = (
+        f"{len(shards.train):,} training and {len(shards.val):,} held-out tokens of {shards.tokenizer} ({shards.split}; n-gram "
+        f"models and retrieval tasks use the first {len(sample):,} and {len(val_sample):,})"
+    )
+    return Data(encoder, train, val, sample, val_sample, shards.fingerprint(), split)

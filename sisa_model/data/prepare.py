@@ -1,0 +1,356 @@
+"""sisa prepare: documents in, shards of tokens out; the same bytes whatever the number of workers,
+and after any kill.
+"""
+
+import contextlib
+import errno
+import functools
+import hashlib
+import itertools
+import multiprocessing
+import os
+import shutil
+import signal
+import threading
+from collections import deque
+from collections.abc import Generator, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tyro
+from tqdm import tqdm
+
+from sisa_model.data.shards import (
+    INDEX,
+    RECORD,
+    SPLITS,
+    TOKENIZER,
+    VERSION,
+    Shards,
+    file_sha256,
+    finished_shards,
+    read_index,
+    read_record,
+)
+from sisa_model.data.sources import Position, find_sources, read
+from sisa_model.data.text import needs
+from sisa_model.data.tokenizer import Encoder
+from sisa_model.utils.files import make_folder_atomically, write_atomically, write_json
+
+BYTES = "bytes"
+LEFTOVERS = (
+    ".shard-?????.*",
+    f".{INDEX}.*.tmp",
+    f".{TOKENIZER}.*.tmp",
+)  # of a run that was killed; what else is hidden stays
+BATCH_CHARACTERS = 2**20  # what a worker encodes at once: about half a second's work
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrepareConfig:
+    """Tokenize text into shards for `sisa train --data OUT`. Stopped or killed, the same command
+    goes on where it was.
+    """
+
+    sources: tyro.conf.Positional[tuple[str, ...]] = ("DKYoon/SlimPajama-6B",)
+    """Files or folders of parquet, jsonl, or text (lines of <|endoftext|> separate documents),
+    plain, .gz, .xz or .zst. Datasets of the Hugging Face Hub are streamed: OWNER/NAME, or
+    OWNER/NAME@REVISION."""
+    out: Path
+    """Folder to make."""
+    tokenizer: str = "EleutherAI/gpt-neox-20b"
+    """A `tokenizers` JSON file, a repository of the Hub that has a tokenizer.json, or "bytes"."""
+    text_field: str = "text"
+    """Field of a parquet, jsonl or Hub row that holds the text."""
+    subset: str | None = None
+    """Which configuration of the Hub's datasets. Default: their default."""
+    split: str = "train"
+    """Which split of the Hub's datasets."""
+    held_out: float = 0.005
+    """Share of the documents that are held out, by the hash of their text: copies of one are on the
+    same side.
+    """
+    shard_tokens: int = 2**27
+    """Training tokens a shard, at least; what is lost by a kill."""
+    workers: int | None = None
+    """Processes that encode. Default: one a core. Changes no byte."""
+
+
+@dataclass
+class _Batch:
+    texts: list[str]
+    end: Position
+
+
+@dataclass
+class _Encoded:
+    tokens: dict[str, np.ndarray]
+    documents: dict[str, int]
+    end: Position
+
+
+def prepare(config: PrepareConfig) -> Shards:
+    """Write (or finish) the shards of ``config.sources`` in ``config.out``, and open them.
+
+    Raises ValueError, FileNotFoundError or FileExistsError, naming the argument or file, for bad
+    settings, sources or tokenizer and for a folder that was begun otherwise; OSError for a full
+    disk or a killed worker. Shards that are finished stay."""
+    workers = config.workers if config.workers is not None else _cores()
+    _check(config, workers)
+    tokenizer = _find_tokenizer(config.tokenizer)
+    encoder = Encoder(tokenizer)
+    sources = find_sources(config.sources)
+    for name in ("subset", "split"):
+        value = getattr(config, name)
+        if value != getattr(PrepareConfig, name) and not any(
+            source.kind == "hub" for source in sources
+        ):
+            raise ValueError(
+                f"{name} must be left out, as no source is a dataset of the Hub, got {value!r}"
+            )
+    dtype = np.dtype("<u2" if encoder.size <= 2**16 else "<u4")
+    options = {
+        "sources": [asdict(source) for source in sources],
+        "tokenizer": {
+            "name": config.tokenizer,
+            "sha256": None if tokenizer is None else file_sha256(tokenizer),
+        },
+        **{
+            name: getattr(config, name)
+            for name in ("text_field", "subset", "split", "held_out", "shard_tokens")
+        },
+    }
+    if _begun(config.out, options):
+        return _finished(config.out, "is finished already")
+    index = {"version": VERSION, "complete": False, "options": options, "dtype": dtype.str}
+    config.out.mkdir(parents=True, exist_ok=True)
+    for leftover in itertools.chain(*map(config.out.glob, LEFTOVERS)):
+        shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+    write_json(config.out / INDEX, index)
+    if tokenizer is not None:
+        write_atomically(config.out / TOKENIZER, functools.partial(shutil.copyfile, tokenizer))
+
+    shards = list(finished_shards(config.out, dtype))
+    start: Position = tuple(shards[-1]["end"]) if shards else (0, 0)
+    batches = _batches(read(sources, start, config.text_field, config.subset, config.split))
+    encoded = _encoded(batches, workers, (tokenizer, config.held_out, dtype))
+    before = sum(shard[split]["tokens"] for shard in shards for split in SPLITS)
+    with (
+        contextlib.closing(encoded),
+        tqdm(initial=before, unit="tok", unit_scale=True, dynamic_ncols=True) as bar,
+    ):
+        for first in encoded:
+            folder = config.out / f"shard-{len(shards):05d}"
+            enough = itertools.chain([first], encoded)
+            write = functools.partial(
+                _write_shard,
+                batches=enough,
+                encoder=encoder,
+                shard_tokens=config.shard_tokens,
+                bar=bar,
+            )
+            try:
+                make_folder_atomically(folder, write)
+            except OSError as error:
+                if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                    raise
+                stay = f"{error.strerror}; the {len(shards)} finished shards stay, and the same command goes on after them"
+                raise OSError(error.errno, stay, str(folder)) from error
+            shards.append({"name": folder.name, **read_record(folder / RECORD)})
+            bar.set_postfix(shards=len(shards))
+    _check_totals(config, shards)
+    write_json(config.out / INDEX, {**index, "complete": True, "shards": shards})
+    return _finished(config.out, "is finished")
+
+
+def _finished(out: Path, how: str) -> Shards:
+    shards = Shards(out)
+    print(f"{out} {how}: {len(shards.train):,} training and {len(shards.val):,} held-out tokens")
+    return shards
+
+
+def _cores() -> int:
+    """The cores this process may use, where the system tells; else those there are."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _check(config: PrepareConfig, workers: int) -> None:
+    if not 0 < config.held_out < 1:
+        raise ValueError(f"held_out must be in (0, 1), got {config.held_out}")
+    if config.shard_tokens < 1:
+        raise ValueError(f"shard_tokens must be at least 1, got {config.shard_tokens}")
+    if workers < 1:
+        raise ValueError(f"workers must be at least 1, got {workers}")
+
+
+def _find_tokenizer(name: str) -> Path | None:
+    """The file of a tokenizer, from the Hub if it is no file here; None for bytes."""
+    if name == BYTES:
+        return None
+    if Path(name).is_file() or name.endswith(".json"):
+        return Path(name)
+    hub = needs("huggingface_hub", f"tokenizer {name}")
+    try:
+        return Path(hub.hf_hub_download(name, "tokenizer.json"))
+    except Exception as error:  # the Hub's errors, and of many kinds the network's
+        raise FileNotFoundError(
+            f"tokenizer {name} is no file here, and the Hub does not give it: {error}"
+        ) from error
+
+
+def _begun(out: Path, options: dict[str, Any]) -> bool:
+    """Whether ``out`` is finished; ValueError for one begun with other options, FileExistsError for
+    one that holds other things.
+    """
+    if not out.exists() or (out.is_dir() and not any(out.glob("[!.]*"))):
+        return False
+    if not (out / INDEX).is_file():
+        raise FileExistsError(f"out {out} exists and is not of sisa prepare; choose another folder")
+    index = read_index(out)
+    for name, value in options.items():
+        before = index["options"].get(name)
+        if before != value and (
+            index["complete"] or any(out.glob("shard-*"))
+        ):  # else nothing would be mixed, nor lost
+            before, value = _difference(before, value)
+            raise ValueError(
+                f"{name} must stay {before!r}, as {out} was begun with it, got {value!r}; choose another folder"
+            )
+    return index["complete"]
+
+
+def _difference(before: Any, value: Any) -> tuple[Any, Any]:
+    """Of two lists, the first items that differ."""
+    if not isinstance(before, list):
+        return before, value
+    return next(pair for pair in itertools.zip_longest(before, value) if pair[0] != pair[1])
+
+
+def _batches(documents: Iterator[tuple[Position, str]]) -> Iterator[_Batch]:
+    """The documents in order, a million characters and more at a time."""
+    texts: list[str] = []
+    characters, end = 0, (0, 0)
+    for end, text in documents:
+        texts.append(text)
+        characters += len(text)
+        if characters >= BATCH_CHARACTERS:
+            yield _Batch(texts, end)
+            texts, characters = [], 0
+    if texts:
+        yield _Batch(texts, end)
+
+
+class _Worker:
+    """Encodes batches; which side a document falls on is a function of its text alone."""
+
+    def __init__(self, tokenizer: Path | None, held_out: float, dtype: np.dtype):
+        self.encoder, self.bound, self.dtype = Encoder(tokenizer), held_out * 2**64, dtype
+
+    def __call__(self, batch: _Batch) -> _Encoded:
+        texts: dict[str, list[str]] = {split: [] for split in SPLITS}
+        for text in batch.texts:
+            number = int.from_bytes(hashlib.sha256(text.strip().encode()).digest()[:8], "big")
+            texts["val" if number < self.bound else "train"].append(text)
+        tokens = {split: self.encoder.encode(texts[split]).astype(self.dtype) for split in SPLITS}
+        return _Encoded(tokens, {split: len(texts[split]) for split in SPLITS}, batch.end)
+
+
+_worker: _Worker
+
+
+def _start_worker(*setup: Any) -> None:
+    global _worker
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    _worker = _Worker(*setup)
+
+
+def _end_with_parent() -> None:
+    """A worker waits on a queue that it holds open itself: without this it would outlive a parent
+    that is killed.
+    """
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
+
+
+def _work(batch: _Batch) -> _Encoded:
+    return _worker(batch)
+
+
+def _encoded(
+    batches: Iterator[_Batch], workers: int, setup: tuple
+) -> Generator[_Encoded, None, None]:
+    """The batches encoded, in their order; one worker is this process."""
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # a worker is one thread
+    if workers == 1:
+        yield from map(_Worker(*setup), batches)
+        return
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])  # torch is imported once, and its memory shared
+    with ProcessPoolExecutor(workers, context, _start_worker, setup) as pool:
+        pending: deque = deque()
+        try:
+            for batch in batches:
+                pending.append(pool.submit(_work, batch))
+                if len(pending) > 2 * workers:
+                    yield pending.popleft().result()
+            while pending:
+                yield pending.popleft().result()
+        except BrokenProcessPool as error:
+            raise OSError(
+                "a worker was killed (memory?); the same command goes on after the finished shards"
+            ) from error
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _write_shard(
+    folder: Path, batches: Iterator[_Encoded], encoder: Encoder, shard_tokens: int, bar: tqdm
+) -> None:
+    """Fill a shard's folder from as many batches as it takes."""
+    counts = {split: {"tokens": 0, "documents": 0} for split in SPLITS}
+    hashes = {split: hashlib.sha256() for split in SPLITS}
+    end: Position = (0, 0)
+    with contextlib.ExitStack() as stack:
+        files = {
+            split: stack.enter_context(open(folder / f"{split}.bin", "wb")) for split in SPLITS
+        }
+        for batch in batches:
+            for split, tokens in batch.tokens.items():
+                if int((tokens == encoder.end_of_text).sum()) != batch.documents[split]:
+                    raise ValueError(
+                        "tokenizer must make its end of text nowhere but at the end of a document"
+                    )
+                files[split].write(tokens.data)
+                hashes[split].update(tokens.data)
+                counts[split]["tokens"] += len(tokens)
+                counts[split]["documents"] += batch.documents[split]
+                bar.update(len(tokens))
+            end = batch.end
+            if counts["train"]["tokens"] >= shard_tokens:
+                break
+        for file in files.values():
+            file.flush()
+            os.fsync(file.fileno())
+    record = {split: {**counts[split], "sha256": hashes[split].hexdigest()} for split in SPLITS}
+    write_json(folder / RECORD, {"version": VERSION, **record, "end": list(end)})
+
+
+def _check_totals(config: PrepareConfig, shards: list[dict[str, Any]]) -> None:
+    """ValueError where there is nothing to train on, or nothing to evaluate on."""
+    train, val = (sum(shard[split]["documents"] for shard in shards) for split in SPLITS)
+    if not train + val:
+        raise ValueError(
+            f"sources must hold text, but there is none in {', '.join(config.sources)}"
+        )
+    if not train or not val:
+        raise ValueError(
+            f"held_out {config.held_out} puts {train} documents on the training side and {val} on the other, and neither may be "
+            f"empty; remove {config.out} and choose another share"
+        )

@@ -1,0 +1,189 @@
+"""The five benchmarks: their files, and the scoring rules of the paper's authors (paper, section
+5).
+"""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from sisa_model.data.tokenizer import Encoder
+from sisa_model.evaluation.scoring import Request, Score
+
+Row = dict[str, Any]
+
+
+class Benchmark(NamedTuple):
+    """Where a benchmark's examples come from, one JSON object a line, and what guessing gives."""
+
+    file: str
+    fields: dict[str, type]
+    source: str
+    """The public data set and split that the file holds."""
+    examples: int
+    """How many it has."""
+    paper: bool = True
+    """The paper reports it."""
+
+
+BENCHMARKS = {
+    "lambada": Benchmark(
+        "lambada_test.jsonl", {"text": str}, "EleutherAI/lambada_openai, test", 5153
+    ),
+    "hellaswag": Benchmark(
+        "hellaswag_validation.jsonl",
+        {"query": str, "endings": list, "label": int},
+        "Rowan/hellaswag, validation, query = activity_label: ctx without its [brackets]",
+        10_042,
+    ),
+    "arc_easy": Benchmark(
+        "arc_easy_test.jsonl",
+        {"question": str, "choices": list, "label": int},
+        "allenai/ai2_arc ARC-Easy, test",
+        2376,
+    ),
+    "winogrande": Benchmark(
+        "winogrande_xl_validation.jsonl",
+        {"sentence": str, "option1": str, "option2": str, "label": int},
+        "allenai/winogrande winogrande_xl, validation",
+        1267,
+    ),
+    "piqa": Benchmark(
+        "piqa_validation.jsonl",
+        {"goal": str, "sol1": str, "sol2": str},
+        "baber/piqa, validation",
+        1838,
+        False,
+    ),
+}
+PIQA_LABELS = "piqa_validation_labels.txt"
+OPTIONS: dict[str, Callable[[Row], list[str]]] = {
+    "lambada": lambda row: [row["text"]],
+    "hellaswag": lambda row: row["endings"],
+    "arc_easy": lambda row: row["choices"],
+    "winogrande": lambda row: [row["option1"], row["option2"]],
+    "piqa": lambda row: [row["sol1"], row["sol2"]],
+}
+
+
+def read_benchmark(task: str, folder: Path, limit: int | None = None) -> list[Row]:
+    """The first ``limit`` examples of ``task`` (all of them at None) from its file in ``folder``.
+
+    Raises FileNotFoundError, saying what belongs there, and ValueError naming the file and line of
+    an example that is none."""
+    benchmark = BENCHMARKS[task]
+    path = folder / benchmark.file
+    if not path.is_file():
+        fields = ", ".join(f'"{field}"' for field in benchmark.fields)
+        raise FileNotFoundError(
+            f"task {task} needs {path}: a JSON object {{{fields}}} a line ({benchmark.source})"
+        )
+    rows = []
+    # Not splitlines, which also cuts at separators that JSON leaves unescaped.
+    text = path.read_text(encoding="utf-8").rstrip("\n")
+    for number, line in enumerate(text.split("\n")[:limit] if text else [], 1):
+        try:
+            row = json.loads(line)
+            wrong = [
+                name for name, kind in benchmark.fields.items() if not isinstance(row[name], kind)
+            ]
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            raise ValueError(f"{path} line {number} is no example of {task}: {error!r}") from error
+        if wrong:
+            raise ValueError(
+                f"{path} line {number}: {wrong[0]} must be {benchmark.fields[wrong[0]].__name__}"
+            )
+        rows.append(row)
+    if not rows:
+        raise ValueError(f"{path} holds no example")
+    if task == "piqa":
+        labels = _piqa_labels(folder / PIQA_LABELS)[:limit]
+        if len(labels) != len(rows):
+            raise ValueError(
+                f"{folder / PIQA_LABELS} must have a label for each of {len(rows)} examples, got {len(labels)}"
+            )
+        rows = [{**row, "label": label} for row, label in zip(rows, labels)]
+    for number, row in enumerate(rows, 1):
+        _check(f"{path} line {number}", task, row)
+    return rows
+
+
+def _piqa_labels(path: Path) -> list[int]:
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"task piqa needs {path}: the index of the right solution, 0 or 1, a line"
+        )
+    lines = path.read_text(encoding="utf-8").split()
+    if set(lines) - {"0", "1"}:
+        raise ValueError(f"{path} must hold lines of 0 or 1, got {sorted(set(lines))}")
+    return [int(line) for line in lines]
+
+
+def _check(where: str, task: str, row: Row) -> None:
+    options = OPTIONS[task](row)
+    if not all(isinstance(option, str) and option.strip() for option in options):
+        raise ValueError(f"{where}: the answers must be texts, none of them empty, got {options}")
+    if task == "lambada":
+        if not all(part.strip() for part in row["text"].rpartition(" ")[::2]):
+            raise ValueError(
+                f"{where}: text must have a last word after others, got {row['text']!r}"
+            )
+    elif not 0 <= row["label"] < len(options):
+        raise ValueError(
+            f"{where}: label must be the index of one of {len(options)} answers, got {row['label']}"
+        )
+    if task == "winogrande" and "_" not in row["sentence"]:
+        raise ValueError(f"{where}: sentence must have a blank _ to fill, got {row['sentence']!r}")
+
+
+def chance(task: str, rows: list[Row]) -> float:
+    """Accuracy of guessing among the answers; LAMBADA's word is one of a whole vocabulary: 0."""
+    return (
+        0.0 if task == "lambada" else float(np.mean([1 / len(OPTIONS[task](row)) for row in rows]))
+    )
+
+
+def paper_options(task: str, row: Row) -> list[tuple[str, str]]:
+    """(context, continuation) of each answer as the authors score it: the tokens of the
+    continuation, given all before them.
+
+    LAMBADA: the last word. HellaSwag and ARC-Easy: each ending. WinoGrande: the whole sentence with
+    each name in the blank, from its second token on (context ""). The paper gives no prompt for
+    ARC-Easy; here it is the harness's."""
+    if task == "lambada":
+        context, _, word = row["text"].rpartition(" ")
+        return [(context, f" {word}")]
+    if task == "winogrande":
+        return [("", row["sentence"].replace("_", option)) for option in OPTIONS[task](row)]
+    context = row["query"] if task == "hellaswag" else f"Question: {row['question']}\nAnswer:"
+    return [(context, f" {option}") for option in OPTIONS[task](row)]
+
+
+def encode_pair(encoder: Encoder, context: str, continuation: str) -> Request:
+    """The tokens of both texts together, scored after as many as the context alone takes; nothing
+    predicts the first of all.
+    """
+    return Request(encode(encoder, context + continuation), max(1, len(encode(encoder, context))))
+
+
+def encode(encoder: Encoder, text: str) -> list[int]:
+    """The tokens of ``text``, no end of text after them."""
+    return encoder.encode([text])[:-1].tolist()
+
+
+def paper_right(task: str, row: Row, scores: list[Score]) -> bool:
+    """Whether the scores of :func:`paper_options` answer ``row``: LAMBADA greedily, else by the
+    greatest mean a token.
+    """
+    return (
+        scores[0].greedy
+        if task == "lambada"
+        else int(np.argmax([score.mean for score in scores])) == row["label"]
+    )
+
+
+def paper_requests(task: str, rows: list[Row], encoder: Encoder) -> list[list[Request]]:
+    """The requests of each example, one an answer."""
+    return [[encode_pair(encoder, *option) for option in paper_options(task, row)] for row in rows]

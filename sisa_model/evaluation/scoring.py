@@ -1,0 +1,128 @@
+"""Log-likelihoods of many token sequences at once: batched by length, the output matrix only where
+a token is scored.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from tqdm import tqdm
+
+from sisa_model.models.language_model import LanguageModel
+
+LOGITS = 2**25  # of them in memory at a time: 128 MiB in fp32
+
+
+class Request(NamedTuple):
+    """A sequence of tokens, of which those from ``start`` (at least 1) on are scored given all
+    before them.
+    """
+
+    ids: list[int]
+    start: int
+
+
+@dataclass(frozen=True)
+class Score:
+    """What the model makes of a request's scored tokens."""
+
+    total: float
+    """Their log-likelihood, summed, in nats."""
+    tokens: int
+    greedy: bool
+    """Each is the likeliest token at its place, so greedy decoding would have written them."""
+
+    @property
+    def mean(self) -> float:
+        """Log-likelihood a token."""
+        return self.total / self.tokens
+
+
+class Scorer:
+    """Scores requests with ``model`` in batches of at most ``batch_tokens`` tokens (or one
+    request), padded on the right.
+
+    A causal model's real positions do not see what follows them, so a batch's result is that of one
+    request at a time; not so in "clamped" mode, whose offset is taken over the whole sequence:
+    there a batch holds requests of one length. Hidden states are made under ``autocast`` (bf16 or
+    nothing), logits always in fp32: bf16's would tie."""
+
+    def __init__(self, model: LanguageModel, batch_tokens: int, autocast: bool = False):
+        self.model, self.batch_tokens = model.eval(), batch_tokens
+        self.device = model.embed.weight.device
+        self.autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=autocast)
+
+    def check(self, requests: list[Request], name: str) -> None:
+        """ValueError, before any work, for a request without a scored token or longer than the
+        model's positions.
+        """
+        limit = self.model.config.max_seq_len
+        for number, (ids, start) in enumerate(requests):
+            if not 1 <= start < len(ids):
+                raise ValueError(
+                    f"{name}: sequence {number} has no token to score after its first {start} of {len(ids)}"
+                )
+            if len(ids) - 1 > limit:
+                raise ValueError(
+                    f"{name}: sequence {number} takes {len(ids) - 1} positions, and the model has {limit} (max_seq_len); "
+                    "--max-seq-len allows more, past what it was trained on"
+                )
+
+    def batches(self, requests: list[Request]) -> list[list[int]]:
+        """Which requests go together, the longest first, so that a batch too large for memory fails
+        at once.
+        """
+        order = sorted(range(len(requests)), key=lambda number: -len(requests[number].ids))
+        clamped, found = self.model.config.mode == "clamped", list[list[int]]()
+        for number in order:
+            length = len(requests[number].ids) - 1
+            longest = len(requests[found[-1][0]].ids) - 1 if found else 0
+            full = not found or (len(found[-1]) + 1) * longest > self.batch_tokens
+            if full or (clamped and length != longest):
+                found.append([])
+            found[-1].append(number)
+        return found
+
+    @torch.inference_mode()
+    def __call__(self, requests: list[Request], name: str = "requests") -> list[Score]:
+        """The scores of ``requests`` in their order; raises as :meth:`check` does."""
+        self.check(requests, name)
+        scores: dict[int, Score] = {}
+        with tqdm(total=len(requests), desc=name, dynamic_ncols=True, leave=False) as bar:
+            for batch in self.batches(requests):
+                scores.update(zip(batch, self._score([requests[number] for number in batch])))
+                bar.update(len(batch))
+        return [scores[number] for number in range(len(requests))]
+
+    def _score(self, batch: list[Request]) -> list[Score]:
+        inputs = torch.zeros(len(batch), len(batch[0].ids) - 1, dtype=torch.int64)
+        for row, (ids, _) in enumerate(batch):
+            inputs[row, : len(ids) - 1] = torch.tensor(ids[:-1])
+        with self.autocast:
+            hidden = self.model.hidden(inputs.to(self.device))
+        counts = [len(ids) - start for ids, start in batch]
+        rows = np.repeat(np.arange(len(batch)), counts)
+        columns = np.concatenate([np.arange(start - 1, len(ids) - 1) for ids, start in batch])
+        targets = torch.tensor(
+            [token for ids, start in batch for token in ids[start:]], device=self.device
+        )
+        states = hidden[torch.from_numpy(rows), torch.from_numpy(columns)].float()
+        pieces = max(1, LOGITS // self.model.config.vocab_size)
+        found = [
+            self._token_scores(x, y) for x, y in zip(states.split(pieces), targets.split(pieces))
+        ]
+        losses, right = (torch.cat(x).cpu().split(counts) for x in zip(*found))
+        return [
+            Score(-x.sum().item(), count, bool(y.all()))
+            for x, y, count in zip(losses, right, counts)
+        ]
+
+    def _token_scores(self, states: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """Loss in fp64 and whether the target is the argmax, of states [N, D] and targets [N]."""
+        logits = F.linear(states, self.model.embed.weight.float())
+        return F.cross_entropy(logits, targets, reduction="none").double(), logits.argmax(
+            -1
+        ) == targets

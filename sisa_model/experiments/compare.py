@@ -1,0 +1,276 @@
+"""sisa compare: presets on the same data, seeds and token budget, as one figure and one table."""
+
+import dataclasses
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sisa_model.data.synthetic import LENGTHS, TASKS, exam_name
+from sisa_model.experiments.study import train_all
+from sisa_model.models.presets import preset_config
+from sisa_model.reporting.figures import Rows, plot_compare, plot_task
+from sisa_model.reporting.tables import markdown, spread
+from sisa_model.runs.config import TrainConfig, resolved
+from sisa_model.runs.folder import free_folder, is_taken
+from sisa_model.runs.log import read_rows
+from sisa_model.training.parallel import world
+from sisa_model.utils.files import write_json, write_text
+
+# A few minutes a pair of tiny models, of text and of a task.
+DEFAULTS = {
+    "text": {"steps": 2500, "seq_len": 128, "batch_size": 8},
+    "task": {"steps": 1000, "seq_len": 64, "batch_size": 64},
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompareConfig:
+    """Compare models trained alike, every preset with every seed: on text with needles and recall
+    in it, or on one task alone.
+
+    The same command after a kill continues: finished runs are kept, the one under way is resumed,
+    the next is begun."""
+
+    presets: tuple[str, ...] = ("sisa-tiny-ds16", "transformer-tiny")
+    """Models to compare; `sisa info` lists them."""
+    task: str = "text"
+    """What to train on: text, or one task alone: parity, addition (modulo 5; addition-7 for another
+    modulus), flipflop, recall.
+    """
+    seeds: tuple[int, ...] = (0,)
+    """A run of every preset for each: its initial weights, its order of the data, its tasks."""
+    data: tuple[Path, ...] = ()
+    """Text files or folders, or a folder of `sisa prepare`. Default: Python's standard library."""
+    tokenizer: Path | None = None
+    """A `tokenizers` JSON file. Default: that of a prepared folder, or bytes."""
+    out: Path | None = None
+    """Folder to make: one run folder a preset and seed, compare.png, table.md, results.json.
+    Default: runs/compare or runs/compare-TASK, with -2, -3 ... where another comparison has
+    that."""
+    steps: int | None = None
+    """Optimizer steps of each run. Default: 2500 on text, 1000 on a task."""
+    seq_len: int | None = None
+    """Tokens a sequence. Default: 128 of text, 64 of a task, which is evaluated at 2 and 4 times
+    that too.
+    """
+    batch_size: int | None = None
+    """Sequences a step. Default: 8 of text, to which each of its tasks adds its own; 64 of a task."""
+    lr: float | None = None
+    """Peak learning rate. Default: the presets'."""
+    val_every: int = 50
+    """Steps between evaluations."""
+    device: str = "auto"
+    """cpu, cuda, cuda:1 ...; auto: a GPU if there is one."""
+    resume: bool = False
+    """Go on in a folder that holds something else, another comparison say, whose runs are kept and
+    whose figure is replaced.
+    """
+
+
+def resolve(config: CompareConfig) -> CompareConfig:
+    """Fill in the defaults of text or of a task; ValueError for presets or seeds that cannot be
+    compared.
+    """
+    if len(set(config.presets)) < 2 or len(set(config.presets)) < len(config.presets):
+        raise ValueError(
+            f"presets must name at least two different models, got {', '.join(config.presets)}"
+        )
+    if not config.seeds or len(set(config.seeds)) < len(config.seeds):
+        raise ValueError(f"seeds must be at least one and all different, got {config.seeds}")
+    for preset in config.presets:
+        preset_config(preset)
+    text = config.task == "text"
+    defaults: dict[str, Any] = DEFAULTS["text" if text else "task"]
+    return dataclasses.replace(
+        config, **{name: value for name, value in defaults.items() if getattr(config, name) is None}
+    )
+
+
+def _folder(config: CompareConfig) -> Path:
+    """``out``, or the first of runs/compare, -2, -3 ... that is free or this comparison's;
+    FileExistsError for another's.
+    """
+    if config.out is None:
+        wanted = Path("runs/compare" if config.task == "text" else f"runs/compare-{config.task}")
+        return free_folder(wanted, lambda folder: _is_anothers(config, folder))
+    if not config.resume and _is_anothers(config, config.out):
+        raise FileExistsError(
+            f"out {config.out} exists and holds no run of this comparison; choose another folder, or give --resume"
+        )
+    return config.out
+
+
+def _is_anothers(config: CompareConfig, folder: Path) -> bool:
+    """Whether ``folder`` holds something, and not this comparison, finished or begun."""
+    if not is_taken(folder):
+        return False
+    results = folder / "results.json"
+    if results.is_file():
+        saved = json.loads(results.read_text(encoding="utf-8"))["config"]
+        return (saved["task"], saved["presets"], saved["seeds"]) != (
+            config.task,
+            [*config.presets],
+            [*config.seeds],
+        )
+    begun = {path.parent for path in folder.glob("*/run.json")}
+    return not begun or not begun <= {
+        resolved(train.out) for train in _train_configs(config, folder)
+    }
+
+
+def compare(config: CompareConfig) -> Path:
+    """Train every preset with every seed, and write compare.png, table.md and results.json into
+    ``config.out``.
+
+    A comparison that was stopped goes on where it was: finished runs are kept, the one under way is
+    resumed, the next begun. Returns the folder. Raises as :func:`sisa_model.training.trainer.train`
+    does, and ValueError for fewer than two presets or no seed."""
+    config = resolve(config)
+    with world() as processes:  # one for all runs: torchrun's processes can meet only once
+        out = processes.from_main(lambda: _folder(config))
+        if train_all(_train_configs(config, out)):
+            processes.from_main(lambda: _write(config, out))
+        elif processes.main:
+            print("stopped; the same command continues the comparison")
+    return out
+
+
+def _train_configs(config: CompareConfig, out: Path) -> list[TrainConfig]:
+    shared = (
+        "task",
+        "data",
+        "tokenizer",
+        "steps",
+        "seq_len",
+        "batch_size",
+        "lr",
+        "val_every",
+        "device",
+    )
+    settings: dict[str, Any] = {name: getattr(config, name) for name in shared}
+    settings["tasks"] = tuple(TASKS) if config.task == "text" else ()
+    # Seeds outermost: a comparison that is cut short still holds whole pairs.
+    return [
+        TrainConfig(
+            sample_tokens=0, preset=preset, seed=seed, out=out / f"{preset}-seed{seed}", **settings
+        )
+        for seed in config.seeds
+        for preset in config.presets
+    ]
+
+
+def _write(config: CompareConfig, out: Path) -> None:
+    """Draw and tabulate the finished runs."""
+    folders = {
+        preset: [out / f"{preset}-seed{seed}" for seed in config.seeds] for preset in config.presets
+    }
+    runs = {
+        preset: [read_rows(folder / "val.jsonl") for folder in seeds]
+        for preset, seeds in folders.items()
+    }
+    training = {
+        preset: [read_rows(folder / "train.jsonl") for folder in seeds]
+        for preset, seeds in folders.items()
+    }
+    seeds_of = (
+        f"{len(config.seeds)} seeds: mean, minimum to maximum"
+        if len(config.seeds) > 1
+        else "1 seed"
+    )
+    title = f"{config.steps} steps, {seeds_of}"
+    if config.task == "text":
+        table = summary(runs, training)
+        plot_compare(out / "compare.png", runs, title)
+    else:
+        exams = {
+            exam_name(config.task, factor): _lengths(factor, config.seq_len) for factor in LENGTHS
+        }
+        table = task_summary(runs, training, exams)
+        plot_task(out / "compare.png", runs, exams, f"{config.task}: {title}")
+    write_text(out / "table.md", table)
+    write_json(out / "results.json", {"config": dataclasses.asdict(config), "val": runs})
+    print(f"\n{table}\nfigure: {out / 'compare.png'}")
+
+
+def summary(runs: dict[str, list[Rows]], training: dict[str, list[Rows]]) -> str:
+    """A Markdown table: final values as mean and (minimum to maximum) over seeds, and the median
+    training throughput.
+    """
+    rows = []
+    for name, seeds in runs.items():
+        loss = spread([rows[-1]["loss"] for rows in seeds], "{:.3f}")
+        rows.append(
+            (
+                name,
+                loss,
+                *_accuracies(seeds, TASKS),
+                _reached(seeds, "needle", 0.9),
+                _rate(training[name]),
+            )
+        )
+    rows.append(("chance", "", *_chances(runs, TASKS), "", ""))
+    titles = (
+        "model",
+        "held-out loss",
+        "needle accuracy",
+        "recall accuracy",
+        "first step with needle >= 90 %",
+        "tokens/s",
+    )
+    return markdown(titles, rows)
+
+
+def task_summary(
+    runs: dict[str, list[Rows]], training: dict[str, list[Rows]], exams: dict[str, str]
+) -> str:
+    """As :func:`summary`, of a task trained alone: its accuracy by the position of the answer,
+    ``exams`` name -> in words.
+    """
+    first = next(iter(exams))
+    rows = [
+        (n, *_accuracies(seeds, exams), _reached(seeds, first, 0.95), _rate(training[n]))
+        for n, seeds in runs.items()
+    ]
+    titles = (
+        "model",
+        *(f"accuracy at {lengths}" for lengths in exams.values()),
+        "first step with >= 95 %",
+        "tokens/s",
+    )
+    return markdown(titles, [*rows, ("chance", *_chances(runs, exams), "", "")])
+
+
+def _accuracies(seeds: list[Rows], exams: Iterable[str]) -> list[str]:
+    return [
+        spread([100 * rows[-1][f"{exam}_accuracy"] for rows in seeds], "{:.1f} %") for exam in exams
+    ]
+
+
+def _chances(runs: dict[str, list[Rows]], exams: Iterable[str]) -> list[str]:
+    row = next(iter(runs.values()))[0][0]
+    return [f"{100 * row[f'{exam}_chance']:.1f} %" for exam in exams]
+
+
+def _lengths(factor: int, seq_len: int | None) -> str:
+    """The positions that an exam asks, in words."""
+    assert seq_len is not None, "resolve() fills it in"
+    return (
+        f"1 to {seq_len}" if factor == 1 else f"{factor * seq_len // 2 + 1} to {factor * seq_len}"
+    )
+
+
+def _reached(seeds: list[Rows], exam: str, level: float) -> str:
+    """The first step of each seed whose accuracy is at least ``level``."""
+    return ", ".join(
+        next((str(row["step"]) for row in rows if row[f"{exam}_accuracy"] >= level), "never")
+        for rows in seeds
+    )
+
+
+def _rate(seeds: list[Rows]) -> str:
+    """The median training throughput, tokens/s."""
+    return f"{np.median([row['tokens_per_s'] for rows in seeds for row in rows]):,.0f}"

@@ -1,0 +1,263 @@
+"""SISA in someone else's model: :func:`replace_attention` for a Hugging Face Llama (extra ``hf``).
+
+In a model of your own, :meth:`sisa_model.SisaAttention.of` is the module that stands in an
+attention block's place."""
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.models.llama.modeling_llama import (
+    LlamaAttention,
+    LlamaForCausalLM,
+    LlamaModel,
+    apply_rotary_pos_emb,
+)
+
+import sisa_kernels as sk
+from sisa_model.interop.padding import Padding, find_padding
+from sisa_model.models.linear import Fp32Parameters
+from sisa_model.models.sisa import DECAY_BIAS_INIT, THETA_INIT_STD
+
+MASKED = ("sdpa", "eager")
+
+
+class SisaCacheLayer(CacheLayerMixin):
+    """What one :class:`LlamaSisaAttention` keeps of the tokens so far, as a layer of transformers'
+    cache.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.held: sk.SisaCache | None = None
+        self.seen = 0
+        """Tokens of each row, padding among them."""
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Nothing: the cache takes device and dtype from its first tokens."""
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        raise TypeError("this layer's attention was replaced: it holds more than keys and values")
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.seen + query_length, 0
+
+    def get_seq_length(self) -> int:
+        return self.seen
+
+    def get_max_length(self) -> int:
+        return -1
+
+    def reset(self) -> None:
+        self.held, self.seen = None, 0
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        if self.held is not None:
+            self.held.select(indices.tolist())
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self.batch_select_indices(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        if self.held is not None:
+            self.batch_select_indices(
+                torch.arange(len(self.held.lengths)).repeat_interleave(repeats)
+            )
+
+    def crop(self, tokens_to_remove: int) -> None:
+        raise ValueError(
+            "this cache cannot be cropped: the running phase before its last tokens is gone"
+        )
+
+
+class LlamaSisaAttention(Fp32Parameters):
+    """A LlamaAttention with the importance term in its score, made by :func:`replace_attention`,
+    [B, L, D] -> [B, L, D].
+
+    q, k, v and the output keep the old projections, under their names; ``importance`` makes b, c,
+    the decay and theta. RoPE is Llama's own, of whatever type. ``lambda_raw`` (lambda =
+    softplus(lambda_raw)) stays fp32."""
+
+    fp32 = ("lambda_raw",)
+
+    def __init__(self, old: LlamaAttention, d_state: int, lam: float):
+        super().__init__()
+        H, G = old.q_proj.out_features // old.head_dim, old.k_proj.out_features // old.head_dim
+        self.layer_idx, self.head_dim = old.layer_idx, old.head_dim
+        self.sizes = {"b": G * d_state, "c": H * d_state, "alpha": G, "theta": G * d_state // 2}
+        self.d_state, self.n_kv_heads = d_state, G
+        self.q_proj, self.k_proj, self.v_proj, self.o_proj = (
+            old.q_proj,
+            old.k_proj,
+            old.v_proj,
+            old.o_proj,
+        )
+        like: Any = {"device": old.q_proj.weight.device, "dtype": old.q_proj.weight.dtype}
+        self.importance = nn.Linear(
+            old.q_proj.in_features, sum(self.sizes.values()), bias=False, **like
+        )
+        self.decay_bias = nn.Parameter(torch.full((G,), DECAY_BIAS_INIT, **like))
+        raw = lam + math.log(-math.expm1(-lam))  # softplus's inverse
+        self.lambda_raw = nn.Parameter(
+            torch.full((H,), raw, device=like["device"], dtype=torch.float32)
+        )
+        nn.init.normal_(self.importance.weight, std=old.config.initializer_range)
+        nn.init.normal_(self.importance.weight.detach()[-self.sizes["theta"] :], std=THETA_INIT_STD)
+
+    def lam(self) -> Tensor:
+        """lambda of each head, [H] fp32, > 0."""
+        return F.softplus(self.lambda_raw)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        position_embeddings: tuple[Tensor, Tensor],
+        attention_mask: Tensor | None = None,
+        cache: Cache | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, None]:
+        q, k, v = (
+            p(hidden_states).unflatten(-1, (-1, self.head_dim))
+            for p in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        # Under autocast the tables are fp32, and what they turn would be.
+        q, k = (
+            t.to(v.dtype) for t in apply_rotary_pos_emb(q, k, *position_embeddings, unsqueeze_dim=2)
+        )
+        b, c, alpha, theta = self.importance(hidden_states).split(list(self.sizes.values()), -1)
+        log_decay = -F.softplus(alpha.float() + self.decay_bias.float())
+        b, c = (t.unflatten(-1, (-1, self.d_state)) for t in (b, c))
+        theta = theta.float().unflatten(-1, (self.n_kv_heads, -1))
+        layer = self._cache_layer(cache)
+        padding = llama_padding(attention_mask, layer.seen if layer is not None else 0)
+        if padding is not None:
+            q, k, v, b, c, log_decay, theta = (
+                padding.pack(t) for t in (q, k, v, b, c, log_decay, theta)
+            )
+        if layer is None:
+            y = sk.sisa_attention(q, k, v, b, c, log_decay, theta, self.lam())
+        else:
+            layer.held = layer.held or sk.SisaCache(len(q))
+            lengths = padding.lengths if padding is not None else None
+            y = sk.sisa_decode(
+                q, k, v, b, c, log_decay, theta, self.lam(), layer.held, lengths=lengths
+            )
+            layer.seen += hidden_states.shape[1]
+        y = padding.unpack(y) if padding is not None else y
+        return self.o_proj(y.flatten(2)), None
+
+    def _cache_layer(self, cache: Cache | None) -> SisaCacheLayer | None:
+        """This layer's place in transformers' cache, taken on the first call."""
+        if cache is None:
+            return None
+        index = self.layer_idx
+        if index == len(cache.layers):
+            cache.layers.append(SisaCacheLayer())
+        layer = cache.layers[index]
+        if not isinstance(layer, SisaCacheLayer):
+            if cache.get_seq_length(index):
+                raise ValueError(
+                    f"cache already holds tokens of layer {index} without their importance"
+                )
+            cache.layers[index] = layer = SisaCacheLayer()
+        return layer
+
+
+def llama_padding(mask: Tensor | None, seen: int) -> Padding | None:
+    """The padding among T new tokens behind ``seen`` others, from the mask that Llama hands its
+    layers.
+
+    That is None, or [B, 1, T, seen + T], bool or to be added to the scores. Raises ValueError for
+    one that is more than causal with padding (packed documents, say), or that pads behind a cache.
+    """
+    if mask is None:
+        return None
+    sees = (mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2)[
+        :, 0, :, seen:
+    ]
+    real = sees[:, -1]  # a last place that is padding on the right sees all real tokens, too
+    expected = torch.ones_like(sees).tril() & real[:, None]
+    # A place with no real token up to it sees, in their masks, nothing or, lest its softmax be NaN,
+    # everything.
+    idle = ~expected.any(-1) & (sees.all(-1) | ~sees.any(-1))
+    if not (idle | (sees == expected).all(-1)).all():
+        raise ValueError(
+            "attention_mask must be causal with padding: SISA's running decay and phase know no other"
+        )
+    return find_padding(real, seen)
+
+
+def replace_attention(
+    model: LlamaForCausalLM | LlamaModel,
+    d_state: int = 16,
+    lam: float = 1e-4,
+    layers: list[int] | None = None,
+) -> list[nn.Parameter]:
+    """Add SISA's importance term to the self-attention of a Hugging Face Llama, in place; returns
+    the new parameters.
+
+    The old projections stay, and lambda begins at ``lam``, so small that the first logits are the
+    old ones. It grows in few steps only if ``lambda_raw`` has a larger learning rate of its own:
+    lambda is about its exponential, here at -9.2.
+
+    ``save_pretrained`` writes the new tensors with the old; to load them, build the old model, call
+    this with the same arguments, then ``load_state_dict``. ``generate`` has its cache
+    (:class:`SisaCacheLayer`); other calls run without one unless told ``use_cache=True``, as a
+    cache carries no gradients.
+
+    Args:
+        d_state: width of the importance channel a head, even.
+        lam: lambda at first, > 0.
+        layers: indices of the layers to change; None: all.
+
+    Raises:
+        TypeError: not a Llama.
+        ValueError: an argument out of range, a layer already replaced, attention dropout, another
+        attn_implementation.
+    """
+    inner = getattr(model, "model", model)
+    if not isinstance(inner, LlamaModel):
+        raise TypeError(f"model must be a Llama of transformers, got {type(model).__name__}")
+    if d_state < 2 or d_state % 2:
+        raise ValueError(f"d_state must be even and at least 2, got {d_state}")
+    if not 0 < lam < math.inf:
+        raise ValueError(f"lam must be above 0 and finite, got {lam}")
+    chosen = list(range(len(inner.layers))) if layers is None else layers
+    if (
+        not chosen
+        or len(set(chosen)) < len(chosen)
+        or not all(0 <= index < len(inner.layers) for index in chosen)
+    ):
+        raise ValueError(
+            f"layers must be different indices from 0 to {len(inner.layers) - 1}, got {layers}"
+        )
+    blocks: list[Any] = [inner.layers[index] for index in chosen]
+    for index, block in zip(chosen, blocks):
+        if not isinstance(block.self_attn, LlamaAttention):
+            raise ValueError(
+                f"layers must have LlamaAttention, layer {index} has {type(block.self_attn).__name__}"
+            )
+    if model.config.attention_dropout:
+        raise ValueError(
+            f"attention_dropout must be 0, SISA has none, got {model.config.attention_dropout}"
+        )
+    if model.config._attn_implementation not in MASKED:
+        given = model.config._attn_implementation
+        raise ValueError(
+            f"attn_implementation must be {' or '.join(MASKED)}, whose masks show the padding, got {given!r}"
+        )
+    added: list[nn.Parameter] = []
+    for block in blocks:
+        block.self_attn = LlamaSisaAttention(block.self_attn, d_state, lam).train(model.training)
+        added += [
+            block.self_attn.importance.weight,
+            block.self_attn.decay_bias,
+            block.self_attn.lambda_raw,
+        ]
+    model.config.use_cache = False
+    return added

@@ -1,0 +1,95 @@
+"""TODO sisa_model.models.context"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sisa_kernels.cache import uniform
+
+
+@dataclass
+class Context:
+    """What a layer must know of its tokens beyond their states: where they stand, and which belong
+    together.
+    """
+
+    rotary: tuple[Tensor, Tensor]
+    """RoPE's (cos, sin) of the tokens' positions, each [L, E / 2] fp32; [B, L, E / 2] behind caches
+    of unequal length.
+    """
+    cu_seqlens: Tensor | None = None
+    """[documents + 1] int32, rising from 0 to L: documents packed into one sequence (B = 1) that do
+    not see each other.
+    """
+    lengths: list[int] | None = None
+    """Of the first tokens of a cache: how many of each row are real, the rest being padding on the
+    right (None: all).
+    """
+    _documents: list[int] | None = field(default=None, init=False, repr=False)
+
+    def documents(self, length: int) -> list[int]:
+        """Tokens of each packed document; without packing ``length``. Read from the device once,
+        for the first layer that asks.
+        """
+        if self.cu_seqlens is None:
+            return [length]
+        if self._documents is None:
+            self._documents = self.cu_seqlens.diff().tolist()
+        return self._documents
+
+
+@dataclass
+class ModelCache:
+    """What a model keeps of the tokens so far, so that each more costs one step; made by
+    ``model.make_cache(batch)``.
+
+    A mixer (``layer.mixer``) has ``make_cache(batch) -> cache``, empty, taking device and dtype
+    from what comes, and ``forward(x, context, cache=None)``. Given a cache, x [B, T, D] are tokens
+    that follow those in the cache: the mixer returns what it would for them at the end of the whole
+    sequence, and appends them to the cache in place. Where ``context.lengths`` is given (with the
+    first tokens only) row r goes on from its own token ``lengths[r] - 1``. A mixer that cannot
+    decode raises ValueError in ``make_cache``, saying why."""
+
+    layers: list[Any]
+    """One mixer's cache a layer."""
+    lengths: list[int]
+    """Tokens held, and so the next token's position, of each row."""
+
+    def select(self, rows: list[int]) -> None:
+        """Let row r be what row ``rows[r]`` was, in every layer; its caches have ``select`` too."""
+        self.lengths = [self.lengths[row] for row in rows]
+        for layer in self.layers:
+            layer.select(rows)
+
+
+def rotary_tables(
+    length: int, head_dim: int, device: torch.device, base: float = 10000.0
+) -> tuple[Tensor, Tensor]:
+    """RoPE's (cos, sin) of the first ``length`` positions, each [length, head_dim / 2] fp32, for
+    interleaved channel pairs.
+    """
+    return rotary_at(torch.arange(length, device=device), head_dim, base)
+
+
+def rotary_at(positions: Tensor, head_dim: int, base: float = 10000.0) -> tuple[Tensor, Tensor]:
+    """RoPE's (cos, sin) of any positions [...], each [..., head_dim / 2] fp32; angles are formed in
+    fp64.
+    """
+    frequency = base ** (
+        -torch.arange(0, head_dim, 2, dtype=torch.float64, device=positions.device) / head_dim
+    )
+    angle = positions.double()[..., None] * frequency
+    return angle.cos().float(), angle.sin().float()
+
+
+def rotary_behind(
+    held: list[int], length: int, head_dim: int, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """RoPE's (cos, sin) of ``length`` tokens behind ``held[r]`` of each row r, as :class:`Context`
+    has them.
+    """
+    start = uniform(held)
+    first = start if start is not None else torch.tensor(held, device=device)[:, None]
+    return rotary_at(first + torch.arange(length, device=device), head_dim)

@@ -1,0 +1,126 @@
+"""Text from a model: greedy, temperature, top-k and top-p sampling."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sisa_kernels.cache import check_lengths
+from sisa_model.models.language_model import LanguageModel
+
+
+def check_sampling(
+    max_new_tokens: int, temperature: float, top_k: int | None, top_p: float
+) -> None:
+    """Raise ValueError, naming the argument, for a setting that :func:`generate` cannot sample
+    with.
+    """
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
+    if not 0 <= temperature < math.inf:
+        raise ValueError(f"temperature must be at least 0 and finite, got {temperature}")
+    if top_k is not None and top_k < 1:
+        raise ValueError(f"top_k must be at least 1, got {top_k}")
+    if not 0 < top_p <= 1:
+        raise ValueError(f"top_p must be in (0, 1], got {top_p}")
+
+
+def filter_logits(logits: Tensor, top_k: int | None, top_p: float) -> Tensor:
+    """Logits [B, V] with -inf for all but the ``top_k`` largest, and past the smallest set whose
+    probability reaches ``top_p``.
+    """
+    if top_k is not None:
+        kth = logits.topk(min(top_k, logits.shape[-1])).values[..., -1:]
+        logits = logits.masked_fill(logits < kth, -math.inf)
+    if top_p < 1:
+        ordered, order = logits.sort(descending=True)
+        before = ordered.softmax(-1).cumsum(-1) - ordered.softmax(-1)
+        logits = torch.full_like(logits, -math.inf).scatter(
+            -1, order, ordered.masked_fill(before >= top_p, -math.inf)
+        )
+    return logits
+
+
+def last_tokens(input_ids: Tensor, lengths: list[int]) -> Tensor:
+    """Each row's last ``lengths[r]`` tokens, [B, max(lengths)], filled up on the right with its
+    last one.
+    """
+    length = input_ids.shape[1]
+    first = torch.tensor([[length - n] for n in lengths], device=input_ids.device)
+    return input_ids.gather(
+        1, (first + torch.arange(max(lengths), device=input_ids.device)).clamp(max=length - 1)
+    )
+
+
+@torch.no_grad()
+def generate(
+    model: LanguageModel,
+    input_ids: Tensor,
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    use_cache: bool = True,
+    *,
+    prompt_lengths: list[int] | None = None,
+    top_k: int | None = None,
+    top_p: float = 1.0,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Continue ``input_ids`` [B, L] int64 by ``max_new_tokens``: returns [B, L + max_new_tokens];
+    greedy at temperature 0.
+
+    Prompts of unequal length are padded on the left, with any token: row r's prompt is its last
+    ``prompt_lengths[r]`` tokens (B Python ints), and it is continued as it would be alone.
+    ``top_k`` and ``top_p`` narrow what is sampled; ``generator`` seeds it.
+
+    With ``use_cache`` the prompt is run once and then each token alone; without, all tokens are run
+    again for each, with the same result up to rounding. Once a row is longer than ``max_seq_len``,
+    the model sees its last ``max_seq_len`` tokens: their states and positions change with every
+    token, so that from there on all of them are run for each, with a cache or without.
+
+    Raises ValueError for a bad setting, for ``use_cache`` where the model cannot
+    (:meth:`LanguageModel.cache_refusal`; mode "clamped") or, through the model, for bad ids."""
+    check_sampling(max_new_tokens, temperature, top_k, top_p)
+    if input_ids.ndim != 2 or 0 in input_ids.shape:
+        raise ValueError(
+            f"input_ids must be [batch, length] with at least one token a row, got {list(input_ids.shape)}"
+        )
+    batch, length = input_ids.shape
+    if prompt_lengths is not None:
+        check_lengths(prompt_lengths, [0] * batch, length, "prompt_lengths")
+    if use_cache and (why := model.cache_refusal()):
+        raise ValueError(f"use_cache must be False for this model: {why}")
+    lengths, cache = [*(prompt_lengths or [length] * batch)], None
+    training = model.training
+    model.eval()
+    try:
+        for _ in range(max_new_tokens):
+            seen = [min(n, model.config.max_seq_len) for n in lengths]
+            if not use_cache or seen != lengths:
+                states = model.hidden(last_tokens(input_ids, seen))
+            elif cache is None:
+                cache = model.make_cache(batch)
+                states = model.hidden(
+                    last_tokens(input_ids, seen), cache=cache, lengths=prompt_lengths
+                )
+            else:
+                states, seen = model.hidden(input_ids[:, -1:], cache=cache), [1] * batch
+            last = states[
+                torch.arange(batch, device=states.device),
+                torch.tensor(seen, device=states.device) - 1,
+            ]
+            logits = F.linear(last, model.embed.weight).float()
+            if temperature == 0:
+                chosen = logits.argmax(-1, keepdim=True)
+            else:
+                # Relative to the largest logit: a tiny temperature sends the others to -inf and
+                # leaves that one at 0.
+                scaled = (logits - logits.amax(-1, keepdim=True)).double() / temperature
+                chosen = torch.multinomial(
+                    filter_logits(scaled, top_k, top_p).softmax(-1), 1, generator=generator
+                )
+            input_ids = torch.cat((input_ids, chosen), 1)
+            lengths = [n + 1 for n in lengths]
+    finally:
+        model.train(training)
+    return input_ids

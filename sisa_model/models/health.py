@@ -1,0 +1,89 @@
+"""TODO sisa_model.models.health"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sisa_kernels.rotation import CLAMP
+from sisa_model.models.context import Context
+from sisa_model.models.sisa import SisaAttention
+
+
+@dataclass
+class Health:
+    """How a layer's importance term stands on a batch: one value a head, averaged over the batch's
+    sequences.
+    """
+
+    layer: int
+    """Which of the model's layers, from 0; a hybrid's others have no health."""
+    lam: list[float]
+    """lambda of each head."""
+    half_life: list[float]
+    """Tokens until the importance of a key halves, ln 2 / mean(-log_decay), of each key head."""
+    g_range: list[float]
+    """Largest range of g over the sequences, of each key head."""
+    clamped: float
+    """Share of positions whose exponent "clamped" mode would clamp (0 in "exact" mode, which clamps
+    nothing).
+    """
+
+
+def half_life(log_decay: Tensor) -> Tensor:
+    """Tokens until the importance of a key halves, ln 2 / mean(-log_decay), of each key head;
+    log_decay [B, L, G] -> fp64 [G].
+
+    Where nothing decays it is 6.9e11.
+    """
+    return math.log(2) / -log_decay.double().mean((0, 1)).clamp(max=-1e-12)
+
+
+@torch.no_grad()
+def visit_layers(
+    model: Any, input_ids: Tensor, visit: Callable[[int, SisaAttention, Tensor, Context], None]
+) -> None:
+    """Run ``model`` on ``input_ids`` [B, L] and call ``visit(number, attention, normed input,
+    context)`` at each SISA layer.
+
+    In order; the number is the layer's among all of the model's.
+    """
+    found = [
+        (n, m)
+        for n, layer in enumerate(model.layers)
+        for m in layer.modules()
+        if isinstance(m, SisaAttention)
+    ]
+    hooks = [
+        attn.register_forward_pre_hook(lambda m, args, n=n: visit(n, m, *args[:2]))
+        for n, attn in found
+    ]  # type: ignore[misc]
+    try:
+        if hooks:
+            model.hidden(input_ids)
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def health(model: Any, input_ids: Tensor) -> list[Health]:
+    """The :class:`Health` of every SISA layer of ``model`` on ``input_ids`` [B, L]; empty for a
+    model without one.
+    """
+    found: list[Health] = []
+
+    def measure(layer: int, attn: SisaAttention, x: Tensor, context: Context) -> None:
+        log_decay = attn.operands(x)[5]
+        g = log_decay.double().cumsum(1)
+        middle = (g[:, :1] + g[:, -1:]) / 2
+        clamped = (
+            ((g - middle).abs() > CLAMP).double().mean().item() if attn.mode == "clamped" else 0.0
+        )
+        lam, g_range = attn.lam().tolist(), (g[:, 0] - g[:, -1]).amax(0).tolist()
+        found.append(Health(layer, lam, half_life(log_decay).tolist(), g_range, clamped))
+
+    visit_layers(model, input_ids, measure)
+    return found

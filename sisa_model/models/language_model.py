@@ -1,0 +1,193 @@
+"""The language model: embedding, layers, tied output; and build(), which makes one from a preset."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from sisa_kernels.cache import check_lengths
+from sisa_kernels.checks import check_documents
+from sisa_model.models.biased import AlibiAttention, ForgettingAttention
+from sisa_model.models.config import ModelConfig
+from sisa_model.models.context import Context, ModelCache, rotary_behind, rotary_tables
+from sisa_model.models.hybrid import make_layer
+from sisa_model.models.linear import PackedLinear
+from sisa_model.models.mamba import MambaMixer
+from sisa_model.models.presets import preset_config
+from sisa_model.models.sisa import SisaAttention
+from sisa_model.models.softmax import TransformerAttention
+
+ATTENTION: dict[str, Callable[[ModelConfig], nn.Module]] = {
+    "sisa": SisaAttention,
+    "transformer": TransformerAttention,
+    "fox": ForgettingAttention,
+    "alibi": AlibiAttention,
+}
+
+
+class LanguageModel(nn.Module):
+    """A causal language model: ``model(input_ids [B, L] int64) -> logits [B, L, V]``.
+
+    ``cu_seqlens`` [documents + 1] int32, rising from 0 to L, packs documents into one sequence (B =
+    1): none sees another. ``cache`` (:meth:`make_cache`) holds the tokens before these, which are
+    appended to it; ``lengths``, with the first of them, are the real tokens of each row, whose rest
+    is padding on the right. A cache is for inference, under ``torch.no_grad()``. Works under
+    ``torch.device("meta")``; after ``to_empty`` call :meth:`reset_parameters`. Raises ValueError
+    for a sequence (packed: a document) longer than ``config.max_seq_len``, with what the cache
+    holds, and, on the CPU, for a token outside the vocabulary. With ``checkpoint_layers`` training
+    keeps the layers' inputs only, and runs each layer again in the backward."""
+
+    checkpoint_layers = False
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.config = config
+        self.embed = nn.Embedding(config.vocab_size, config.d_model)
+        # With lambda = 0 the importance term is gone, and with it every parameter it had: a
+        # Transformer of SISA's d_ff.
+        family = "transformer" if config.lam == "zero" else config.family
+        attention = ATTENTION.get(family, TransformerAttention)  # Mamba's layers have none
+        self.layers = nn.ModuleList(
+            make_layer(kind, attention, config) for kind in config.layer_kinds
+        )
+        self.final_norm = nn.RMSNorm(config.d_model, eps=1e-6)
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draw the initial values: std ``init_std`` for matrices and the embedding, and a family's
+        own (paper, section 4).
+        """
+        for module in self.modules():
+            if isinstance(module, (nn.Embedding, nn.Linear, PackedLinear)):
+                nn.init.normal_(module.weight, std=self.config.init_std)
+            elif isinstance(module, nn.RMSNorm):
+                nn.init.ones_(module.weight)
+        for module in self.modules():
+            if isinstance(module, (SisaAttention, ForgettingAttention, MambaMixer)):
+                module.reset_parameters()
+
+    def make_cache(self, batch: int) -> ModelCache:
+        """An empty cache of ``batch`` sequences; ValueError where a layer cannot decode with one,
+        saying why.
+        """
+        layers: list[Any] = list(self.layers)
+        return ModelCache([layer.mixer.make_cache(batch) for layer in layers], [0] * batch)
+
+    def cache_refusal(self) -> str | None:
+        """Why the model cannot decode with a cache, or None."""
+        try:
+            self.make_cache(1)
+        except ValueError as error:
+            return str(error)
+        return None
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        cu_seqlens: Tensor | None = None,
+        cache: ModelCache | None = None,
+        lengths: list[int] | None = None,
+    ) -> Tensor:
+        return F.linear(self.hidden(input_ids, cu_seqlens, cache, lengths), self.embed.weight)
+
+    def hidden(
+        self,
+        input_ids: Tensor,
+        cu_seqlens: Tensor | None = None,
+        cache: ModelCache | None = None,
+        lengths: list[int] | None = None,
+    ) -> Tensor:
+        """The final normed states [B, L, D], before the output matrix."""
+        if (
+            input_ids.ndim != 2
+            or not len(input_ids)
+            or input_ids.dtype not in (torch.int64, torch.int32)
+        ):
+            raise ValueError(
+                f"input_ids must be int64 [batch >= 1, length], got {input_ids.dtype} {list(input_ids.shape)}"
+            )
+        length, config = input_ids.shape[1], self.config
+        check_documents(cu_seqlens, input_ids)
+        readable = (
+            input_ids.device.type == "cpu" and not torch.compiler.is_compiling()
+        )  # elsewhere reading values costs a wait
+        held = max(cache.lengths) if cache is not None else 0
+        longest = int(cu_seqlens.diff().max()) if cu_seqlens is not None and readable else length
+        if not 1 <= longest <= config.max_seq_len - held and (cu_seqlens is None or readable):
+            behind = f" behind {held} in the cache" if held else ""
+            raise ValueError(
+                f"input_ids must be 1 to {config.max_seq_len} (max_seq_len) tokens long, got {longest}{behind}"
+            )
+        if readable:
+            lo, hi = (int(x) for x in torch.aminmax(input_ids))
+            if lo < 0 or hi >= config.vocab_size:
+                raise ValueError(
+                    f"input_ids must lie in [0, {config.vocab_size}), got {lo} to {hi}"
+                )
+        if cache is None:
+            if lengths is not None:
+                raise ValueError(
+                    "lengths needs a cache: without one, padding on the right changes no token before it"
+                )
+            x = self.embed(input_ids)
+            context = Context(rotary_tables(length, config.head_dim, input_ids.device), cu_seqlens)
+            for layer in self.layers:
+                if self.checkpoint_layers and self.training:
+                    x = checkpoint(layer, x, context, use_reentrant=False)
+                else:
+                    x = layer(x, context)
+            return self.final_norm(x)
+        self._check_cache(input_ids, cu_seqlens, cache, lengths)
+        x = self.embed(input_ids)
+        rotary = rotary_behind(cache.lengths, length, config.head_dim, x.device)
+        for layer, held_by_layer in zip(self.layers, cache.layers):
+            x = layer(x, Context(rotary, lengths=lengths), held_by_layer)
+        cache.lengths = [
+            n + new for n, new in zip(cache.lengths, lengths or [length] * len(cache.lengths))
+        ]
+        return self.final_norm(x)
+
+    def _check_cache(
+        self,
+        input_ids: Tensor,
+        cu_seqlens: Tensor | None,
+        cache: ModelCache,
+        lengths: list[int] | None,
+    ) -> None:
+        """Refuse what the layers could not append, before the first of them does."""
+        batch, length = input_ids.shape
+        if torch.is_grad_enabled():
+            raise ValueError("a cache is for inference: call the model under torch.no_grad()")
+        if cu_seqlens is not None:
+            raise ValueError(
+                "cu_seqlens cannot be combined with a cache, whose rows are one document each"
+            )
+        if len(cache.layers) != len(self.layers):
+            raise ValueError(
+                f"cache must be one of this model's make_cache: it has {len(cache.layers)} layers, the model {len(self.layers)}"
+            )
+        if batch != len(cache.lengths):
+            raise ValueError(
+                f"input_ids must have the cache's batch of {len(cache.lengths)}, got {batch}"
+            )
+        if lengths is not None:
+            check_lengths(lengths, cache.lengths, length)
+
+
+def build(preset: str, **overrides: Any) -> LanguageModel:
+    """A new model from a preset (``sisa_model.models.presets()``), initialised from torch's random
+    state.
+
+    ``overrides`` are fields of :class:`ModelConfig` (d_model n_heads n_kv_heads n_layers d_ff
+    d_state vocab_size max_seq_len mode backend ...); d_ff is computed anew unless it is given.
+    Raises ValueError as :func:`preset_config` does."""
+    return LanguageModel(preset_config(preset, **overrides))
+
+
+def count_parameters(model: nn.Module) -> int:
+    """Number of parameters, the tied embedding counted once."""
+    return sum(p.numel() for p in model.parameters())

@@ -1,0 +1,74 @@
+"""Layers that every family shares. Shapes: B batch, L length, D d_model, H query heads, G key
+heads, E head width.
+"""
+
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sisa_kernels.cache import TokenCache
+from sisa_model.models.config import ModelConfig
+from sisa_model.models.context import Context
+from sisa_model.models.linear import Linear, PackedLinear
+
+
+class QKVAttention(nn.Module):
+    """The projections of attention without an importance term: q, k and v (``gates``: further
+    widths) in one product, and W_O.
+    """
+
+    def __init__(self, config: ModelConfig, **gates: int):
+        super().__init__()
+        self.n_heads, self.head_dim = config.n_heads, config.head_dim
+        width_q, width_kv = config.d_model, config.n_kv_heads * config.head_dim
+        self.proj = PackedLinear(
+            config.d_model, {"W_Q": width_q, "W_K": width_kv, "W_V": width_kv, **gates}
+        )
+        self.W_O = nn.Linear(config.d_model, config.d_model, bias=False)
+
+    def operands(self, x: Tensor) -> tuple[Tensor, ...]:
+        """q [B, L, H, E], k and v [B, L, G, E] and the gates [B, L, width] of the normed input x
+        [B, L, D].
+        """
+        q, k, v, *gates = self.proj(x)
+        return *(part.unflatten(-1, (-1, self.head_dim)) for part in (q, k, v)), *gates
+
+    def make_cache(self, batch: int) -> TokenCache:
+        """An empty cache of ``batch`` sequences."""
+        return TokenCache(batch)
+
+
+class SwiGLU(nn.Module):
+    """``w_down(silu(w_gate x) * w_up x)``, [B, L, D] -> [B, L, D]; gate and up are one packed
+    product.
+    """
+
+    def __init__(self, d_model: int, d_ff: int):
+        super().__init__()
+        self.w_in = PackedLinear(d_model, {"w_gate": d_ff, "w_up": d_ff})
+        self.w_down = Linear(d_ff, d_model)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = self.w_in(x)
+        return self.w_down(F.silu(gate) * up)
+
+
+class Layer(nn.Module):
+    """One pre-norm layer: ``x + attn(norm(x))``, then ``x + SwiGLU(norm(x))``; RMSNorm eps 1e-6."""
+
+    def __init__(self, attn: nn.Module, d_model: int, d_ff: int):
+        super().__init__()
+        self.attn_norm = nn.RMSNorm(d_model, eps=1e-6)
+        self.attn = attn
+        self.ffn_norm = nn.RMSNorm(d_model, eps=1e-6)
+        self.ffn = SwiGLU(d_model, d_ff)
+
+    @property
+    def mixer(self) -> nn.Module:
+        """What mixes the tokens, as a Mamba block names it."""
+        return self.attn
+
+    def forward(self, x: Tensor, context: Context, cache: Any = None) -> Tensor:
+        x = x + self.attn(self.attn_norm(x), context, cache)
+        return x + self.ffn(self.ffn_norm(x))

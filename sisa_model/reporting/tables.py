@@ -1,0 +1,28 @@
+"""TODO sisa_model.reporting.tables"""
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import numpy as np
+
+
+def markdown(columns: Sequence[str], rows: Iterable[Iterable[object]]) -> str:
+    """A table in Markdown: the columns' titles, then a line a row."""
+    head, *body = (
+        "|" + "".join(f" {cell}".rstrip() + " |" for cell in row) for row in (columns, *rows)
+    )
+    return "\n".join((head, "|---" * len(columns) + "|", *body)) + "\n"
+
+
+def spread(
+    values: Sequence[float], form: str, mean: Callable[[Sequence[float]], Any] = np.mean
+) -> str:
+    """The ``mean`` of ``values``, each in the format ``form``, and of several their minimum and
+    maximum in brackets.
+    """
+    text = form.format(mean(values))
+    return (
+        text
+        if len(values) == 1
+        else f"{text} ({form.format(min(values))} to {form.format(max(values))})"
+    )

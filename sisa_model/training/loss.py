@@ -1,0 +1,125 @@
+"""The training loss: cross entropy of the tied output, by chunks of tokens, so that the [B, L, V]
+logits never exist whole.
+"""
+
+import contextlib
+import functools
+import importlib.util
+import warnings
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sisa_model.data.blocks import IGNORE
+from sisa_model.models.language_model import LanguageModel
+
+CHUNK_LOGITS = 2**24  # logits that exist at a time: 64 MiB in fp32
+
+
+class _ChunkedCrossEntropy(torch.autograd.Function):
+    """Gradients are made with the loss, chunk by chunk: three matrix products, as for whole logits,
+    and nothing recomputed.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden, weight, targets, dtype):
+        wanted = any(ctx.needs_input_grad)
+        loss = hidden.new_zeros((), dtype=torch.float32)
+        dhidden, dweight = torch.empty_like(hidden), torch.zeros_like(weight, dtype=torch.float32)
+        matrix = weight.to(dtype)
+        with torch.autocast(hidden.device.type, enabled=False):
+            rows = max(1, CHUNK_LOGITS // weight.shape[0])
+            for h, y, dh in zip(
+                hidden.split(rows), targets[:, None].split(rows), dhidden.split(rows)
+            ):
+                h = h.to(dtype)
+                logp = F.log_softmax((h @ matrix.t()).float(), -1)
+                loss -= logp.gather(1, y).sum()
+                if wanted:
+                    dlogits = logp.exp_().scatter_add_(1, y, logp.new_full(y.shape, -1.0)).to(dtype)
+                    dh.copy_(dlogits @ matrix)
+                    if dtype == torch.float32:
+                        dweight.addmm_(dlogits.t(), h)
+                    else:
+                        dweight += dlogits.t() @ h
+        if wanted:
+            ctx.save_for_backward(dhidden, dweight)
+            ctx.weight_dtype = weight.dtype
+        return loss
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dloss):
+        dhidden, dweight = ctx.saved_tensors
+        # In place, as the weight's gradient may be the largest tensor there is; autograd refuses a
+        # second backward for it.
+        return (
+            dhidden.mul_(dloss.to(dhidden.dtype)),
+            dweight.mul_(dloss).to(ctx.weight_dtype),
+            None,
+            None,
+        )
+
+
+def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """Sum of the cross entropies (nats, fp32 scalar) of ``hidden weight^T`` at ``targets``, those
+    equal to IGNORE left out.
+
+    hidden [..., D] and weight [V, D] in fp32 or bf16, targets [...] int64. Products run in
+    autocast's dtype where it is on; softmax, sum and the weight's gradient are fp32. At most
+    ``CHUNK_LOGITS`` logits exist at a time, or one token's."""
+    hidden, targets = hidden.flatten(0, -2), targets.flatten()
+    kept = targets != IGNORE
+    if not kept.all():
+        hidden, targets = hidden[kept], targets[kept]
+    return _ChunkedCrossEntropy.apply(hidden, weight, targets, _compute_dtype(hidden))
+
+
+def _compute_dtype(x: Tensor) -> torch.dtype:
+    """Autocast's where it is on, else that of x."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+
+
+@functools.cache
+def _liger_is_here() -> bool:
+    if importlib.util.find_spec("liger_kernel") is not None:
+        return True
+    warnings.warn(
+        "liger-kernel is not installed (pip install 'sisa[cuda]'): the loss runs in chunks of plain PyTorch",
+        stacklevel=3,
+    )
+    return False
+
+
+def _liger(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
+
+    dtype = _compute_dtype(hidden)
+    return liger_fused_linear_cross_entropy(
+        hidden.flatten(0, -2).to(dtype),
+        weight.to(dtype),
+        targets.flatten(),
+        ignore_index=IGNORE,
+        reduction="sum",
+        accum_dtype=torch.float32,
+    )
+
+
+class Objective(nn.Module):
+    """``objective(inputs, targets [B, L] int64, cu_seqlens) -> loss``: the sum over the targets
+    that are not IGNORE, in nats, fp32.
+
+    On CUDA by Liger's fused kernel where it is installed, elsewhere (which is said once) by
+    :func:`linear_cross_entropy`."""
+
+    def __init__(self, model: LanguageModel, autocast: contextlib.AbstractContextManager):
+        super().__init__()
+        self.model, self.autocast = model, autocast
+
+    def forward(self, inputs: Tensor, targets: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
+        with self.autocast:
+            hidden = self.model.hidden(inputs, cu_seqlens)
+            loss = _liger if hidden.is_cuda and _liger_is_here() else linear_cross_entropy
+            return loss(hidden, self.model.embed.weight, targets)

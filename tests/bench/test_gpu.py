@@ -1,0 +1,555 @@
+"""bench/gpu.py without a GPU, on the interpreter and a fake timer: its plan, the checks that gate
+it, its rows and its table.
+"""
+
+import csv
+import itertools
+import math
+import sys
+import time
+import warnings
+from dataclasses import replace
+
+import pytest
+import torch
+
+from bench.roofline import DEVICES, Shape, bound_ms, horizon_tokens
+from sisa_kernels.triton import tiles
+from tests.support import ROOT
+
+pytest.importorskip("sisa_kernels.triton.op", reason="needs the package triton")
+from bench import cases, gpu, paths, rows, timing
+from bench.cases import GROUPS, Setting, attention_case
+from bench.paths import ATTENTION, EXACT, failure
+from bench.rows import COLUMNS
+from bench.timing import Run, measure
+
+pytestmark = pytest.mark.skipif(
+    torch.cuda.is_available(), reason="the GPU is measured by the command itself"
+)
+CPU = torch.device("cpu")
+SAFE = tiles.SAFE[0][2]
+TINY = Setting(
+    CPU,
+    torch.float32,
+    (64,),
+    (16,),
+    tokens=128,
+    heads=1,
+    head_width=16,
+    models=("transformer-tiny", "sisa-tiny-ds16"),
+)
+SHAPE = Shape(2, 64, 1, 16, 16, 16)
+FLASH = paths.STOCK[1]
+NAMES = [path.name for path in ATTENTION]
+
+
+def fake_timer(calls):
+    """Runs each call once; the first took 1 to 11 ms, the second 2 to 22 ..."""
+    for call in calls:
+        call()
+    return [[float(n * k) for k in range(1, 12)] for n in range(1, len(calls) + 1)]
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    monkeypatch.setattr(timing, "WARM_CALLS", 1)
+    return Run(
+        replace(TINY, datasheet=DEVICES["H200"]),
+        tmp_path / "results",
+        8.0,
+        fake_timer,
+        {"commit": "abc", "device": "none"},
+    )
+
+
+def case(path, passes="fwd+bwd", **options):
+    return attention_case("attention", path, SHAPE, "2x64x1 16+16/16", passes, TINY, **options)
+
+
+# ---- The command ---------------------------------------------------------------------------------
+
+
+def test_dry_run_lists_every_section_path_and_bound(capsys):
+    assert gpu.main(["--dry-run", "--sections", *gpu.SECTIONS]) == 0
+    out = capsys.readouterr().out
+    sections = {part.partition(":")[0]: part for part in out.partition("\n")[2].split("\n\n")}
+    timed = ["stock", "attention", "prologue", "augment", "layer", "decode", "model", "tune"]
+    assert list(sections) == list(gpu.SECTIONS) == ["build", "tests", *timed]
+    assert all("at most 8 minutes" in part for part in sections.values())
+    assert "setup.py build_ext --inplace" in sections["build"]
+    assert "-m sisa_kernels" in sections["build"]
+    files = [line.split()[-1] for line in sections["tests"].strip().splitlines()[1:]]
+    assert files == [
+        f"tests/test_{name}.py" for name in ("augment_cuda", "flash", "mamba", "triton_attention")
+    ]
+    for widths in (
+        "64/64",
+        "80/64",
+        "80/80",
+        "96/64",
+        "96/96",
+        "128/64",
+        "128/128",
+        "192/64",
+        "192/192",
+        "192/128",
+    ):
+        assert f"16x2048x12 {widths} fwd+bwd: cudnn " in sections["stock"]
+    for length, ds, passes in itertools.product(
+        (1024, 2048, 4096, 8192, 16384, 32768), (16, 32, 64, 128), ("fwd", "fwd+bwd")
+    ):
+        label = f"  {32768 // length}x{length}x12 64+{ds}/64 {passes}: "
+        line = next(line for line in sections["attention"].splitlines() if line.startswith(label))
+        bounds = dict(part.rsplit(" ", 1) for part in line[len(label) :].split(", "))
+        assert list(bounds) == NAMES
+        shape, h200 = Shape(32768 // length, length, 12, 64, ds, 64), DEVICES["H200"]
+        near = bound_ms(
+            "exact", shape, h200, backward=passes != "fwd", horizon=horizon_tokens(ds, 100)
+        )
+        assert bounds["sisa"] == f"{near:.3f}"
+        assert bounds["cudnn"] == f"{bound_ms('plain', shape, h200, backward=passes != 'fwd'):.3f}"
+    assert "compiled" in sections["prologue"]
+    assert "eager" in sections["prologue"]
+    assert "extension" in sections["augment"]
+    assert "8x2048 eager step: transformer-152m, sisa-152m-ds16" in sections["model"]
+    assert "16x2048 fwd+bwd: transformer-152m, sisa-152m-ds16" in sections["layer"]
+    assert "1x8192 token: transformer-152m, sisa-152m-ds16" in sections["decode"]
+    assert sections["tune"].count("tuned") == 4
+
+
+def test_options_change_what_is_done(capsys):
+    def dry(*options):
+        assert gpu.main(["--dry-run", "--sections", "attention", *options]) == 0
+        return capsys.readouterr().out
+
+    default = dry()
+    assert "sisa" in default
+    assert "tune" not in gpu.DEFAULT_SECTIONS
+    assert {
+        line.split()[0] for line in dry("--lengths", "512", "--tokens", "1024").splitlines()[2:]
+    } == {"2x512x12"}
+    assert {line.split()[1] for line in dry("--state-widths", "32").splitlines()[2:]} == {
+        "64+32/64"
+    }
+    assert "at most 3 minutes" in dry("--minutes", "3")
+    assert "bounds of the A100" in dry("--device", "A100")
+    assert dry("--device", "A100") != default
+    assert "/elsewhere" in dry("--out", "/elsewhere")
+
+
+def test_an_unknown_section_is_named(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        gpu.main(["--sections", "atention"])
+    assert stopped.value.code == 2
+    assert "invalid choice: 'atention' (choose from" in capsys.readouterr().err
+
+
+def test_without_a_gpu_it_says_so(capsys, tmp_path):
+    assert gpu.main(["--out", str(tmp_path / "none")]) == 2
+    assert "needs a CUDA GPU" in capsys.readouterr().err
+    assert not (tmp_path / "none").exists()
+
+
+# ---- The checks ----------------------------------------------------------------------------------
+
+
+def wrong_value(x, rotary):
+    return 1.001 * paths.exact(x, rotary)
+
+
+def wrong_gradient(x, rotary):
+    y = FLASH.call(x, rotary)
+    return y + 0.01 * (y - y.detach())
+
+
+def not_a_number(x, rotary):
+    return FLASH.call(x, rotary) * torch.where(x[0] > 9, 1.0, math.nan)
+
+
+@pytest.mark.parametrize(
+    ("path", "call", "name"),
+    [(EXACT, wrong_value, "y"), (FLASH, wrong_gradient, "dq"), (FLASH, not_a_number, "y")],
+)
+def test_a_broken_path_prints_no_number(run, path, call, name):
+    measure(run, [case(replace(path, name="broken", call=call)), case(FLASH, baseline=True)])
+    row, other = run.rows("attention")
+    assert row["status"].startswith(f"wrong: {name} is off by ")
+    assert row["ms_p50"] == row["rate"] == row["ratio"] == ""
+    assert other["status"] == "ok"
+    assert other["ms_p50"] == "6.0000"
+    assert f"attention broken (1x, first 2x64x1 16+16/16): {row['status']}" in gpu.table(
+        [row, other]
+    )
+
+
+@pytest.mark.parametrize("half", [False, True])
+@pytest.mark.parametrize(
+    "path", [p for p in ATTENTION if p.name not in ("cudnn", "efficient")], ids=lambda p: p.name
+)
+def test_the_paths_as_they_are_pass(path, half):
+    """In bf16 where that is not the interpreter's; fp16 has no room for the exponents of the
+    augmented operands.
+    """
+    dtype = torch.bfloat16 if path.name in ("flash", "flash table", "eager+sdpa") else torch.float16
+    assert failure(path, (16, 16, 16), dtype if half else torch.float32, CPU, True) is None
+
+
+def test_the_check_reaches_past_the_horizon():
+    """With no product before it: the horizon is a path through the kernels that must not go
+    unchecked.
+    """
+    x, rotary, _ = paths.problem(
+        Shape(1, 257, 2, 16, 16, 16), torch.float32, CPU, paths.CHECK_HALF_LIFE
+    )
+    q, k, _, b, c, log_decay, theta, lam = x
+    _, _, importance = paths.ta.prologue(q, k, b, c, log_decay, theta, lam, *rotary, False)
+    for dtype in (torch.bfloat16, torch.float32):
+        tolerance = paths.ta.default_horizon(dtype)
+        starts = paths.ta.horizon_starts(importance, SAFE.forward, tolerance)
+        assert starts.max() > 0
+
+
+def test_what_raises_becomes_a_row(run):
+    def late(x, rotary):
+        if x[0].shape[1] != paths.CHECK_LENGTH:
+            raise RuntimeError("CUDA error: out of memory\nand a second line")
+        return FLASH.call(x, rotary)
+
+    def never(x, rotary):
+        raise ValueError("no such kernel")
+
+    measure(
+        run,
+        [
+            case(replace(FLASH, name="late", call=late)),
+            case(replace(FLASH, name="never", call=never)),
+            case(FLASH),
+        ],
+    )
+    rows = {row["path"]: row for row in run.rows("attention")}
+    assert rows["late"]["status"] == "RuntimeError: CUDA error: out of memory"
+    assert rows["never"]["status"] == "ValueError: no such kernel"
+    assert rows["flash"]["status"] == "ok"
+
+    def broken_timer(calls):
+        raise RuntimeError("the clock has stopped")
+
+    measure(replace(run, timer=broken_timer), [case(FLASH)])
+    assert run.rows("attention")[-1]["status"] == "RuntimeError: the clock has stopped"
+
+
+def test_a_refusal_of_sdpa_gives_its_reason():
+    class Told:
+        def __init__(self, message):
+            self.message = UserWarning(message)
+
+    refused = RuntimeError("No available kernel. Aborting execution.")
+    nothing_here = RuntimeError("No viable backend for scaled_dot_product_attention was found.")
+    told = [
+        "CuDNN attention has been runtime disabled. (Triggered internally at x.cpp:1.)",
+        "d_v must equal d_qk (Triggered at y)",
+    ]
+    told = [
+        Told(line) for line in ("Flash attention kernel not used because: (Triggered at z)", *told)
+    ]
+    assert paths.reason(refused, told) == "d_v must equal d_qk"
+    assert paths.reason(nothing_here, told) == "d_v must equal d_qk"
+    assert paths.reason(RuntimeError("another"), told) == "RuntimeError: another"
+    assert paths.reason(refused) == "RuntimeError: No available kernel. Aborting execution."
+
+
+def test_a_path_whose_test_failed_is_not_timed(run):
+    test = "tests/test_triton_attention.py::test_exact_in_bf16_with_the_tiles_of_the_table[257-{}--5.0]"
+    proofs = {path.name: path.proofs for path in ATTENTION if path.name in ("sisa", "our plain")}
+    gated = [case(replace(FLASH, name=name, proofs=tests)) for name, tests in proofs.items()]
+
+    def statuses():
+        measure(run, gated)
+        return [row["status"] for row in run.rows("attention")[-2:]]
+
+    run.add("tests", test.format(128), "failed: E assert 1 < 0")  # of another state width
+    assert statuses() == ["ok", "ok"]
+    run.add("tests", test.format(16), "failed: E assert 1 < 0")
+    assert statuses() == [f"refused, its test failed: {test.format(16)}", "ok"]
+    run.provenance["commit"] = "def"  # not of this code
+    assert statuses() == ["ok", "ok"]
+    run.provenance["commit"] = "abc"
+    run.add("tests", test.format(16), "ok")
+    assert statuses() == ["ok", "ok"]
+
+
+def test_the_tests_that_gate_a_path_exist():
+    source = "".join(
+        (ROOT / "tests" / f"test_{name}.py").read_text() for name in ("flash", "triton_attention")
+    )
+    names = [
+        line.partition("(")[0][4:] for line in source.splitlines() if line.startswith("def test")
+    ]
+    for path in ATTENTION:
+        for pattern in path.proofs.split("|") if path.proofs else []:
+            assert any(pattern.partition(".*")[0] in name for name in names), pattern
+
+
+def test_the_timer_takes_turns(monkeypatch):
+    """With a clock that advances by the call: 10 to 50 rounds, each call's own time, the cache
+    overwritten before each.
+    """
+    clock, order = [0.0], []
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            self.at = clock[0]
+
+        def elapsed_time(self, end):
+            return end.at - self.at
+
+    def call(name, ms):
+        order.append(name)
+        clock[0] += ms
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda _: call("flushed", 100))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch, "empty", lambda *_, **__: torch.zeros(1))
+    calls = [lambda: call("a", 1.0), lambda: call("b", 2.0)]
+    assert timing.gpu_milliseconds(calls, seconds=0.0) == [[1.0] * 10, [2.0] * 10]
+    assert order == ["flushed", "a", "flushed", "b"] * 11
+    assert [len(series) for series in timing.gpu_milliseconds(calls, seconds=1e3)] == [50, 50]
+
+
+# ---- Sections and rows ---------------------------------------------------------------------------
+
+
+def test_the_attention_section_end_to_end(run):
+    gpu.run_section("attention", run)
+    rows = run.rows("attention")
+    assert [(row["path"], row["pass"]) for row in rows if row["status"] == "ok"] == [
+        (path, passes)
+        for passes in ("fwd", "fwd+bwd")
+        for path in NAMES
+        if path not in ("cudnn", "efficient")
+    ]
+    assert {row["path"] for row in rows if row["status"] != "ok"} == {
+        "cudnn",
+        "efficient",
+    }  # the CPU has neither
+    assert {row["mode"] for row in rows if row["path"] == "flash"} == {"plain, RoPE eager"}
+    row = next(row for row in rows if (row["path"], row["pass"]) == ("sisa", "fwd+bwd"))
+    order = [(r["path"], r["pass"]) for r in rows if r["status"] == "ok"]
+    took, baseline = (6.0 * (1 + order.index((name, "fwd+bwd"))) for name in ("sisa", "flash"))
+    assert float(row["ms_p20"]) == took / 2
+    assert float(row["ms_p50"]) == took
+    assert float(row["ms_p80"]) == took * 1.5
+    assert float(row["ratio"]) == pytest.approx(took / baseline, abs=1e-3)
+    bound = bound_ms("exact", SHAPE, DEVICES["H200"], horizon=horizon_tokens(16, 100))
+    assert float(row["over_bound"]) == pytest.approx(took / bound, abs=1e-2)
+    # All 64 tokens lie within the horizon: W = Dh + Ds = 32; FLOPs of B H L (L + 1) (4 W + 3 Dv).
+    assert float(row["rate"]) == pytest.approx(
+        1e-12 * 2 * 1 * 64 * 65 * (4 * 32 + 3 * 16) / (1e-3 * took), abs=0.1
+    )
+    assert (row["unit"], row["formula"]) == (
+        "TFLOP/s",
+        "BHL(L+1)(4W+3Dv); W=Dh+Ds*share within horizon",
+    )
+    assert (row["mode"], row["dtype"], row["shape"]) == ("exact", "float32", "2x64x1 16+16/16")
+    assert row["commit"] == "abc"
+
+
+@pytest.mark.parametrize("section", ["stock", "prologue", "augment", "layer", "decode", "model"])
+def test_the_other_sections(run, section, monkeypatch):
+    monkeypatch.delitem(cases.AUGMENTATIONS, "compiled")  # Inductor takes half a minute
+    groups = GROUPS[section](run.setting)
+    monkeypatch.setitem(
+        GROUPS, section, lambda _: groups[:1]
+    )  # the model's second group takes Inductor a minute
+    gpu.run_section(section, run)
+    rows = run.rows(section)
+    assert {row["path"] for row in rows if row["status"] == "ok"} == {
+        "stock": {"flash"},
+        "prologue": {"compiled", "eager", "copy"},
+        "augment": {"extension", "chain", "copy"},
+    }.get(section, {"transformer-tiny", "sisa-tiny-ds16"})
+    assert all(float(row["rate"]) > 0 for row in rows if row["status"] == "ok")
+    baselines = [row for row in rows if row["path"] in ("copy", "transformer-tiny")]
+    assert all(float(row["ratio"]) == 1 for row in baselines)
+
+
+def test_a_wrong_prologue_is_not_timed(run, monkeypatch):
+    right = paths.ta.prologue
+
+    def wrong(q, *rest):
+        q, k, x = right(q, *rest)
+        return q, k, x._replace(g_hi=x.g_hi * (1 + 1e-5))
+
+    monkeypatch.setattr(paths.ta, "prologue", wrong)
+    gpu.run_section("prologue", run)
+    assert [row["status"][:20] for row in run.rows("prologue") if row["path"] == "compiled"] == [
+        "wrong: g is off by 1"
+    ] * 2
+
+
+def test_tuned_tiles_are_timed_beside_those_in_use(run, monkeypatch, capsys):
+    used, tuned = [], replace(SAFE, forward=tiles.Tile(64, 32, 4, 1))
+    monkeypatch.setattr(tiles, "_tuned", {})
+    monkeypatch.setattr(cases, "autotune", lambda *shape, **_: tuned)
+
+    def timer(calls):
+        for call in calls:
+            call()
+            used.append(*tiles.tuned_tiles().values())
+        return fake_timer(calls)
+
+    gpu.run_section("tune", replace(run, timer=timer))
+    assert used == [SAFE, tuned]
+    assert [(row["path"], float(row["ratio"])) for row in run.rows("tune")] == [
+        ("in use", 1),
+        ("tuned", 2),
+    ]
+    assert str(tuned) in capsys.readouterr().out
+
+
+def test_a_section_keeps_its_minutes(run, capsys):
+    gpu.timed("attention")(replace(run, deadline=time.monotonic()))
+    (row,) = run.rows("attention")
+    assert row["status"].startswith(
+        "cut off after 8 minutes: 1 of 1 problems not measured, from 2x64x1 16+16/16 on"
+    )
+    assert f"attention rest: {row['status']}" in gpu.table([row])
+
+
+def test_what_a_path_warns_of_is_printed(run, capsys):
+    def loud(x, rotary):
+        warnings.warn("no tiles for this GPU: safe, slow ones run", stacklevel=2)
+        return FLASH.call(x, rotary)
+
+    measure(run, [case(replace(FLASH, call=loud))])
+    assert run.rows("attention")[0]["status"] == "ok"
+    assert (
+        capsys.readouterr().out.count("warning: no tiles for this GPU: safe, slow ones run\n") == 1
+    )
+
+
+def test_rows_are_appended_under_one_header(run):
+    run.add("stock", "flash", "ok", ms_p50="1.0")
+    replace(run).add("stock", "cudnn", "none, why", ms_p50="2.0")
+    with open(run.out / "stock.csv", newline="") as file:
+        lines = list(csv.reader(file))
+    assert tuple(lines[0]) == COLUMNS
+    assert [dict(zip(COLUMNS, line))["status"] for line in lines[1:]] == ["ok", "none, why"]
+    assert [len(line) for line in lines] == [len(COLUMNS)] * 3
+    assert [row["path"] for row in run.rows("stock", "9")] == []
+    with pytest.raises(ValueError, match="not in fieldnames"):
+        run.add("stock", "flash", "ok", speed="1.0")
+
+
+def test_tests_are_recorded_one_by_one(run, tmp_path, monkeypatch):
+    file = tmp_path / "test_of_the_recorder.py"
+    file.write_text(
+        "import pytest\ndef test_bad():\n    assert 1 + 1 == 3\n@pytest.mark.skip(reason='no')\ndef test_left(): pass\n"
+        "@pytest.mark.slow\ndef test_slow(): pass\n@pytest.mark.gpu\ndef test_first(): pass\n"
+    )
+    monkeypatch.setattr(gpu, "files_with_gpu_tests", lambda: [str(file)])
+    monkeypatch.setenv("PYTHONPATH", "")
+    gpu.run_section("tests", run)
+    rows = [(row["path"].rpartition("::")[2], row["status"]) for row in run.rows("tests")]
+    assert [name for name, _ in rows] == ["test_first", "test_bad", "test_left"]
+    assert rows[0][1] == "ok"
+    assert rows[1][1] == "failed: assert (1 + 1) == 3"
+    assert rows[2][1].startswith("skipped: ")
+    assert run.failed_tests() == [run.rows("tests")[1]["path"]]
+
+
+def test_a_build_that_fails_says_so(run, monkeypatch, capsys):
+    monkeypatch.setattr(
+        gpu,
+        "BUILD",
+        {
+            "broken": ["-c", "raise SystemExit('no compiler')"],
+            "unusable": ["-c", "print('extension: not built')"],
+        },
+    )
+    gpu.run_section("build", run)
+    assert [row["status"] for row in run.rows("build")] == [
+        "failed: no compiler",
+        "failed: extension: not built",
+    ]
+
+
+def test_a_section_that_dies_leaves_a_row(run):
+    gpu.run_apart("unknown", run)
+    (row,) = run.rows("unknown")
+    assert row["status"] == "died: KeyError: 'unknown'"
+
+
+def test_a_whole_run_ends_with_its_table_and_its_verdict(monkeypatch, capsys, tmp_path):
+    outcome, seen = ["ok"], []
+
+    def run_apart(name, run):
+        seen.append((name, run.setting.datasheet))
+        run.add(name, "path", outcome[0], shape="1x2x3", ms_p50="1.5", **{"pass": "fwd"})
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H100 80GB HBM3")
+    monkeypatch.setattr(gpu, "run_apart", run_apart)
+    command = ["--out", str(tmp_path), "--sections", "stock", "model"]
+    assert gpu.main(command) == 0
+    assert seen == [("stock", DEVICES["H100"]), ("model", DEVICES["H100"])]
+    first, *_, last = capsys.readouterr().out.splitlines()
+    assert first.startswith("device NVIDIA H100 80GB HBM3, threads ")
+    assert last.split() == ["1x2x3", "fwd", "1.5"]
+    for outcome[0], code in (
+        ("RuntimeError: refused", 0),
+        ("wrong: y is off", 1),
+        ("failed: no compiler", 1),
+        ("died: signal 9", 1),
+    ):
+        assert gpu.main([*command, "--device", "A100"]) == code
+        assert f"stock path (1x, first 1x2x3): {outcome[0]}" in capsys.readouterr().out
+    assert seen[-1] == ("model", DEVICES["A100"])
+
+
+def test_the_table_of_a_full_run_stays_small():
+    row = dict.fromkeys(COLUMNS, "") | {
+        "status": "ok",
+        "ms_p50": "0.5123",
+        "ratio": "12.345",
+        "over_bound": "12.34",
+    }
+    rows = [row | {"op": "tests", "path": str(n)} for n in range(200)]
+    for name in gpu.DEFAULT_SECTIONS[2:]:
+        for one in itertools.chain(*GROUPS[name](Setting())):
+            rows.append(
+                row | {"op": name, "path": one.path, "shape": one.shape, "pass": one.passes}
+            )
+    text = gpu.table(rows)
+    assert len(text) < gpu.TABLE_LIMIT
+    assert "tests: 200 of 200 ok" in text
+    assert "0.512 12.3 12" in text.splitlines()[-1]
+    assert (
+        len(
+            gpu.table(
+                rows
+                + [row | {"op": "build", "path": str(n), "status": "x" * 150} for n in range(99)]
+            )
+        )
+        < gpu.TABLE_LIMIT
+    )
+
+
+def test_what_a_row_records(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H200")
+    monkeypatch.setenv("SISA_COMMIT", "1234567")
+    record = rows.provenance(cases.CUDA)
+    assert record["commit"] == "1234567"
+    assert record["torch"] == torch.__version__
+    assert set(record) < set(COLUMNS)
+    monkeypatch.delenv("SISA_COMMIT")
+    monkeypatch.setenv("PATH", "")
+    assert (
+        rows.provenance(cases.CUDA)["commit"] == rows.provenance(cases.CUDA)["driver"] == "unknown"
+    )
+    assert rows.output_of(sys.executable, "-c", "print('a')") == "a"

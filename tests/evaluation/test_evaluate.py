@@ -1,0 +1,740 @@
+"""sisa eval: the scoring rules against one example at a time, the files it writes, and what it
+refuses.
+"""
+
+import dataclasses
+import json
+import math
+import shutil
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+import sisa_model as sm
+from sisa_model.cli import main
+from sisa_model.data.tokenizer import Encoder
+from sisa_model.evaluation.benchmarks import BENCHMARKS, PIQA_LABELS, paper_requests, read_benchmark
+from sisa_model.evaluation.evaluate import EvalConfig, evaluate
+from sisa_model.evaluation.scoring import Request, Scorer
+from sisa_model.evaluation.statistics import add_rows, interval
+from sisa_model.evaluation.subject import with_positions, without_importance
+from sisa_model.models.generate import generate
+from sisa_model.runs.config import TrainConfig
+from sisa_model.runs.log import read_rows
+from sisa_model.training.trainer import train
+from tests.support import ROOT
+
+WORDS = ["cat", "dog", "bird", "fish", "mouse", "horse"]
+TEXT = "the cat saw the dog and the dog saw the cat. "
+PAPER_TASKS = ("lambada", "hellaswag", "arc_easy", "winogrande")
+
+
+def sentence(rng, length):
+    return " ".join(rng.choice(WORDS, length))
+
+
+def write_data(folder, count=12):
+    """Local files of every benchmark: lengths that differ, answers of one and of several words,
+    non-ASCII text.
+    """
+    rng = np.random.default_rng(0)
+    rows = {task: [] for task in BENCHMARKS}
+    for i in range(count):
+        label = int(rng.integers(2))
+        lambada = (
+            TEXT.strip()[: 20 + i] + " the dog"
+            if i % 2
+            else f"{sentence(rng, 3 + i)} caf\u00e9 {i}"
+        )
+        rows["lambada"].append({"text": lambada})
+        rows["hellaswag"].append(
+            {
+                "query": f"Pets: {sentence(rng, 2 + i)}",
+                "endings": [sentence(rng, 1 + j) for j in range(4)],
+                "label": 2 * label,
+            }
+        )
+        choices = [sentence(rng, 1 + (i + j) % 3) for j in range(3 + i % 3)]
+        rows["arc_easy"].append(
+            {"question": f"{sentence(rng, 1 + i)}?", "choices": choices, "label": label}
+        )
+        rows["winogrande"].append(
+            {
+                "sentence": f"{sentence(rng, 2)} _ {sentence(rng, 1 + i)}.",
+                "option1": "cat",
+                "option2": "the bird",
+                "label": label,
+            }
+        )
+        rows["piqa"].append(
+            {"goal": sentence(rng, 1 + i), "sol1": sentence(rng, 2), "sol2": sentence(rng, 4)}
+        )
+    folder.mkdir()
+    for task, examples in rows.items():
+        (folder / BENCHMARKS[task].file).write_text(
+            "".join(json.dumps(row) + "\n" for row in examples)
+        )
+    (folder / PIQA_LABELS).write_text("".join(f"{i % 2}\n" for i in range(count)))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return write_data(tmp_path_factory.mktemp("eval") / "data")
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A run that has learned a little of TEXT, so that some last words come out right and some
+    don't.
+    """
+    folder = tmp_path_factory.mktemp("trained")
+    (folder / "text.txt").write_text(TEXT * 400)
+    settings = {
+        "steps": 40,
+        "seq_len": 64,
+        "batch_size": 8,
+        "val_blocks": 1,
+        "val_every": 40,
+        "save_every": 20,
+    }
+    return train(
+        TrainConfig(
+            data=(folder / "text.txt",), out=folder / "run", lr=5e-3, sample_tokens=0, **settings
+        )
+    ).folder
+
+
+@pytest.fixture
+def run(trained, tmp_path):
+    """A copy of the run that a test may write into."""
+    return shutil.copytree(trained, tmp_path / "run")
+
+
+@pytest.fixture(scope="module")
+def model(trained):
+    return sm.load(trained / "final").eval()
+
+
+@torch.no_grad()
+def token_scores(model, prefix, text):
+    """One sequence at a time, from the whole logits in fp64: the log-likelihood of each byte of
+    ``text``, and the argmax's hits.
+    """
+    prefix, text = list(prefix.encode()), list(text.encode())
+    if not prefix:
+        prefix, text = text[:1], text[1:]
+    ids = torch.tensor([prefix + text])
+    logits = model(ids)[0, len(prefix) - 1 : -1].double()
+    target = ids[0, len(prefix) :]
+    return logits.log_softmax(-1).gather(1, target[:, None])[:, 0].numpy(), (
+        logits.argmax(-1) == target
+    ).numpy()
+
+
+def paper_answer(model, task, row):
+    """The log-likelihoods of a row's answers and whether it is right, by the rules of SISA's
+    authors, spelled out.
+    """
+    if task == "lambada":
+        *context, word = row["text"].split(" ")
+        found, hits = token_scores(model, " ".join(context), f" {word}")
+        return [found.sum()], bool(hits.all())
+    if task == "winogrande":
+        before, after = row["sentence"].split("_")
+        found = [
+            token_scores(model, "", before + row[option] + after)[0]
+            for option in ("option1", "option2")
+        ]
+    elif task == "hellaswag":
+        found = [token_scores(model, row["query"], f" {ending}")[0] for ending in row["endings"]]
+    else:
+        found = [
+            token_scores(model, f"Question: {row['question']}\nAnswer:", f" {choice}")[0]
+            for choice in row["choices"]
+        ]
+    return [x.sum() for x in found], int(np.argmax([x.mean() for x in found])) == row["label"]
+
+
+@pytest.fixture
+def forwards(monkeypatch):
+    """The shapes of the forward passes that a test makes."""
+    shapes, hidden = [], sm.model.LanguageModel.hidden
+
+    def counted(self, input_ids, *args):
+        shapes.append(tuple(input_ids.shape))
+        return hidden(self, input_ids, *args)
+
+    monkeypatch.setattr(sm.model.LanguageModel, "hidden", counted)
+    return shapes
+
+
+@pytest.mark.parametrize("task", PAPER_TASKS)
+def test_paper_protocol_equals_one_at_a_time(task, model, data, run, forwards):
+    rows = read_benchmark(task, data)
+    (figure,) = evaluate(EvalConfig(run=run, tasks=(task,), protocol="paper", data_dir=data))[task]
+    examples = paper_requests(task, rows, Encoder(None))
+    assert len(forwards) == 1, "the whole task fits into one batch"
+    assert forwards[0][0] == sum(map(len, examples))
+    scores = iter(Scorer(model, 700)([request for example in examples for request in example]))
+    expected = [paper_answer(model, task, row) for row in rows]
+    for (totals, _), example in zip(expected, examples):
+        for total, request in zip(totals, example, strict=True):
+            score = next(scores)
+            assert score.tokens == len(request.ids) - request.start
+            assert score.total == pytest.approx(total, abs=1e-5 * score.tokens)
+    assert figure.right == "".join(str(int(right)) for _, right in expected)
+    assert figure.value == figure.right.count("1") / len(rows)
+    assert 0 < figure.value < 1, "both outcomes are met"
+    guesses = {
+        "lambada": 0,
+        "hellaswag": 1 / 4,
+        "winogrande": 1 / 2,
+        "arc_easy": np.mean([1 / 3, 1 / 4, 1 / 5]),
+    }
+    assert figure.chance == pytest.approx(guesses[task])
+
+
+def test_batches_keep_to_their_tokens_and_change_nothing(model, forwards):
+    rng = np.random.default_rng(0)
+    requests = [
+        Request(rng.integers(256, size=n).tolist(), int(rng.integers(1, n)))
+        for n in rng.integers(2, 60, size=100)
+    ]
+    alone = Scorer(model, 1)(requests)
+    assert len(forwards) == 100
+    forwards.clear()
+    together = Scorer(model, 1000)(requests)
+    assert len(forwards) < 8
+    assert all(rows * length <= 1000 for rows, length in forwards)
+    assert [x.total for x in together] == pytest.approx([x.total for x in alone], abs=1e-5 * 60)
+    assert [(x.tokens, x.greedy) for x in together] == [(x.tokens, x.greedy) for x in alone]
+
+
+def test_clamped_mode_is_never_padded(forwards):
+    torch.manual_seed(0)
+    model = sm.build("sisa-tiny-ds16", mode="clamped").eval()
+    with torch.no_grad():
+        for layer in model.layers:
+            layer.attn.decay_bias.fill_(1.0)  # g falls by more than a nat a token: the clamp binds
+    rng = np.random.default_rng(0)
+    requests = [Request(rng.integers(256, size=n).tolist(), n // 2) for n in (50, 80, 80, 50, 79)]
+    together = Scorer(model, 10**6)(requests)
+    assert sorted(forwards) == [(1, 78), (2, 49), (2, 79)]
+    alone = Scorer(model, 1)(requests)
+    assert [x.total for x in together] == pytest.approx([x.total for x in alone], abs=1e-5 * 40)
+    padded = Scorer(model, 10**6)
+    padded.batches = lambda requests: [[1, 2, 4, 0, 3]]
+    assert abs(padded(requests)[0].total - alone[0].total) > 0.1, (
+        "padding would have changed the result"
+    )
+
+
+def test_bf16_changes_scores_little(model):
+    requests = [Request(list(TEXT.encode()), 1)]
+    exact, rounded = Scorer(model, 100)(requests)[0], Scorer(model, 100, autocast=True)(requests)[0]
+    assert exact.total != rounded.total
+    assert rounded.total == pytest.approx(exact.total, rel=0.05)
+
+
+def test_the_command_prints_and_writes_every_figure(run, data, tmp_path, capsys):
+    flags = [str(run), "--protocol", "paper", "--data-dir", str(data)]
+    assert main(["eval", *flags, "--tasks", "lambada,winogrande", "arc_easy"]) == 0
+    out = capsys.readouterr().out
+    assert [line.split()[0] for line in out.splitlines()[4:7]] == [
+        "lambada",
+        "winogrande",
+        "arc_easy",
+    ]
+    assert " to " in out
+    assert "lambada: 12 examples, where the published set has 5,153" in out
+    rows = read_rows(run / "eval.jsonl")
+    assert [row["task"] for row in rows] == ["lambada", "winogrande", "arc_easy"]
+    for row in rows:
+        assert row["step"] == 40
+        assert row["count"] == 12
+        assert row["low"] <= row["accuracy"] <= row["high"]
+        record = json.loads((run / "eval" / f"step-00000040-{row['task']}-paper.json").read_text())
+        assert record["settings"]["protocol"] == "paper"
+        assert record["figures"][0]["value"] == row["accuracy"]
+        assert record["figures"][0]["right"].count("1") == round(12 * row["accuracy"])
+    assert main(["eval", *flags, "--tasks", "lambada"]) == 0
+    assert [row["task"] for row in read_rows(run / "eval.jsonl")] == [
+        "winogrande",
+        "arc_easy",
+        "lambada",
+    ], "replaced"
+    assert main(["eval", *flags, "--tasks", "lambada", "--lam-zero"]) == 0
+    assert read_rows(run / "eval.jsonl")[-1]["task"] == "lambada (lambda 0)"
+    capsys.readouterr()
+    assert main(["eval", *flags, "--tasks", "piqa,lambada", "--limit", "3"]) == 1
+    assert main(["eval", *flags, "--tasks", "winogrande", "--limit", "3"]) == 0
+    out = capsys.readouterr().out
+    assert "a quick look: not in eval.jsonl" in out
+    assert "published" not in out
+    assert len(read_rows(run / "eval.jsonl")) == 4
+    record = json.loads((run / "eval" / "step-00000040-winogrande-paper-limit3.json").read_text())
+    assert record["figures"][0]["count"] == 3
+    assert main(["plot", str(run), "--out", str(tmp_path / "runs.png")]) == 0
+
+
+def test_a_folder_of_weights_takes_a_tokenizer(run, data):
+    config = EvalConfig(
+        run=run / "final", tasks=("lambada",), protocol="paper", data_dir=data, tokenizer="bytes"
+    )
+    (figure,) = evaluate(config)["lambada"]
+    (same,) = evaluate(dataclasses.replace(config, run=run, tokenizer=None))["lambada"]
+    assert figure == same
+    assert (run / "final" / "eval" / "lambada-paper.json").is_file()
+    assert not (run / "final" / "eval.jsonl").exists(), "its step is unknown"
+
+
+def test_intervals_are_those_of_the_binomial_and_of_any_statistic():
+    right = np.arange(400) % 4 == 0
+    low, high = interval(right)
+    error = 1.96 * math.sqrt(0.25 * 0.75 / 400)
+    assert low == pytest.approx(
+        0.25 - error, abs=0.006
+    )  # 2,000 resamples: their quantiles are good to 0.002
+    assert high == pytest.approx(0.25 + error, abs=0.006)
+    assert interval(right) == (low, high)
+    assert interval([1, 1, 1]) == (1, 1)
+    losses = np.random.default_rng(0).normal(2, 0.5, 300)
+    mean = interval(losses)
+    assert interval(losses, lambda x: math.exp(np.mean(x))) == pytest.approx(np.exp(mean), rel=1e-3)
+
+
+def test_rows_of_the_same_step_and_task_are_replaced(tmp_path):
+    path = tmp_path / "eval.jsonl"
+    add_rows(
+        path, [{"step": 1, "task": "a", "accuracy": 0.1}, {"step": 1, "task": "b", "accuracy": 0.2}]
+    )
+    add_rows(
+        path, [{"step": 2, "task": "a", "accuracy": 0.3}, {"step": 1, "task": "b", "accuracy": 0.4}]
+    )
+    assert [(row["step"], row["task"], row["accuracy"]) for row in read_rows(path)] == [
+        (1, "a", 0.1),
+        (2, "a", 0.3),
+        (1, "b", 0.4),
+    ]
+
+
+@pytest.mark.parametrize(
+    "preset", ["sisa-tiny-ds16", "sisa-tiny-ds32-nodecay", "sisa-tiny-ds32-lambdashared"]
+)
+@torch.no_grad()
+def test_lambda_zero_is_the_limit_of_a_small_lambda(preset):
+    torch.manual_seed(0)
+    model = sm.build(preset, d_ff=48).eval()
+    ids = torch.randint(256, (2, 40))
+    before, plain = model(ids), without_importance(model)(ids)
+    assert (plain - before).abs().max() > 0.01
+    for layer in model.layers:
+        layer.attn.lambda_raw.fill_(-60.0)
+    assert (plain - model(ids)).abs().max() < 1e-5
+
+
+HARNESS_PROMPTS = {
+    "lambada": lambda row: [
+        (" ".join(row["text"].split(" ")[:-1]), " " + row["text"].split(" ")[-1])
+    ],
+    "hellaswag": lambda row: [(row["query"], f" {ending}") for ending in row["endings"]],
+    "arc_easy": lambda row: [
+        (f"Question: {row['question']}\nAnswer:", f" {choice}") for choice in row["choices"]
+    ],
+    # The name belongs to the context, and only what follows the blank is scored.
+    "winogrande": lambda row: [
+        (row["sentence"].split("_")[0] + row[option], f" {row['sentence'].split('_ ')[1]}")
+        for option in ("option1", "option2")
+    ],
+    "piqa": lambda row: [
+        (f"Question: {row['goal']}\nAnswer:", f" {row[solution]}") for solution in ("sol1", "sol2")
+    ],
+}
+
+
+def test_harness_protocol_by_hand(model, data, run, forwards):
+    pytest.importorskip("lm_eval")
+    found = evaluate(EvalConfig(run=run, tasks=tuple(BENCHMARKS), data_dir=data))
+    assert len(forwards) < 12, "about 160 sequences"
+    for task, prompts in HARNESS_PROMPTS.items():
+        figures = {figure.metric: figure for figure in found[f"{task} (harness)"]}
+        rows = read_benchmark(task, data)
+        scores = [[token_scores(model, *option) for option in prompts(row)] for row in rows]
+        if task == "lambada":
+            expected = [int(hits.all()) for ((_, hits),) in scores]
+            total = np.mean([x.sum() for ((x, _),) in scores])
+            assert figures["perplexity"].value == pytest.approx(math.exp(-total), rel=1e-4)
+            assert (
+                figures["perplexity"].low < figures["perplexity"].value < figures["perplexity"].high
+            )
+        else:
+            expected = [
+                int(np.argmax([x.sum() for x, _ in s]) == row["label"])
+                for s, row in zip(scores, rows)
+            ]
+        assert figures["acc"].right == "".join(map(str, expected)), task
+        assert figures["acc"].value == pytest.approx(np.mean(expected))
+        if "acc_norm" in figures:
+            lengths = [[len(option[1]) - 1 for option in prompts(row)] for row in rows]
+            means = [[x.sum() / n for (x, _), n in zip(s, ns)] for s, ns in zip(scores, lengths)]
+            expected = [int(np.argmax(m) == row["label"]) for m, row in zip(means, rows)]
+            assert figures["acc_norm"].right == "".join(map(str, expected)), task
+    rows = {row["task"]: row["metric"] for row in read_rows(run / "eval.jsonl")}
+    assert rows["hellaswag (harness)"] == "acc_norm"
+    assert rows["piqa (harness)"] == "acc"
+
+
+def test_harness_model_scores_texts_and_generates(model):
+    pytest.importorskip("lm_eval")
+    from lm_eval.api.instance import Instance
+
+    from sisa_model.evaluation.harness import HarnessModel
+
+    def ask(model, kind, *args):
+        return getattr(HarnessModel(Scorer(model, 500), Encoder(None)), kind)(
+            [Instance(kind, {}, args, 0)]
+        )[0]
+
+    text = TEXT * 3
+    ids = torch.tensor([[256, *text.encode()]])
+    with torch.no_grad():
+        logs = model(ids)[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None])
+        whole, rest = divmod(ids.shape[1] - 1, 40)
+        windows = [model(ids[:, 40 * i : 40 * i + 40])[0].log_softmax(-1) for i in range(whole)]
+        windows.append(model(ids[:, -41:-1])[0, -rest:].log_softmax(-1))
+    assert ask(model, "loglikelihood_rolling", text) == pytest.approx(logs.sum().item(), rel=1e-5)
+    cut = torch.cat(windows).gather(1, ids[0, 1:, None]).sum().item()
+    assert ask(with_positions(model, 40), "loglikelihood_rolling", text) == pytest.approx(
+        cut, rel=1e-5
+    )
+    assert ask(model, "loglikelihood", "", "the")[0] == pytest.approx(
+        logs[:3].sum().item(), rel=1e-5
+    )
+    prompt = torch.tensor([list(b"the cat ")])
+    greedy = Encoder(None).decode(generate(model, prompt, 40)[0, 8:].tolist())
+    assert ask(model, "generate_until", "the cat ", {"max_gen_toks": 40}) == greedy
+    stop = greedy[20:22]
+    assert (
+        ask(model, "generate_until", "the cat ", {"max_gen_toks": 40, "until": [stop]})
+        == greedy[: greedy.find(stop)]
+    )
+    with pytest.raises(ValueError, match="generation is greedy"):
+        ask(model, "generate_until", "the cat ", {"do_sample": True})
+    with pytest.raises(
+        ValueError, match=r"a prompt of 8 tokens and 256 more pass the model's 100 positions"
+    ):
+        ask(with_positions(model, 100), "generate_until", "the cat ", {})
+    clamped = sm.build("sisa-tiny-ds16", mode="clamped").eval()  # which has no cache
+    clamped.load_state_dict(model.state_dict())
+    greedy = Encoder(None).decode(generate(clamped, prompt, 20, use_cache=False)[0, 8:].tolist())
+    assert ask(clamped, "generate_until", "the cat ", {"max_gen_toks": 20}) == greedy
+
+
+@pytest.mark.slow
+def test_harness_task_that_generates_with_filters_and_a_metric_of_the_whole(
+    model, tmp_path, capsys
+):
+    pytest.importorskip("lm_eval")
+    from lm_eval.tasks import TaskManager
+
+    from sisa_model.evaluation.harness import HarnessModel, run_harness
+
+    prompts = ("the cat saw the ", "and the dog saw the ")
+    asked = [torch.tensor([list(prompt.encode())]) for prompt in prompts]
+    words = [
+        Encoder(None).decode(generate(model, ids, 9)[0, ids.shape[1] :].tolist()).split(" ")[0]
+        for ids in asked
+    ]
+    rows = [{"q": prompts[0], "a": words[0]}, {"q": prompts[1], "a": words[1] + "s"}]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    task = {
+        "task": "pets",
+        "dataset_path": "json",
+        "test_split": "test",
+        "output_type": "generate_until",
+        "dataset_kwargs": {
+            "data_files": {"test": str(tmp_path / "rows.jsonl")},
+            "cache_dir": str(tmp_path),
+        },
+        "doc_to_text": "{{q}}",
+        "doc_to_target": "{{a}}",
+        "generation_kwargs": {"until": [" "], "max_gen_toks": 9},
+        "filter_list": [
+            {"name": "whole", "filter": [{"function": "take_first"}]},
+            {
+                "name": "initial",
+                "filter": [
+                    {"function": "regex", "regex_pattern": "(.)"},
+                    {"function": "take_first"},
+                ],
+            },
+        ],
+        "metric_list": [{"metric": "exact_match"}, {"metric": "bleu"}],
+    }
+    loaded = TaskManager(include_defaults=False).load([task])["tasks"]
+    figures = run_harness(HarnessModel(Scorer(model, 500), Encoder(None)), loaded, None)["pets"]
+    assert {figure.metric: figure.right for figure in figures} == {
+        "exact_match, whole": "10",
+        "exact_match, initial": "00",
+    }
+    assert "pets: bleu, whole" in capsys.readouterr().out
+
+
+@pytest.mark.slow  # the harness reads all its 14,000 tasks to know one by name
+def test_a_task_the_harness_does_not_know_is_named(run, capsys):
+    pytest.importorskip("lm_eval")
+    assert main(["eval", str(run), "--tasks", "lambda_openai"]) == 1
+    assert "got 'lambda_openai'; near are ['lambada_openai'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (
+            ["--tasks", "mmlu"],
+            "tasks must be among lambada, hellaswag, arc_easy, winogrande, niah, niah_long, needle_grid in",
+        ),
+        (["--tasks", "piqa"], "in protocol paper, got 'piqa'"),
+        (
+            ["--tasks", "mmlu", "--protocol", "harness"],
+            "in protocol harness with local files, got 'mmlu'",
+        ),
+        (["--tasks", "niah,niah"], "tasks must name at least one task, each once, got 'niah,niah'"),
+        (["--tasks", ","], "tasks must name at least one task"),
+        (["--protocol", "mine"], "protocol must be one of harness, paper, got 'mine'"),
+        (["--precision", "fp8"], "precision must be one of auto, fp32, bf16, got 'fp8'"),
+        (["--limit", "0"], "limit must be at least 1, got 0"),
+        (["--batch-tokens", "0"], "batch_tokens must be at least 1, got 0"),
+        (["--device", "tpu9"], "device must be one this machine has, got 'tpu9'"),
+        (["--tokenizer", "bytes"], "tokenizer must be left out for a run folder"),
+        (
+            ["--tasks", "lambada", "--max-seq-len", "20"],
+            "positions, and the model has 20 (max_seq_len); --max-seq-len allows more",
+        ),
+    ],
+)
+def test_bad_settings_are_named_before_the_model_runs(run, data, flags, message, capsys, forwards):
+    assert main(["eval", str(run), "--protocol", "paper", "--data-dir", str(data), *flags]) == 1
+    assert message in capsys.readouterr().err
+    assert not forwards
+    assert not (run / "eval").exists()
+
+
+def test_longer_examples_need_max_seq_len(run, tmp_path, capsys):
+    (tmp_path / "lambada_test.jsonl").write_text(
+        json.dumps({"text": "a cat " * 200 + "sat"}) + "\n"
+    )
+    flags = [
+        "eval",
+        str(run),
+        "--tasks",
+        "lambada",
+        "--protocol",
+        "paper",
+        "--data-dir",
+        str(tmp_path),
+    ]
+    assert main(flags) == 1
+    assert (
+        "lambada: sequence 0 takes 1202 positions, and the model has 1024 (max_seq_len)"
+        in capsys.readouterr().err
+    )
+    assert main([*flags, "--max-seq-len", "2000"]) == 0
+
+
+def test_every_checkpoint_of_a_run(run, data):
+    """`--checkpoint all` leaves a row a step, the paper's curves; each is what that step's weights
+    give by themselves.
+    """
+    settings = {"run": run, "tasks": ("lambada",), "protocol": "paper", "data_dir": data}
+    last = evaluate(EvalConfig(checkpoint="all", **settings))
+    rows = {row["step"]: row["accuracy"] for row in read_rows(run / "eval.jsonl")}
+    assert list(rows) == [20, 40]
+    assert (
+        last["lambada"][0].value == rows[40] == evaluate(EvalConfig(**settings))["lambada"][0].value
+    )
+    assert evaluate(EvalConfig(checkpoint="20", **settings))["lambada"][0].value == rows[20]
+    for wrong, allowed in (
+        ("30", "checkpoint must be newest, all or one of 20, 40, got 30"),
+        ("last", "or a step, got 'last'"),
+    ):
+        with pytest.raises(ValueError, match=allowed):
+            evaluate(EvalConfig(checkpoint=wrong, **settings))
+    with pytest.raises(
+        ValueError, match="checkpoint must be left at newest for a folder of model weights"
+    ):
+        evaluate(
+            EvalConfig(**{**settings, "run": run / "final"}, tokenizer="bytes", checkpoint="20")
+        )
+    with pytest.raises(FileNotFoundError, match="final is not a run folder of sisa train"):
+        evaluate(
+            EvalConfig(**{**settings, "run": run / "final"}, tokenizer="bytes", checkpoint="all")
+        )
+
+
+def test_bad_folders_are_named(run, data, tmp_path, capsys):
+    def fails(folder, *flags):
+        assert (
+            main(
+                [
+                    "eval",
+                    str(folder),
+                    "--tasks",
+                    "lambada",
+                    "--protocol",
+                    "paper",
+                    "--data-dir",
+                    str(data),
+                    *flags,
+                ]
+            )
+            == 1
+        )
+        return capsys.readouterr().err
+
+    assert (
+        f"run must be a run folder of sisa train or a folder of model weights, got {data}"
+        in fails(data)
+    )
+    assert "tokenizer must be given for a folder of model weights: a file, or bytes" in fails(
+        run / "final"
+    )
+    assert f"tokenizer {tmp_path / 'none'} does not exist" in fails(
+        run / "final", "--tokenizer", str(tmp_path / "none")
+    )
+    words = {f"w{i}": i for i in range(300)}
+    from tokenizers import Tokenizer, models
+
+    tokenizer = Tokenizer(models.WordLevel(words, "w0"))
+    tokenizer.add_special_tokens(["<|endoftext|>"])
+    tokenizer.save(str(tmp_path / "words.json"))
+    assert "it has 301 tokens, the model in" in fails(
+        run / "final", "--tokenizer", str(tmp_path / "words.json")
+    )
+    torch.manual_seed(0)
+    sm.save(sm.build("transformer-tiny"), tmp_path / "plain")
+    assert "lam_zero needs a model with an importance term" in fails(
+        tmp_path / "plain", "--tokenizer", "bytes", "--lam-zero"
+    )
+    assert main(["eval", str(run), "--tasks", "lambada", "--protocol", "paper"]) == 1
+    assert "data_dir must be given for lambada in protocol paper" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("task", "text", "message"),
+    [
+        ("lambada", "", "holds no example"),
+        (
+            "lambada",
+            '{"text": "word"}',
+            "line 1: text must have a last word after others, got 'word'",
+        ),
+        (
+            "lambada",
+            '{"text": "a b"}\n{"txt": 1}',
+            "line 2 is no example of lambada: KeyError('text')",
+        ),
+        ("lambada", '{"text": "a b"}\n{"text": 3}', "line 2: text must be str"),
+        ("lambada", "[1]", "line 1 is no example of lambada"),
+        (
+            "hellaswag",
+            '{"query": "q", "endings": ["a", "b"], "label": 2}',
+            "label must be the index of one of 2 answers, got 2",
+        ),
+        (
+            "arc_easy",
+            '{"question": "q", "choices": ["a", ""], "label": 0}',
+            "the answers must be texts, none of them empty",
+        ),
+        (
+            "winogrande",
+            '{"sentence": "s", "option1": "a", "option2": "b", "label": 0}',
+            "must have a blank _ to fill, got 's'",
+        ),
+        (
+            "piqa",
+            '{"goal": "g", "sol1": "a", "sol2": "b"}',
+            "must have a label for each of 1 examples, got 12",
+        ),
+    ],
+)
+def test_bad_data_is_named(task, text, message, data, tmp_path):
+    folder = shutil.copytree(data, tmp_path / "data")
+    (folder / BENCHMARKS[task].file).write_text(text)
+    with pytest.raises(
+        ValueError, match=BENCHMARKS[task].file if task != "piqa" else PIQA_LABELS
+    ) as error:
+        read_benchmark(task, folder)
+    assert message in str(error.value)
+
+
+def test_missing_data_is_named_with_its_source(data, tmp_path):
+    with pytest.raises(
+        FileNotFoundError,
+        match=r'task winogrande needs .*winogrande_xl_validation.jsonl: .*"option1".* a line',
+    ):
+        read_benchmark("winogrande", tmp_path)
+    shutil.copy(data / BENCHMARKS["piqa"].file, tmp_path)
+    with pytest.raises(FileNotFoundError, match=f"task piqa needs .*{PIQA_LABELS}"):
+        read_benchmark("piqa", tmp_path)
+    shutil.copy(data / PIQA_LABELS, tmp_path)
+    (tmp_path / PIQA_LABELS).write_text("0\n2\n")
+    with pytest.raises(ValueError, match="must hold lines of 0 or 1"):
+        read_benchmark("piqa", tmp_path)
+
+
+def test_the_documented_script_makes_the_files(tmp_path, monkeypatch):
+    """That of docs/evaluate.md, on rows as the Hub's data sets have them; it is not run against the
+    Hub.
+    """
+    hub = {
+        "EleutherAI/lambada_openai": {"text": "a cat sat"},
+        "Rowan/hellaswag": {
+            "activity_label": "Pets",
+            "ctx": "A cat [header] sits. it",
+            "endings": ["[step] purrs.", "b"],
+            "label": "1",
+        },
+        "allenai/ai2_arc": {
+            "question": "q",
+            "choices": {"text": ["x", "y"], "label": ["A", "B"]},
+            "answerKey": "B",
+        },
+        "allenai/winogrande": {
+            "sentence": "The _ sat",
+            "option1": "cat",
+            "option2": "dog",
+            "answer": "2",
+        },
+        "baber/piqa": {"goal": "g", "sol1": "a", "sol2": "b", "label": 1},
+    }
+    loaded = []
+
+    def load_dataset(name, config=None, *, split):
+        loaded.append((name, config, split))
+        return [hub[name]]
+
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
+    monkeypatch.chdir(tmp_path)
+    page = (ROOT / "docs" / "evaluate.md").read_text()
+    exec(page.split("```python\n")[1].split("```")[0], {})
+    for (task, benchmark), (name, config, split) in zip(BENCHMARKS.items(), loaded, strict=True):
+        assert all(
+            part in benchmark.source for part in (name, split, config or "") if part != "default"
+        )
+        assert f"`{benchmark.file}`" in page
+        assert f"| {benchmark.examples:,} |" in page
+        (row,) = read_benchmark(task, tmp_path / "data" / "eval")
+        assert row.get("label", 1) == 1
+    assert (
+        read_benchmark("hellaswag", tmp_path / "data" / "eval")[0]["query"]
+        == "Pets: A cat sits. it"
+    )
+
+
+def test_limit_takes_the_first(data):
+    assert read_benchmark("piqa", data, 5) == read_benchmark("piqa", data)[:5]

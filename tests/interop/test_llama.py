@@ -1,0 +1,321 @@
+"""SISA in other people's models: a Llama of transformers, and a plain module."""
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import sisa_model as sm
+from sisa_model.models.context import Context, rotary_tables
+
+transformers = pytest.importorskip("transformers", minversion="5.24")
+from transformers import LlamaConfig, LlamaForCausalLM  # noqa: E402
+
+from sisa_model.interop.llama import LlamaSisaAttention, replace_attention  # noqa: E402
+
+
+def llama(attn="sdpa", **overrides):
+    torch.manual_seed(0)
+    sizes = {
+        "vocab_size": 97,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 64,
+        "initializer_range": 0.1,
+        "attn_implementation": attn,
+    }
+    return LlamaForCausalLM(LlamaConfig(**{**sizes, **overrides})).eval()
+
+
+def adapted(lam=0.5, layers=None, attn="sdpa", **overrides):
+    """A Llama whose importance term weighs in, with heads that forget within 2 tokens, or 30."""
+    model = llama(attn, **overrides)
+    replace_attention(model, 8, lam, layers)
+    for module in model.modules():
+        if isinstance(module, LlamaSisaAttention):
+            module.decay_bias.data = torch.tensor([-0.9, -3.8])
+    return model
+
+
+def tokens(B=3, L=12):
+    return torch.randint(97, (B, L), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("attn", ["sdpa", "eager"])
+@pytest.mark.parametrize("layers", [None, [1]])
+@torch.no_grad()
+def test_the_first_logits_are_the_old_ones(attn, layers):
+    model, ids = llama(attn), tokens()
+    before = model(ids).logits
+    added = replace_attention(model, layers=layers)
+    after = model(ids).logits
+    assert 0 < (after - before).abs().max() <= 1e-3 * before.abs().max(), (
+        "lambda 1e-4 on products of size 1 to 10"
+    )
+    found = [isinstance(layer.self_attn, LlamaSisaAttention) for layer in model.model.layers]
+    assert found == [layers is None or index in layers for index in range(3)]
+    assert len(added) == 3 * sum(found)
+    strong = adapted(layers=layers, attn=attn)
+    assert (strong(ids).logits - before).abs().max() > 1e-2 * before.abs().max()
+
+
+@torch.no_grad()
+def test_without_importance_it_is_llama_whatever_its_rope_and_head_width():
+    scaled = {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e4}
+    for overrides in (
+        {"rope_parameters": scaled},
+        {"head_dim": 32},
+        {"attention_bias": True},
+        {"num_key_value_heads": 4},
+    ):
+        model, ids = llama(**overrides), tokens(2, 40)
+        before = model(ids).logits
+        replace_attention(model, lam=1e-12)
+        torch.testing.assert_close(model(ids).logits, before, rtol=1e-4, atol=1e-4)
+
+
+def test_every_new_parameter_learns():
+    model, ids = llama().train(), tokens()
+    model.model.requires_grad_(False)
+    added = replace_attention(model)
+    model(ids, labels=ids).loss.backward()
+    attn = model.model.layers[0].self_attn
+    parts = dict(zip(attn.sizes, attn.importance.weight.grad.split(list(attn.sizes.values()))))
+    assert all(part.abs().sum(1).min() > 0 for part in parts.values())
+    assert all(p.grad is not None and p.grad.all() for p in (attn.decay_bias, attn.lambda_raw))
+    assert {id(p) for p in model.model.parameters() if p.requires_grad} == {id(p) for p in added}
+    before = [p.detach().clone() for p in added]
+    torch.optim.AdamW(added, lr=0.1, weight_decay=0).step()
+    assert all((a != b).any() for a, b in zip(before, added))
+
+
+def test_autocast():
+    model, ids = adapted(), tokens()
+    expected = model(ids).logits
+    with torch.autocast("cpu", torch.bfloat16):
+        found = model(ids, labels=ids)
+        assert model.generate(ids, max_new_tokens=2, do_sample=False, pad_token_id=0).shape == (
+            3,
+            14,
+        )
+    # bf16 has 8 bits, and three layers round a few times each.
+    assert (found.logits - expected).norm() / expected.norm() < 0.05
+    found.loss.backward()
+    assert model.model.layers[0].self_attn.lambda_raw.grad.all()
+
+
+@pytest.mark.parametrize("attn", ["sdpa", "eager"])
+@pytest.mark.parametrize("layers", [None, [0, 2], [1]])
+@pytest.mark.parametrize("side", ["left", "right"])
+@torch.no_grad()
+def test_padding_changes_no_real_token(attn, layers, side):
+    model, ids, lengths = adapted(layers=layers, attn=attn), tokens(), [12, 5, 1]
+    mask = torch.stack([(torch.arange(12) < n).long() for n in lengths])
+    mask = mask.flip(1) if side == "left" else mask
+    logits = model(ids, attention_mask=mask).logits
+    for row, real in enumerate(mask.bool()):
+        torch.testing.assert_close(
+            logits[row, real], model(ids[row, real][None]).logits[0], rtol=1e-4, atol=1e-4
+        )
+
+
+@pytest.mark.parametrize("layers", [None, [0, 2], [1]])
+@torch.no_grad()
+def test_generation_over_a_cache(layers):
+    model, ids = adapted(layers=layers), tokens()
+    mask = torch.ones_like(ids)
+    mask[1, :5], mask[2, :11] = 0, 0
+    for settings in (
+        {},
+        {"num_beams": 3},
+        {"prefill_chunk_size": 5, "attention_mask": torch.ones_like(ids)},
+    ):
+        settings = {
+            "attention_mask": mask,
+            "max_new_tokens": 12,
+            "do_sample": False,
+            "pad_token_id": 0,
+            **settings,
+        }
+        plain = {name: value for name, value in settings.items() if name != "prefill_chunk_size"}
+        assert torch.equal(
+            model.generate(ids, **settings), model.generate(ids, use_cache=False, **plain)
+        )
+    whole, seen = model(ids).logits, []
+    first = model(ids[:, :7], use_cache=True)
+    rest = model(ids[:, 7:], cache=first.cache)
+    torch.testing.assert_close(
+        torch.cat((first.logits, rest.logits), 1), whole, rtol=1e-4, atol=1e-4
+    )
+    hook = model.model.embed_tokens.register_forward_hook(
+        lambda module, args, y: seen.append(args[0].shape[1])
+    )
+    model.generate(ids, max_new_tokens=3, do_sample=False, pad_token_id=0)
+    hook.remove()
+    assert seen == [12, 1, 1]
+
+
+@torch.no_grad()
+def test_saved_weights_come_back_and_lambda_stays_fp32(tmp_path):
+    from safetensors.torch import load_file
+
+    model, ids = adapted(), tokens()
+    model.save_pretrained(tmp_path)
+    again = llama()
+    replace_attention(again, 8, 0.5)
+    again.load_state_dict(load_file(tmp_path / "model.safetensors"))
+    assert torch.equal(again(ids).logits, model(ids).logits)
+    half = again.bfloat16()
+    attn = half.model.layers[0].self_attn
+    assert (attn.lambda_raw.dtype, attn.decay_bias.dtype) == (torch.float32, torch.bfloat16)
+    assert torch.equal(attn.lambda_raw, model.model.layers[0].self_attn.lambda_raw)
+    assert half(ids).logits.dtype == torch.bfloat16
+
+
+def test_checkpointing_gives_the_same_gradients():
+    grads = []
+    for checkpointed in (False, True):
+        model = adapted().train()
+        if checkpointed:
+            model.activation_checkpointing_enable()
+        model(tokens(), labels=tokens()).loss.backward()
+        grads.append({name: p.grad for name, p in model.named_parameters()})
+    torch.testing.assert_close(*grads)
+
+
+def test_bad_arguments_are_named():
+    for error, message, model, kwargs in [
+        (TypeError, "model must be a Llama of transformers, got Linear", nn.Linear(2, 2), {}),
+        (ValueError, "d_state must be even and at least 2, got 3", llama(), {"d_state": 3}),
+        (ValueError, "lam must be above 0 and finite, got 0", llama(), {"lam": 0}),
+        (
+            ValueError,
+            r"layers must be different indices from 0 to 2, got \[3\]",
+            llama(),
+            {"layers": [3]},
+        ),
+        (
+            ValueError,
+            r"layers must be different indices from 0 to 2, got \[\]",
+            llama(),
+            {"layers": []},
+        ),
+        (
+            ValueError,
+            "layers must have LlamaAttention, layer 1 has LlamaSisaAttention",
+            adapted(layers=[1]),
+            {},
+        ),
+        (
+            ValueError,
+            "attention_dropout must be 0, SISA has none, got 0.1",
+            llama(attention_dropout=0.1),
+            {},
+        ),
+        (
+            ValueError,
+            "attn_implementation must be sdpa or eager, .*got 'flex_attention'",
+            llama("flex_attention"),
+            {},
+        ),
+    ]:
+        with pytest.raises(error, match=message):
+            replace_attention(model, **kwargs)
+    model, ids = adapted(layers=[1]), tokens(1)
+    for first in (1, 6, 11):
+        packed = torch.cat((torch.arange(first), torch.arange(12 - first)))[None]
+        with pytest.raises(ValueError, match="attention_mask must be causal with padding"):
+            model(ids, position_ids=packed, use_cache=False)
+    with pytest.raises(ValueError, match="a cache is for inference"):
+        model(ids, use_cache=True)
+    with torch.no_grad():
+        cache = llama()(ids, use_cache=True).cache
+        with pytest.raises(
+            ValueError, match="cache already holds tokens of layer 1 without their importance"
+        ):
+            model(ids, cache=cache)
+        cache = model(ids, use_cache=True).cache
+        with pytest.raises(
+            ValueError, match="attention_mask must be 1 for all tokens behind the 12 in the cache"
+        ):
+            model(tokens(1), cache=cache, attention_mask=(torch.arange(24) < 20)[None].long())
+        with pytest.raises(ValueError, match="this cache cannot be cropped"):
+            cache.crop(-1)
+
+
+class Block(nn.Module):
+    """A block of someone's own model, pre-norm, with SISA where its attention was."""
+
+    def __init__(self, **fields):
+        super().__init__()
+        self.norm, self.attn = nn.LayerNorm(32), sm.SisaAttention.of(32, 4, **fields)
+
+    def forward(self, x):
+        return x + self.attn(self.norm(x))
+
+
+def test_a_layer_of_ones_own():
+    torch.manual_seed(0)
+    block, x = Block(d_state=8, n_kv_heads=2), torch.randn(2, 20, 32)
+    y = block(x)
+    context = Context(rotary_tables(20, 8, x.device))
+    assert torch.equal(y, x + block.attn(block.norm(x), context))
+    torch.testing.assert_close(block(x[:, :9]), y[:, :9], msg=lambda text: f"not causal: {text}")
+    y.square().sum().backward()
+    assert all(p.grad is not None and p.grad.any() for p in block.parameters())
+    assert abs(block.attn.proj.matrices()["W_B"].std().item() - 0.02) < 0.002
+    assert F.softplus(block.attn.lambda_raw).tolist() == pytest.approx([0.3133] * 4, abs=1e-4)
+    assert block.bfloat16().attn.lambda_raw.dtype == torch.float32
+
+
+@torch.no_grad()
+def test_a_layer_of_ones_own_over_its_cache():
+    attn, x = Block(d_state=8).attn, 10 * torch.randn(1, 20, 32)
+    cache = attn.make_cache(1)
+    pieces = [attn(piece, cache=cache) for piece in x.split([12, 1, 7], 1)]
+    torch.testing.assert_close(torch.cat(pieces, 1), attn(x))
+
+
+def test_its_fields_are_alive_and_checked():
+    outputs = []
+    for fields in (
+        {},
+        {"n_kv_heads": 2},
+        {"init_std": 0.2},
+        {"decay": False},
+        {"rotation": False},
+        {"d_state": 8},
+    ):
+        torch.manual_seed(0)
+        outputs.append(Block(**fields)(torch.linspace(-1, 1, 320).sin().view(1, 10, 32)))
+    assert all(not torch.equal(outputs[0], other) for other in outputs[1:])
+    assert Block(lam="shared").attn.lambda_raw.shape == (1,)
+    assert (Block(mode="clamped").attn.mode, Block(backend="reference").attn.backend) == (
+        "clamped",
+        "reference",
+    )
+    for fields, message in [
+        ({"d_state": 3}, "d_state must be even and at least 2, got 3"),
+        ({"n_layers": 2}, "n_layers is not a field of the layer by itself"),
+        ({"lam": "zero"}, "lam must be per-head or shared, got 'zero'"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            Block(**fields)
+
+
+def test_the_example_runs(capsys):
+    path = Path(__file__).parent.parent / "examples" / "finetune_llama.py"
+    spec = importlib.util.spec_from_file_location("finetune_llama", path)
+    example = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(example)
+    found = example.main(3)
+    assert found["fine-tuned"] < found["pretrained"]
+    assert abs(found["probe after"] - found["probe before"]) < 1e-4
+    assert found["lambda"] > 1.01e-4
+    assert "one text before and after replace_attention" in capsys.readouterr().out

@@ -1,0 +1,537 @@
+"""sisa_decode: pieces of a sequence over a cache are the whole sequence, at any decay; where a
+fixed offset fails; bad input.
+"""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import sisa_kernels as sk
+from sisa_kernels import _extension
+from sisa_kernels import decode as decode_module
+from sisa_kernels.decode import decode_eager
+from sisa_kernels.paths.augment import augment
+from sisa_kernels.rotation import CLAMP
+from tests.kernels.test_augment_fuzz import laid_out
+from tests.support import in_fp64, problem, relative, worst_row
+
+COMPILED = torch._C._dispatch_has_kernel_for_dispatch_key("sisa::decode", "CPU")
+
+
+@pytest.fixture(params=["compiled", "eager"])
+def path(request, monkeypatch):
+    """Both implementations of the one-token step."""
+    if request.param == "eager":
+        monkeypatch.setattr(decode_module, "decode", decode_eager)
+    elif not COMPILED:
+        pytest.skip(f"the extension is {_extension.STATE}, without this op")
+    return request.param
+
+
+def tables(L, Dh, seed=0):
+    angle = torch.rand(L, Dh // 2, generator=torch.Generator().manual_seed(seed)) * 6
+    return angle.cos(), angle.sin()
+
+
+@torch.no_grad()
+def walk(inputs, sizes, rotary=None, cache=None):
+    """y of the whole sequence, in pieces of the given sizes; the rest token by token."""
+    inputs = {name: x.detach() for name, x in inputs.items()}
+    lam, L = inputs.pop("lam"), inputs["q"].shape[1]
+    cache, out, at = cache or sk.SisaCache(inputs["q"].shape[0]), [], 0
+    for size in [*sizes, *[1] * (L - sum(sizes))]:
+        piece = {name: x[:, at : at + size] for name, x in inputs.items()}
+        angles = None if rotary is None else tuple(table[at : at + size] for table in rotary)
+        out.append(sk.sisa_decode(**piece, lam=lam, cache=cache, rotary=angles))
+        at += size
+    return torch.cat(out, 1)
+
+
+# A half-life of 140 tokens, of 2, of half a token, and each head its own.
+DECAYS = (-5.3, -0.9, 1.0)
+
+
+@pytest.mark.parametrize("decay", DECAYS)
+@pytest.mark.parametrize("sizes", [[1], [90], [40, 1, 1, 30]], ids=str)
+def test_pieces_are_the_whole(path, sizes, decay):
+    inputs, _ = problem(B=2, L=100, H=4, G=2, Dh=32, Ds=16, Dv=48, decay=decay)
+    rotary = tables(100, 32)
+    y_ref = sk.reference.sisa_attention(**in_fp64(inputs), rotary=rotary)
+    y = walk(inputs, sizes, rotary)
+    assert relative(y, y_ref) <= 1e-6
+    assert worst_row(y, y_ref) <= 1e-5
+
+
+@pytest.mark.parametrize(
+    ("Dh", "Ds", "Dv"),
+    [(7, 2, 5), (64, 16, 64), (64, 128, 64), (40, 34, 17), (128, 32, 200), (3, 6, 1)],
+)
+@pytest.mark.parametrize(("H", "G"), [(3, 3), (6, 1)])
+def test_any_width(path, H, G, Dh, Ds, Dv):
+    inputs, _ = problem(B=2, L=70, H=H, G=G, Dh=Dh, Ds=Ds, Dv=Dv, decay=-3.0)
+    y = walk(inputs, [60])
+    assert relative(y[:, 60:], sk.reference.sisa_attention(**in_fp64(inputs))[:, 60:]) <= 1e-6
+
+
+def half_lives(L, **kwargs):
+    """A problem of 4 heads that forget half within 2 to 10,000 tokens, evenly spaced in the
+    logarithm.
+    """
+    inputs, _ = problem(L=L, H=4, **kwargs)
+    rates = math.log(2) / torch.logspace(math.log10(2), 4, 4)
+    return {**inputs, "log_decay": -rates.expand(1, L, 4).contiguous()}
+
+
+def check_walk(L, prompt):
+    """A prompt, then token by token to L, each against the oracle."""
+    inputs, rotary = half_lives(L, Dh=16, Ds=8), tables(L, 16)
+    y = walk(inputs, [prompt], rotary)
+    # Head by head, since the oracle holds all its scores.
+    heads = [
+        {
+            name: x[h : h + 1] if name == "lam" else x[:, :, h : h + 1]
+            for name, x in in_fp64(inputs).items()
+        }
+        for h in range(4)
+    ]
+    y_ref = torch.cat([sk.reference.sisa_attention(**head, rotary=rotary) for head in heads], 2)
+    assert worst_row(y, y_ref) <= 1e-5
+    return inputs, y, y_ref
+
+
+def test_a_thousand_tokens(path):
+    check_walk(1000, 64)
+
+
+@pytest.mark.slow
+def test_8192_tokens(path):
+    check_walk(8192, 512)
+
+
+def fixed_offset_walk(inputs, prompt, clamp):
+    """What the issue warns of: augmented keys (Proposition 1) cached once, with the offset of the
+    prompt's middle for ever.
+    """
+    inputs = {name: x.detach() for name, x in inputs.items()}
+    g = inputs["log_decay"].double().cumsum(1)
+    offset = (g[:, :1] + g[:, prompt - 1 : prompt]) / 2
+    x = (g - offset).clamp(-clamp, clamp).float()[..., None]
+    flat = [inputs[name] for name in ("q", "k", "b", "c")]
+    still = torch.zeros_like(inputs["log_decay"])
+    rotary = tables(g.shape[1], 16)
+    q_aug, k_aug = augment(
+        *flat, still, inputs["theta"], inputs["lam"], *rotary, [0], math.inf, 24, torch.float32
+    )
+    q_aug, k_aug = q_aug.clone(), k_aug.clone()
+    q_aug[..., 16:] *= x.exp()
+    k_aug[..., 16:] *= x.neg().exp()
+    v = F.pad(inputs["v"], (0, 8))
+    q_aug, k_aug, v = (t.transpose(1, 2) for t in (q_aug, k_aug, v))
+    return F.scaled_dot_product_attention(q_aug, k_aug, v, is_causal=True, scale=0.25).transpose(
+        1, 2
+    )[..., :16]
+
+
+def test_a_fixed_offset_overflows_or_clamps_where_this_cache_is_right():
+    inputs, y, y_ref = check_walk(500, 64)
+    assert not fixed_offset_walk(inputs, 64, math.inf).isfinite().all()
+    clamped = fixed_offset_walk(inputs, 64, CLAMP)
+    assert worst_row(clamped[:, :32], y_ref[:, :32]) <= 1e-5, "right while the clamp does not bind"
+    assert relative(clamped[:, 300:, 0], y_ref[:, 300:, 0]) > 0.3
+    assert relative(y[:, 300:, 0], y_ref[:, 300:, 0]) <= 1e-6
+
+
+def test_strong_decay_for_long_keeps_the_digits_of_g(path):
+    """At g = -1e6, differences of g in fp32 would be off by 0.06; the phase too has gone around
+    thousands of times.
+    """
+    inputs, _ = problem(L=60, H=2, Dh=16, Ds=8, decay=-4.0)
+    cache = sk.SisaCache(1)
+    walk({name: x if name == "lam" else x[:, :30] for name, x in inputs.items()}, [30], cache=cache)
+    cache.buffers["g"][:, :, :30] -= 1e6
+    cache.phase += 2 * math.pi * 5000
+    y = walk(
+        {name: x if name == "lam" else x[:, 30:] for name, x in inputs.items()}, [], cache=cache
+    )
+    assert cache.buffers["g"][0, 0, 59] < -1e6
+    assert cache.phase.abs().max() <= math.pi + 1e-9
+    assert worst_row(y, sk.reference.sisa_attention(**in_fp64(inputs))[:, 30:]) <= 1e-5
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_as_good_as_its_inputs(path, dtype):
+    """k, v and b are rounded to the dtype in the cache: held to four times the rounding of the
+    oracle's own result.
+    """
+    inputs, _ = problem(B=2, L=150, H=4, G=2, decay=-4.0, dtype=dtype)
+    rotary = tables(150, 64)
+    y, y_ref = (
+        walk(inputs, [100], rotary),
+        sk.reference.sisa_attention(**in_fp64(inputs), rotary=rotary),
+    )
+    assert y.dtype == dtype
+    assert relative(y, y_ref) <= 4 * relative(y_ref.to(dtype), y_ref)
+    with torch.autocast("cpu", dtype):
+        assert torch.equal(walk(inputs, [100], rotary), y)
+
+
+def test_fp64():
+    inputs, _ = problem(B=2, L=40, H=4, G=2, Dh=8, Ds=4, decay=-1.0, dtype=torch.float64)
+    torch.testing.assert_close(
+        walk(inputs, [10, 5]), sk.reference.sisa_attention(**inputs), rtol=1e-12, atol=1e-12
+    )
+
+
+def test_rows_of_unequal_length_go_on_as_they_would_alone(path):
+    inputs, _ = problem(B=3, L=100, H=4, G=2, Dh=16, Ds=8, decay=-2.0)
+    inputs = {name: x.detach() for name, x in inputs.items()}
+    lengths, rotary, cache = [30, 1, 64], tables(100, 16), sk.SisaCache(3)
+    lam = inputs.pop("lam")
+    with torch.no_grad():
+        first = {name: x[:, :64] for name, x in inputs.items()}
+        prompt = sk.sisa_decode(
+            **first, lam=lam, cache=cache, rotary=tuple(t[:64] for t in rotary), lengths=lengths
+        )
+        out = []
+        for t, size in ((0, 1), (1, 1), (2, 3), (5, 1)):
+            at = torch.tensor(lengths)[:, None] + t + torch.arange(size)
+            piece = {name: x[torch.arange(3)[:, None], at] for name, x in inputs.items()}
+            out.append(
+                sk.sisa_decode(
+                    **piece, lam=lam, cache=cache, rotary=tuple(table[at] for table in rotary)
+                )
+            )
+    assert cache.lengths == [36, 7, 70]
+    y_ref = sk.reference.sisa_attention(**in_fp64({**inputs, "lam": lam}), rotary=rotary)
+    for row, n in enumerate(lengths):
+        assert worst_row(prompt[row, :n], y_ref[row, :n]) <= 1e-5
+        assert worst_row(torch.cat(out, 1)[row], y_ref[row, n : n + 6]) <= 1e-5
+
+
+def test_one_token_may_wipe_out_everything_before_it(path):
+    inputs, _ = problem(L=60, Dh=16, Ds=8)
+    log_decay = inputs["log_decay"].detach().clone()
+    log_decay[:, 40] = -math.inf
+    log_decay[:, 50:52] = -500.0
+    inputs = {**inputs, "log_decay": log_decay}
+    assert worst_row(walk(inputs, [10]), sk.reference.sisa_attention(**in_fp64(inputs))) <= 1e-5
+
+
+def test_old_entries_are_not_rewritten_and_growth_keeps_them(path):
+    inputs, _ = problem(L=200, Dh=16, Ds=8)
+    cache = sk.SisaCache(1)
+    walk({name: x if name == "lam" else x[:, :20] for name, x in inputs.items()}, [10], cache=cache)
+    before = {name: x.clone() for name, x in cache.buffers.items()}
+    rest = {name: x.detach()[:, 20:] for name, x in inputs.items() if name != "lam"}
+    with torch.no_grad():
+        for t in range(180):
+            piece = {name: x[:, t : t + 1] for name, x in rest.items()}
+            sk.sisa_decode(**piece, lam=inputs["lam"].detach(), cache=cache)
+    assert all(
+        torch.equal(cache.buffers[name][:, :, :20], x[:, :, :20]) for name, x in before.items()
+    )
+    assert 200 <= cache.buffers["k"].shape[2] <= 300
+    assert cache.buffers["g"].dtype == torch.float64
+
+
+def test_strided_operands(path):
+    inputs, _ = problem(B=2, L=30, H=2, Dh=16, Ds=8)
+    strided = {
+        name: x if name == "lam" else x.detach().mT.contiguous().mT for name, x in inputs.items()
+    }
+    assert torch.equal(walk(strided, [20]), walk(inputs, [20]))
+
+
+def step_arguments(dtype=torch.float32, capacity=9, lengths=(5, 3)):
+    inputs, _ = problem(B=2, L=1, H=4, G=2, Dh=16, Ds=8, Dv=12, dtype=dtype)
+    inputs = [x.detach() for x in inputs.values()]
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    caches = [torch.randn(2, 2, capacity, width).to(dtype) for width in (16, 12, 8)]
+    g = -torch.rand(2, 2, capacity, dtype=torch.float64).cumsum(-1)
+    rotary = [table[:, None].to(wide) for table in tables(2, 16)]
+    return [*inputs, *rotary, *caches, g, torch.randn(2, 2, 4, dtype=torch.float64), list(lengths)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_opcheck(dtype):
+    torch.library.opcheck(torch.ops.sisa.decode.default, tuple(step_arguments(dtype)))
+
+
+@pytest.mark.skipif(not COMPILED, reason=f"the extension is {_extension.STATE}, without this op")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("lengths", [(5, 3), (8, 8), (1, 7)])
+def test_compiled_step_changes_what_the_eager_one_does(dtype, lengths):
+    compiled, eager = step_arguments(dtype, lengths=lengths), step_arguments(dtype, lengths=lengths)
+    for each in (compiled, eager):
+        torch.manual_seed(1)
+        for x in each[10:15]:
+            x.copy_(
+                -torch.rand(x.shape).cumsum(-1)
+                if x.dtype == torch.float64 and x.ndim == 3
+                else torch.randn(x.shape)
+            )
+    y, y_eager = torch.ops.sisa.decode(*compiled), decode_eager(*eager)
+    tolerance = (
+        {"rtol": 1e-5, "atol": 1e-6} if dtype == torch.float32 else {"rtol": 2e-2, "atol": 2e-2}
+    )
+    torch.testing.assert_close(y, y_eager, **tolerance)
+    torch.testing.assert_close(compiled[10:15], eager[10:15], **tolerance)
+
+
+@st.composite
+def calls(draw):
+    """Arguments of the op: random shapes, dtypes and strides, lengths on both sides of a split's
+    512 slots.
+    """
+    B, G = draw(st.integers(1, 3)), draw(st.integers(1, 2))
+    H, Dh, Dv, Ds = (
+        G * draw(st.integers(1, 3)),
+        draw(st.integers(1, 70)),
+        draw(st.integers(1, 70)),
+        2 * draw(st.integers(1, 20)),
+    )
+    dtype = draw(st.sampled_from((torch.float32, torch.bfloat16, torch.float16)))
+    lengths = [
+        draw(st.sampled_from((1, 2, 15, 16, 17, 100, 510, 511, 512, 1024))) for _ in range(B)
+    ]
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=generator)
+
+    decay = 10.0 ** draw(st.integers(-4, 3))
+    wide = [
+        normal(B, 1, heads, width).to(dtype)
+        for heads, width in ((H, Dh), (G, Dh), (G, Dv), (G, Ds), (H, Ds))
+    ]
+    inputs = [
+        *wide,
+        -decay * normal(B, 1, G).abs(),
+        100 * normal(B, 1, G, Ds // 2),
+        0.05 + normal(H).abs(),
+    ]
+    rotary = (
+        [normal(draw(st.sampled_from((1, B))), 1, Dh // 2) for _ in range(2)]
+        if Dh % 2 == 0 and draw(st.booleans())
+        else []
+    )
+    capacity = max(lengths) + draw(st.integers(1, 20))
+    caches = [normal(B, G, capacity, width).to(dtype) for width in (Dh, Dv, Ds)]
+    caches += [
+        -decay * normal(B, G, capacity).abs().double().cumsum(-1),
+        normal(B, G, Ds // 2).double(),
+    ]
+    return [
+        *(laid_out(draw, x) for x in inputs),
+        *(laid_out(draw, x) for x in rotary or ()),
+        *[None] * (2 - len(rotary)),
+        *caches,
+        lengths,
+    ]
+
+
+def with_rest(args, value):
+    """The arguments with copies of the caches, whose slots past each row's length hold ``value``."""
+    args = [x.clone() if 10 <= n < 15 else x for n, x in enumerate(args)]
+    for cache in args[10:14]:
+        for row, length in zip(cache, args[15]):
+            row[:, length:] = value
+    return args
+
+
+@pytest.mark.skipif(not COMPILED, reason=f"the extension is {_extension.STATE}, without this op")
+@settings(max_examples=50, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@given(calls())
+def test_any_call_matches_fp64_and_reads_no_slot_past_the_length(args):
+    compiled, eager = with_rest(args, math.nan), with_rest(args, 0.0)
+    exact = [x.double() if isinstance(x, torch.Tensor) else x for x in with_rest(args, 0.0)]
+    found, plain, right = (
+        op(*x)
+        for op, x in (
+            (torch.ops.sisa.decode, compiled),
+            (decode_eager, eager),
+            (decode_eager, exact),
+        )
+    )
+    for x, y, z in zip((found, *compiled[10:14]), (plain, *eager[10:14]), (right, *exact[10:14])):
+        x = x if x is found else torch.where(x.isnan(), y, x)
+        error, allowed = ((each.double() - z).abs().max() for each in (x, y))
+        assert error <= 3 * allowed + 2e-6 * (1 + z.abs().max())
+    for cache in compiled[10:14]:
+        for row, length in zip(cache, args[15]):
+            assert row[:, length].isfinite().all()
+            assert row[:, length + 1 :].isnan().all(), "nor writes one"
+    one_thread = with_rest(args, math.nan)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        assert torch.equal(torch.ops.sisa.decode(*one_thread), found), (
+            "the same bits for any number of threads"
+        )
+    finally:
+        torch.set_num_threads(threads)
+
+
+ARGUMENTS = (
+    "q",
+    "k",
+    "v",
+    "b",
+    "c",
+    "log_decay",
+    "theta",
+    "lam",
+    "cos",
+    "sin",
+    "k_cache",
+    "v_cache",
+    "b_cache",
+    "g_cache",
+    "phase",
+)
+
+
+@pytest.mark.parametrize("name", ARGUMENTS)
+@pytest.mark.parametrize("op", [torch.ops.sisa.decode, decode_eager], ids=["op", "eager"])
+def test_the_op_names_a_wrong_operand(op, name):
+    args = step_arguments()
+    args[ARGUMENTS.index(name)] = args[ARGUMENTS.index(name)][..., :-1]
+    with pytest.raises(ValueError, match=r"must|need"):
+        op(*args)
+    args = step_arguments()
+    args[ARGUMENTS.index(name)] = args[ARGUMENTS.index(name)].int()
+    with pytest.raises(TypeError, match="must be"):
+        op(*args)
+
+
+@pytest.mark.parametrize("op", [torch.ops.sisa.decode, decode_eager], ids=["op", "eager"])
+@pytest.mark.parametrize("lengths", [(5,), (0, 3), (9, 3), (-1, 3)])
+def test_the_op_refuses_lengths_outside_the_cache(op, lengths):
+    with pytest.raises(
+        ValueError, match="lengths must be 2 integers from 1 to the capacity 9 less 1"
+    ):
+        op(*step_arguments(lengths=lengths))
+
+
+def arguments(T=1, B=2, **kwargs):
+    inputs, _ = problem(B=B, L=T, H=2, Dh=16, Ds=8, **kwargs)
+    return {name: x.detach() for name, x in inputs.items()}
+
+
+@pytest.mark.parametrize(
+    ("held", "change", "error", "message"),
+    [
+        (0, {"cache": {}}, TypeError, "cache must be a sisa_kernels.SisaCache, got dict"),
+        (0, {"cache": sk.SisaCache(3)}, ValueError, "k must have the cache's batch of 3, got 2"),
+        (
+            5,
+            arguments(dtype=torch.bfloat16),
+            ValueError,
+            "k must be torch.float32 on cpu as in the cache, got torch.bfloat16",
+        ),
+        (
+            5,
+            arguments(Dv=20),
+            ValueError,
+            r"v must be \[heads, channels\] \[2, 16\] as in the cache, got \[2, 20\]",
+        ),
+        (
+            5,
+            {"lengths": [1, 1]},
+            ValueError,
+            r"lengths is for the first tokens of an empty cache, this one holds \[5, 5\]",
+        ),
+        (0, {"lengths": [1]}, ValueError, r"lengths must be 2 integers from 1 to 1, got \[1\]"),
+        (
+            0,
+            {"lengths": [0, 1]},
+            ValueError,
+            r"lengths must be 2 integers from 1 to 1, got \[0, 1\]",
+        ),
+        (
+            5,
+            {"rotary": torch.ones(2)},
+            TypeError,
+            r"rotary must be a pair \(cos, sin\) or None, got Tensor",
+        ),
+        (
+            5,
+            {"rotary": (torch.ones(2, 8), torch.ones(1, 8))},
+            ValueError,
+            r"rotary\[0\] \(cos\) must have shape \[1, 8\]",
+        ),
+        (
+            5,
+            {"rotary": (torch.ones(3, 1, 8),) * 2},
+            ValueError,
+            r"rotary\[0\] \(cos\) must have shape \[2, 1, 8\]",
+        ),
+        (
+            5,
+            {"rotary": (torch.ones(1, 8, requires_grad=True),) * 2},
+            ValueError,
+            r"rotary\[0\] \(cos\) must not require grad",
+        ),
+        (
+            5,
+            {"backend": "fast"},
+            ValueError,
+            "backend must be one of auto, triton, flash, sdpa, reference, got 'fast'",
+        ),
+        (5, {"log_decay": torch.ones(2, 1, 2)}, ValueError, "log_decay must be <= 0 everywhere"),
+        (
+            5,
+            {"lam": torch.ones(2, requires_grad=True)},
+            ValueError,
+            "lam requires grad, but a cache is for inference",
+        ),
+        (
+            5,
+            {"v": torch.ones(2, 1, 2, 16, requires_grad=True)},
+            ValueError,
+            "v requires grad, but a cache is for inference",
+        ),
+    ],
+)
+def test_bad_input_is_named_and_leaves_the_cache(held, change, error, message):
+    cache = sk.SisaCache(2)
+    if held:
+        sk.sisa_decode(**arguments(held), cache=cache)
+    before = {name: x.clone() for name, x in cache.buffers.items()}
+    with pytest.raises(error, match=message):
+        sk.sisa_decode(**{**arguments(), "cache": cache, **change})
+    assert cache.lengths == [held] * 2
+    assert all(torch.equal(cache.buffers[name], x) for name, x in before.items())
+
+
+def test_an_error_on_the_way_leaves_the_cache(monkeypatch):
+    inputs, _ = problem(L=20, theta=1.0)
+    whole = sk.reference.sisa_attention(**in_fp64(inputs))[:, 10:]
+    head, tail = (
+        {n: x.detach()[:, piece] if n != "lam" else x.detach() for n, x in inputs.items()}
+        for piece in (slice(10), slice(10, 20))
+    )
+    cache = sk.SisaCache(1)
+    sk.sisa_decode(**head, cache=cache)
+    with monkeypatch.context() as broken:
+        broken.setattr(decode_module, "visible", lambda *_: (_ for _ in ()).throw(MemoryError()))
+        with pytest.raises(MemoryError):
+            sk.sisa_decode(**tail, cache=cache)
+    assert relative(sk.sisa_decode(**tail, cache=cache), whole) <= 5e-6
+
+
+def test_one_channel_a_head():
+    inputs, _ = problem(L=20, Dh=1, Ds=2, Dv=1)
+    assert (
+        relative(sk.sisa_attention(**inputs), sk.reference.sisa_attention(**in_fp64(inputs)))
+        <= 5e-6
+    )
+
+
+def test_a_cache_has_rows():
+    with pytest.raises(ValueError, match="batch must be at least 1, got 0"):
+        sk.SisaCache(0)

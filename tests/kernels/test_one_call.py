@@ -1,0 +1,308 @@
+"""backend="flash": the table of stock kernels by call, every row that runs here, and what a wrong
+kernel leads to.
+"""
+
+import contextlib
+import functools
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
+
+import sisa_kernels as sk
+from sisa_kernels import selfcheck
+from sisa_kernels.paths import one_call as flash
+from sisa_kernels.paths.augment import _guard_compiled
+from sisa_kernels.paths.one_call import Call, Kernel
+from tests.support import ROOT, in_fp64, problem, relative, value_and_grads
+
+HOPPER, AMPERE, ADA, BLACKWELL, TURING = (9, 0), (8, 0), (8, 9), (10, 0), (7, 5)
+CUDA, CPU = torch.device("cuda", 0), torch.device("cpu")
+
+
+def call(capability=HOPPER, dtype=torch.bfloat16, width=80, value_width=64, **facts):
+    return Call(CUDA, capability, dtype, facts.pop("length", 2048), width, value_width, **facts)
+
+
+# What is asked -> the row that runs it and the widths it is padded to.
+EXPECTED = [
+    (call(), "cudnn", (80, 64)),
+    (call(width=96), "cudnn", (96, 64)),
+    (call(width=128, value_width=63), "cudnn", (128, 64)),
+    (call(width=192), "cudnn", (192, 128)),
+    (call(width=144, value_width=128), "cudnn", (192, 128)),
+    (call(width=256), "flash", (256, 256)),
+    (call(deterministic=True), "flash", (80, 80)),
+    (call(length=1), "flash", (80, 80)),
+    (call(BLACKWELL, width=66), "cudnn", (72, 64)),
+    (call(BLACKWELL, width=192), "cudnn", (192, 128)),
+    (call(AMPERE), "flash", (80, 80)),
+    (call(AMPERE, width=256), "flash", (256, 256)),
+    (call(ADA, width=192), "flash", (192, 192)),
+    (call(ADA, width=256), "efficient", (256, 64)),
+    (call(ADA, width=256, grad=False), "flash", (256, 256)),
+    (call((12, 0), width=200), "efficient", (200, 64)),
+    (call(width=320), "efficient", (320, 64)),
+    (call(width=320, deterministic=True), "math", (320, 64)),
+    (call(dtype=torch.float32, width=66, value_width=63), "efficient", (68, 64)),
+    (call(dtype=torch.float64), "math", (80, 64)),
+    (call(TURING, dtype=torch.float16), "efficient", (80, 64)),
+    (replace(call(), device=CPU, capability=(0, 0)), "cpu", (80, 80)),
+    (replace(call(value_width=100), device=CPU, capability=(0, 0)), "cpu", (100, 100)),
+    (replace(call(), device=torch.device("meta"), capability=(0, 0)), "math", (80, 64)),
+]
+
+
+@pytest.mark.parametrize(
+    ("asked", "name", "widths"), EXPECTED, ids=lambda x: x if isinstance(x, str) else None
+)
+def test_the_table(monkeypatch, asked, name, widths):
+    monkeypatch.setattr(selfcheck, "possible", lambda device: False)
+    monkeypatch.setattr(flash, "_installed", lambda module: False)
+    kernel, found = flash.choose(asked, "clamped", 64, asked.dtype)
+    assert (kernel.name, found) == (name, widths)
+    assert len({row.name for row in flash.TABLE}) == len(flash.TABLE)
+    assert all(len(row.reason) > 20 for row in flash.TABLE)
+
+
+def test_the_table_with_the_flash_attn_packages(monkeypatch):
+    """4 where cuDNN cannot run, exact widths on Hopper; 2 in place of PyTorch's own copy."""
+    monkeypatch.setattr(selfcheck, "possible", lambda device: False)
+    monkeypatch.setattr(flash, "_installed", lambda module: True)
+
+    def chosen(asked):
+        kernel, widths = flash.choose(asked, "clamped", 64, asked.dtype)
+        return kernel.name, widths
+
+    assert chosen(call()) == ("cudnn", (80, 64))
+    assert chosen(call(width=256)) == ("flash-attn-4", (256, 64))
+    assert chosen(call(width=256, grouped=True)) == ("flash-attn-4", (256, 256))
+    assert chosen(call(width=256, grouped=True, grad=False)) == ("flash-attn-4", (256, 64))
+    assert chosen(call(BLACKWELL, width=200)) == ("flash-attn-2", (200, 200))
+    assert chosen(call(deterministic=True)) == ("flash-attn-2", (80, 80))
+    assert chosen(call(AMPERE)) == ("flash-attn-2", (80, 80))
+    states = flash.state(call(AMPERE))
+    assert states["cudnn"] == "it needs compute capability 9.x or 10.x, this is 8.0"
+    assert states["flash"] == "available"
+
+
+@pytest.mark.parametrize("name", ["cpu", "math"])
+@pytest.mark.parametrize("mode", ["exact", "clamped"])
+def test_every_row_that_runs_here(name, mode):
+    kernel = next(row for row in flash.TABLE if row.name == name)
+    inputs, dy = problem(L=257, H=4, G=2, Dh=32, Ds=16, Dv=80, decay=-4.0)
+    one_call = functools.partial(flash.one_call, cos=None, sin=None, mode=mode, kernel=kernel)
+    y, grads = value_and_grads(one_call, inputs, dy)
+    y_ref, grads_ref = value_and_grads(
+        sk.reference.sisa_attention, in_fp64(inputs), dy.double(), mode=mode
+    )
+    assert relative(y, y_ref) <= 5e-6
+    assert max(relative(grads[name], grads_ref[name]) for name in grads) <= 2e-5
+
+
+def test_a_row_that_is_not_legal_is_refused_before_any_work():
+    kernel = next(row for row in flash.TABLE if row.name == "cudnn")
+    inputs, _ = problem(L=16)
+    with pytest.raises(ValueError, match="kernel 'cudnn' of backend 'flash' needs a CUDA device"):
+        flash.one_call(**inputs, cos=None, sin=None, mode="clamped", kernel=kernel)
+
+
+def wrong_by_a_hundredth(q, k, v, scale, deterministic):
+    return 1.01 * flash.TABLE[-1].attend(q, k, v, scale, deterministic)
+
+
+def raises(q, k, v, scale, deterministic):
+    raise RuntimeError("no kernel image")
+
+
+def test_a_wrong_kernel_is_out_for_the_process_and_said_once(monkeypatch):
+    rows = [
+        Kernel(name, "broken for the test", lambda call: (100, 100), f)
+        for name, f in (("crooked", wrong_by_a_hundredth), ("absent", raises))
+    ]
+    monkeypatch.setattr(flash, "TABLE", (*rows, *flash.TABLE))
+    inputs, _ = problem(L=63, decay=-4.0)
+    attend = functools.partial(sk.sisa_attention, mode="clamped")
+    y_ref = sk.reference.sisa_attention(**in_fp64(inputs))
+    with pytest.warns(UserWarning, match="backend 'flash' leaves its kernel") as told:
+        y = attend(**inputs)
+    assert relative(y, y_ref) <= 5e-6
+    said = [str(w.message) for w in told]
+    assert len(said) == 2
+    assert (
+        "'crooked' out and runs 'cpu': on a small problem (Dh 64, Ds 16, Dv 64, torch.float32) it is wrong"
+        in said[0]
+    )
+    assert "relative error of y by 1.0e-02" in said[0]
+    assert said[1].endswith("it fails on cpu: RuntimeError: no kernel image")
+    assert torch.equal(attend(**inputs), y), "and not said again: a warning here would be an error"
+    with Recorder() as recorder:
+        assert torch.equal(attend(**inputs), y), "where no check may run, what is known still holds"
+    assert recorder.names.count("aten::_scaled_dot_product_flash_attention_for_cpu") == 1
+    compiled = torch.compile(attend, fullgraph=True)
+    torch.testing.assert_close(compiled(**inputs), y)
+    other, _ = problem(
+        L=63, Dh=32, decay=-4.0
+    )  # of widths for which nothing was checked: the first legal row, unchecked
+    assert relative(compiled(**other), sk.reference.sisa_attention(**in_fp64(other))) > 5e-3
+
+
+@pytest.mark.parametrize(
+    "context", [torch.inference_mode, torch.no_grad, lambda: torch.autocast("cpu", torch.bfloat16)]
+)
+def test_a_first_use_within(context):
+    """The check makes gradients of its own wherever it is met: a right path passes (a warning here
+    would be an error).
+    """
+    selfcheck._verdicts.clear()
+    inputs, _ = problem(L=64, Dh=24)
+    with context():
+        y = sk.sisa_attention(**inputs, backend="flash")
+    assert len(selfcheck._verdicts) == 1
+    assert relative(y, sk.reference.sisa_attention(**in_fp64(inputs))) <= 5e-6
+
+
+@pytest.mark.parametrize("backend", ["flash", "sdpa"])
+@pytest.mark.parametrize(
+    "context", [lambda: torch.device("meta"), lambda: default_dtype(torch.float64)]
+)
+def test_a_first_use_under_other_defaults(context, backend):
+    """Neither the default device nor the default dtype is the problem's (a warning here would be an
+    error).
+    """
+    selfcheck._verdicts.clear()
+    _guard_compiled.cache_clear()
+    inputs, _ = problem(L=64, Dh=24)
+    y_ref = sk.reference.sisa_attention(**in_fp64(inputs))
+    with context():
+        y = sk.sisa_attention(**inputs, backend=backend)
+    assert relative(y, y_ref) <= 5e-6
+
+
+@contextlib.contextmanager
+def default_dtype(dtype):
+    torch.set_default_dtype(dtype)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+def test_a_first_use_under_an_activation_checkpoint():
+    selfcheck._verdicts.clear()
+    inputs, dy = problem(L=64, Dh=24)
+    expected = value_and_grads(sk.reference.sisa_attention, inputs, dy)[1]
+    attend = functools.partial(sk.sisa_attention, backend="flash")
+    y = checkpoint(attend, *inputs.values(), use_reentrant=False)
+    assert len(selfcheck._verdicts) == 1
+    grads = torch.autograd.grad(y, list(inputs.values()), dy)
+    assert max(relative(grad, right) for grad, right in zip(grads, expected.values())) <= 2e-5
+
+
+def test_a_kernel_for_inference_alone_is_checked_without_its_backward(monkeypatch):
+    def legal(call):
+        return "has no backward" if call.grad else (80, 80)
+
+    row = Kernel("forward", "for the test", legal, flash.TABLE[0].attend)
+    monkeypatch.setattr(flash, "TABLE", (row, *flash.TABLE))
+    inputs, _ = problem(L=63)
+    with torch.no_grad():  # a warning that it is left out would be an error
+        sk.sisa_attention(**inputs, backend="flash")
+        assert (
+            flash.choose(
+                flash.Call(CPU, (0, 0), torch.float32, 63, 80, 64, grad=False),
+                "exact",
+                64,
+                torch.float32,
+            )[0]
+            is row
+        )
+
+
+class Recorder(TorchDispatchMode):
+    """Names of the operators that run."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(func.name())
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_check_is_no_part_of_an_observed_call():
+    """Under a dispatch mode (a FLOP counter, say) nothing is checked: what it sees is the call
+    alone.
+    """
+    inputs, _ = problem(L=64, Dh=48)
+    with Recorder() as recorder:
+        sk.sisa_attention(**inputs, mode="clamped")
+    assert recorder.names.count("aten::_scaled_dot_product_flash_attention_for_cpu") == 1
+    assert recorder.names.count("sisa::augment") == 1
+
+
+BROKEN = f"""
+import sys, warnings
+sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
+import torch
+from tests.support import in_fp64, problem, relative, value_and_grads
+import sisa_kernels as sk
+from sisa_kernels import augment as A
+calls = []
+def broken(*x):
+    calls.append(1)
+    q_aug, k_aug = A.augment_eager(*x)
+    return q_aug, 1.001 * k_aug
+warnings.simplefilter("ignore")
+library = torch.library.Library("sisa", "FRAGMENT")
+library.impl("augment", broken, "CPU", allow_override=True)
+inputs, dy = problem(L=63, decay=-4.0)
+with warnings.catch_warnings(record=True) as told:
+    warnings.simplefilter("always")
+    for dtype in (torch.float32, torch.bfloat16):
+        for mode in ("exact", "clamped"):
+            x = {{n: t.to(dtype) if t.ndim == 4 and n != "theta" else t for n, t in inputs.items()}}
+            y, grads = value_and_grads(sk.sisa_attention, x, dy.to(dtype), mode=mode)
+            right, grads_right = value_and_grads(sk.reference.sisa_attention, in_fp64(x), dy.to(dtype).double(), mode=mode)
+            limit = 5e-6 if dtype == torch.float32 else 1e-2
+            assert relative(y, right) <= limit, relative(y, right)
+            assert all(relative(grads[n], grads_right[n]) <= 4 * limit for n in grads)
+assert calls == [1], calls
+print("\\n".join(str(w.message) for w in told))
+"""
+
+
+@pytest.mark.skipif(sk.backends()["extension"] != "available", reason="the extension is not built")
+def test_a_wrong_augmentation_is_out_for_the_process_and_said_once():
+    done = subprocess.run([sys.executable, "-c", BROKEN], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    said = done.stdout.splitlines()
+    assert len(said) == 1, said
+    assert said[0].startswith(
+        "the compiled augmentation is out on cpu, and plain PyTorch runs instead: off by 1.0e-03"
+    )
+
+
+def test_the_table_is_shown():
+    shown = sk.backends(table=True)
+    assert list(shown)[4:] == [f"flash/{row.name}" for row in flash.TABLE]
+    if not torch.cuda.is_available():
+        assert shown["flash/cpu"] == "available"
+        assert shown["flash/efficient"] == "it needs a CUDA device"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("grouped", [False, True], ids=["", "grouped"])
+@pytest.mark.parametrize("Ds", [16, 32, 64, 128])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_every_legal_row_on_the_gpu(dtype, Ds, grouped):
+    """Each row against the oracle on its own; its CPU twins are the rows that run above."""
+    device = torch.device("cuda", torch.cuda.current_device())
+    asked = Call(device, flash.capability(device), dtype, 257, 64 + Ds, 64, grouped)
+    legal = [row for row in flash.TABLE if not isinstance(row.legal(asked), str)]
+    assert legal[-1].name == "math"
+    faults = {row.name: flash.kernel_fault(row, asked, "clamped", 64, dtype) for row in legal}
+    assert not any(faults.values()), faults

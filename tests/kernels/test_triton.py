@@ -1,0 +1,766 @@
+"""The Triton kernels, run by Triton's interpreter where there is no GPU: the oracle at odd shapes,
+the horizon, plain attention.
+"""
+
+import dataclasses
+import json
+import math
+import os
+import subprocess
+import sys
+import warnings
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.utils._python_dispatch import BaseTorchDispatchMode
+
+import sisa_kernels as sk
+from sisa_kernels import attention, ops, selfcheck
+from sisa_kernels.rotation import rotate
+from sisa_kernels.triton import tiles
+from sisa_kernels.triton.tiles import Tile, Tiles
+from tests.support import (
+    NAMES,
+    ROOT,
+    gradient_errors,
+    in_fp64,
+    problem,
+    relative,
+    value_and_grads,
+    worst_row,
+)
+
+ta = pytest.importorskip("sisa_kernels.triton.op", reason="needs the package triton")
+tune = pytest.importorskip("sisa_kernels.triton.tune", reason="needs the package triton")
+
+# The interpreter runs on the CPU; a GPU runs the kernels themselves.
+DEVICE = torch.device("cpu" if ta.INTERPRETED else "cuda")
+SMALL = Tiles(Tile(64, 32, 4, 2), Tile(32, 64, 4, 2), Tile(32, 64, 4, 2))
+
+
+@pytest.fixture(autouse=True)
+def small_tiles(monkeypatch):
+    """Tiles so small that 257 tokens make several, one kernel's taller than wide and another's
+    wider than tall.
+    """
+    monkeypatch.setattr(ta, "choose_tiles", lambda *_: SMALL)
+
+
+def on_device(inputs, dy):
+    return {name: x.detach().to(DEVICE).requires_grad_() for name, x in inputs.items()}, dy.to(
+        DEVICE
+    )
+
+
+def same_dtype(q, k, v, b, c, log_decay, theta, lam, rotary=None, cu_seqlens=None):
+    """Eq. 2 densely in the operands' dtype, as a user would write it: the error that a kernel is
+    measured against.
+    """
+    if cu_seqlens is not None:
+        pieces = [x.split(cu_seqlens.diff().tolist(), 1) for x in (q, k, v, b, c, log_decay, theta)]
+        tables = (
+            zip(*(x.split(cu_seqlens.diff().tolist()) for x in rotary))
+            if rotary
+            else [None] * len(pieces[0])
+        )
+        return torch.cat(
+            [same_dtype(*piece, lam, rotary=table) for piece, table in zip(zip(*pieces), tables)], 1
+        )
+    (L, H), dtype = q.shape[1:3], q.dtype
+    if rotary is not None:
+        q, k = (rotate(x.float(), *(table[:, None] for table in rotary)).to(dtype) for x in (q, k))
+    g, phase = (
+        log_decay.double().clamp(min=-1e3).cumsum(1),
+        theta.double().cumsum(1).remainder(2 * math.pi).float(),
+    )
+    b = rotate(b.float(), phase.cos(), phase.sin()).to(dtype)
+    k, v, b, g, phase = (x.repeat_interleave(H // x.shape[2], 2) for x in (k, v, b, g, phase))
+    c = rotate(c.float(), phase.cos(), phase.sin()).to(dtype)
+    causal = torch.ones(L, L, dtype=torch.bool, device=q.device).tril()
+    g = g.transpose(1, 2)
+    decay = (g[..., :, None] - g[..., None, :]).masked_fill(~causal, -math.inf).exp().float()
+    q, k, v, b, c = (x.transpose(1, 2) for x in (q, k, v, b, c))
+    score = (q @ k.mT).float() / math.sqrt(q.shape[3]) + lam[:, None, None] * decay * (
+        c @ b.mT
+    ).float()
+    return (score.masked_fill(~causal, -math.inf).softmax(-1).to(dtype) @ v).transpose(1, 2)
+
+
+def check(inputs, dy, function=sk.sisa_attention, **kwargs):
+    """y, its rows and every gradient within a small multiple of what PyTorch makes of the same
+    inputs, plus a few units in the last place: 3 times in fp32, 2 times in fp16 and bf16, of the
+    larger error of the dense formula and the stock path."""
+    inputs, dy = on_device(inputs, dy)
+    kernel = {**kwargs, "backend": "triton"} if function is sk.sisa_attention else kwargs
+    y, grads = value_and_grads(function, inputs, dy, **kernel)
+    kwargs = {name: x for name, x in kwargs.items() if name != "horizon"}
+    y_ref, grads_ref = value_and_grads(
+        sk.reference.sisa_attention, in_fp64(inputs), dy.double(), **kwargs
+    )
+    stock = value_and_grads(sk.sisa_attention, inputs, dy, **kwargs, backend="sdpa")
+    baselines = [value_and_grads(same_dtype, inputs, dy, **kwargs), stock]
+    factor, floor = (3, 4e-7) if dy.dtype == torch.float32 else (2, 1e-4)
+    assert relative(y, y_ref) <= factor * max(relative(x, y_ref) for x, _ in baselines) + floor
+    assert (
+        worst_row(y, y_ref) <= factor * max(worst_row(x, y_ref) for x, _ in baselines) + 10 * floor
+    )
+
+    errors = gradient_errors(grads, grads_ref, inputs)
+    allowed = [gradient_errors(x, grads_ref, inputs) for _, x in baselines]
+    limits = {name: factor * max(x[name] for x in allowed) for name in NAMES}
+    # One token alone has no gradient but v's: what is left is the rounding of dp - delta, and
+    # relative() takes it as it is.
+    slack = (2 if dy.shape[1] > 1 else 20) * floor
+    assert not {
+        name: (errors[name], limits[name])
+        for name in NAMES
+        if not errors[name] <= limits[name] + slack
+    }
+
+
+@pytest.mark.parametrize("decay", [-6.0, -3.0, 1.0])
+@pytest.mark.parametrize("L", [1, 63, 257])
+def test_exact(L, decay):
+    check(*problem(L=L, decay=decay))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("decay", [-5.0, 1.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_exact_at_length_1000(dtype, decay):
+    check(*problem(L=1000, decay=decay, dtype=dtype))
+
+
+@pytest.mark.parametrize("decay", [-5.0, 1.0])
+@pytest.mark.parametrize("L", [63, 257])
+def test_exact_in_fp16(L, decay):
+    check(*problem(L=L, decay=decay, dtype=torch.float16))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("decay", [-5.0, 1.0])
+@pytest.mark.parametrize("Ds", [16, 32, 64, 128])
+@pytest.mark.parametrize("L", [1, 63, 257, 1000, 2048])
+def test_exact_in_bf16_with_the_tiles_of_the_table(L, Ds, decay, monkeypatch):
+    monkeypatch.setattr(ta, "choose_tiles", tiles.choose_tiles)
+    check(*problem(L=L, Ds=Ds, decay=decay, dtype=torch.bfloat16))
+
+
+@pytest.mark.parametrize(
+    ("Dh", "Ds", "Dv"), [(16, 32, 128), (128, 64, 16), (24, 6, 72), (32, 128, 64)]
+)
+def test_widths(Dh, Ds, Dv):
+    check(*problem(L=130, H=1, Dh=Dh, Ds=Ds, Dv=Dv, decay=-2.0))
+
+
+@pytest.mark.parametrize("decay", [-4.0, 1.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_grouped_heads_rotary_documents_and_value_width(dtype, decay):
+    inputs, dy = problem(L=257, H=6, G=2, Dh=32, Ds=16, Dv=80, decay=decay, dtype=dtype)
+    angle = torch.rand(257, 16, device=DEVICE) * 6
+    bounds = torch.tensor([0, 1, 64, 70, 200, 257], dtype=torch.int32, device=DEVICE)
+    check(inputs, dy, rotary=(angle.cos(), angle.sin()), cu_seqlens=bounds)
+
+
+def test_a_tile_whose_own_range_no_float_holds():
+    """Tokens that forget all before them, among tokens that forget nothing: differences of g keep
+    their digits.
+    """
+    inputs, dy = problem(L=257, decay=-6.0)
+    log_decay = inputs["log_decay"].detach().clone()
+    log_decay[:, 3::7] = -math.inf
+    log_decay[:, 5::7] = -300.0
+    check({**inputs, "log_decay": log_decay.requires_grad_()}, dy)
+
+
+def test_batch_and_strided_inputs():
+    inputs, dy = on_device(*problem(B=2, L=63, H=2, decay=0.0))
+    packed = torch.cat([inputs[name].detach().flatten(2) for name in ("q", "k", "v", "b", "c")], -1)
+    views = dict(zip(("q", "k", "v", "b", "c"), packed.split([128, 128, 128, 32, 32], -1)))
+    strided = {
+        name: views[name].unflatten(-1, (2, -1)) if name in views else x
+        for name, x in inputs.items()
+    }
+    strided["log_decay"] = (
+        strided["log_decay"].detach().transpose(1, 2).contiguous().transpose(1, 2)
+    )
+    strided["v"] = strided["v"].detach().transpose(2, 3).contiguous().transpose(2, 3)
+    assert not strided["q"].is_contiguous()
+    y, grads = value_and_grads(sk.sisa_attention, inputs, dy, backend="triton")
+    y_strided, grads_strided = value_and_grads(sk.sisa_attention, strided, dy, backend="triton")
+    torch.testing.assert_close(y_strided, y, rtol=0, atol=0)
+    torch.testing.assert_close(grads_strided, grads, rtol=0, atol=0)
+    check(inputs, dy)
+
+
+def test_one_lambda_shared_by_all_heads():
+    """As the model shares it: expanded, with a stride of 0."""
+    inputs, _ = on_device(*problem(L=63, H=4))
+    shared = {**inputs, "lam": inputs["lam"][:1].detach().expand(4)}
+    y = sk.sisa_attention(**shared, backend="triton")
+    assert torch.equal(
+        y, sk.sisa_attention(**{**inputs, "lam": shared["lam"].contiguous()}, backend="triton")
+    )
+
+
+def test_two_runs_give_the_same_bits():
+    inputs, dy = on_device(*problem(L=257, H=4, G=2, decay=-2.0))
+    torch.testing.assert_close(
+        *(value_and_grads(sk.sisa_attention, inputs, dy, backend="triton") for _ in range(2)),
+        rtol=0,
+        atol=0,
+    )
+
+
+def test_addresses_past_32_bits():
+    """A token stride that puts the later tokens more than 2^32 bytes and 2^31 elements away from
+    the first.
+    """
+    L, width, stride = 600, 16, 2**23
+    memory = torch.empty(
+        (L - 1) * stride + width, dtype=torch.float16, device=DEVICE
+    )  # touched only where it is used
+    k = memory.as_strided((1, L, 1, width), (0, stride, width, 1))
+    dense = torch.randn(1, L, 1, width, dtype=torch.float16, device=DEVICE)
+    k.copy_(dense)
+    q, v = (torch.randn(1, L, 1, width, dtype=torch.float16, device=DEVICE) for _ in range(2))
+    assert torch.equal(ta.causal_attention(q, k, v), ta.causal_attention(q, dense, v))
+
+
+# ---- The horizon ---------------------------------------------------------------------------------
+
+
+def importance(q, k, v, b, c, log_decay, theta, lam):
+    """lam exp(g_i - g_j) (R(Phi_i) c_i).(R(Phi_j) b_j) in fp64, [B, H, L, L]; 0 for j > i."""
+    g, phase = log_decay.cumsum(1), theta.cumsum(1)
+    b, c = (rotate(x, phase.cos(), phase.sin()).transpose(1, 2) for x in (b, c))
+    g = g.transpose(1, 2)
+    L = g.shape[2]
+    fall = (g[..., :, None] - g[..., None, :]).masked_fill(
+        ~torch.ones(L, L, dtype=torch.bool, device=g.device).tril(), -math.inf
+    )
+    return lam[:, None, None] * fall.exp() * (c @ b.mT)
+
+
+def skipped(starts, ends, tile, L):
+    """The pairs that the query kernels (by ``starts``) and the key kernel (by ``ends``) leave out,
+    each [B, H, L, L].
+    """
+    token = torch.arange(L, device=DEVICE)
+    by_query = token[None, None, None] < starts.repeat_interleave(tile.m, 2)[:, :, :L, None]
+    by_key = token[None, None, :, None] >= ends.repeat_interleave(tile.n, 2)[:, :, None, :L]
+    behind = (
+        token // tile.n * tile.n + tile.n <= token[:, None] // tile.m * tile.m
+    )  # key tiles wholly before the query tile
+    return by_query & behind, by_key & behind
+
+
+@pytest.mark.parametrize("tile", [Tile(64, 32, 4, 2, 32), Tile(32, 64, 4, 2, 32)])
+@pytest.mark.parametrize("decay", [-2.0, 0.0])
+def test_no_product_past_the_horizon_exceeds_the_bound(tile, decay):
+    """From the one side: whatever is left out is at most the tolerance. From the other: no pair of
+    tiles is made whose bound, recomputed densely, lies below it (up to the monotone rule: all tiles
+    beyond must lie below it too)."""
+    inputs, _ = on_device(*problem(B=2, L=500, H=2, decay=decay))
+    exact = in_fp64(inputs)
+    tolerance = 1e-3
+    q, k, _, b, c, log_decay, theta, lam = inputs.values()
+    _, _, x = ta.prologue(q, k, b, c, log_decay, theta, lam, None, None, False)
+    starts, ends = (f(x, tile, tolerance) for f in (ta.horizon_starts, ta.horizon_ends))
+    size = importance(**exact).abs()
+    for left_out in skipped(starts, ends, tile, 500):
+        assert left_out.any()
+        assert size[left_out].max() <= tolerance * (1 + 1e-5)
+    need, reach = ta._bounds(x, tile, tolerance)
+    past = reach[..., None, :] <= need[..., :, None]
+    g = exact["log_decay"].cumsum(1).transpose(1, 2)
+    for i, j in ((3, 0), (4, 1), (5, 3)):
+        rows, cols = slice(i * tile.m, (i + 1) * tile.m), slice(j * tile.n, (j + 1) * tile.n)
+        bound = lam.double() * (g[..., rows][..., 0] - g[..., cols][..., -1]).exp()
+        bound = (
+            bound
+            * exact["c"].norm(dim=-1)[:, rows].amax(1)
+            * exact["b"].norm(dim=-1)[:, cols].amax(1)
+        )
+        assert (
+            torch.equal(past[:, :, i, j], bound <= tolerance)
+            or ((bound / tolerance - 1).abs() < 1e-5).any()
+        )
+    by_query = past.int().cumprod(3).sum(3) * tile.n
+    assert torch.equal(starts, by_query.int())
+    by_key = (past.shape[2] - past.flip(2).int().cumprod(2).sum(2)) * tile.m
+    assert torch.equal(ends, by_key.int())
+
+
+@pytest.mark.parametrize(("factor", "left_out"), [(1 - 1e-3, True), (1 + 1e-3, False)])
+def test_the_bound_is_tight(factor, left_out):
+    """Aligned unit operands, lambda 1 and no decay: every product is 1, and the horizon turns
+    exactly there.
+    """
+    inputs, _ = on_device(*problem(L=256, H=1, Ds=16))
+    ones = torch.zeros_like(inputs["b"]).index_fill(3, torch.tensor([0], device=DEVICE), 1.0)
+    lam, tolerance = torch.ones_like(inputs["lam"]), 1 / factor
+    zeros = torch.zeros_like(inputs["log_decay"]), torch.zeros_like(inputs["theta"])
+    _, _, x = ta.prologue(inputs["q"], inputs["k"], ones, ones, *zeros, lam, None, None, False)
+    tile = Tile(64, 64, 4, 2)
+    assert bool((ta.horizon_starts(x, tile, tolerance) > 0).all()) is left_out
+    assert bool((ta.horizon_ends(x, tile, tolerance) == 0).all()) is left_out
+
+
+def test_products_past_the_horizon_are_not_made_and_no_others():
+    """With a wide tolerance the result is Eq. 2 without the importance of exactly the pairs that
+    the starts leave out.
+    """
+    inputs, dy = on_device(*problem(L=257, H=2, decay=-3.0))
+    exact = in_fp64(inputs)
+    tolerance = 2.0
+    q, k, _, b, c, log_decay, theta, lam = inputs.values()
+    _, _, x = ta.prologue(q, k, b, c, log_decay, theta, lam, None, None, False)
+    starts = ta.horizon_starts(x, SMALL.forward, tolerance)
+    left_out, _ = skipped(starts, starts.new_zeros(1, 2, 9), SMALL.forward, 257)
+    assert 0.1 < left_out.double().mean() < 0.5
+    score = torch.einsum("bihd,bjhd->bhij", exact["q"], exact["k"]) / 8 + importance(
+        **exact
+    ).masked_fill(left_out, 0.0)
+    weight = score.masked_fill(
+        ~torch.ones(257, 257, dtype=torch.bool, device=DEVICE).tril(), -math.inf
+    ).softmax(-1)
+    expected = torch.einsum("bhij,bjhd->bihd", weight, exact["v"])
+    y, grads = value_and_grads(ta.exact_attention, inputs, dy, horizon=tolerance)
+    assert relative(y, expected) <= 1e-6
+    _, full = value_and_grads(ta.exact_attention, inputs, dy, horizon=None)
+    changes = {name: relative(grads[name], full[name].double()) for name in ("b", "c", "log_decay")}
+    assert all(1e-4 < change < 0.5 for change in changes.values()), changes
+    check(inputs, dy, function=ta.exact_attention, horizon=None)
+
+
+@pytest.mark.parametrize("small", ["b", "c", "lam"])
+def test_small_operands_keep_their_gradients_past_the_horizon(small):
+    """Where b or c is 0, as a model may begin, or lambda tiny, no logit moves, but their gradients
+    come from far away too.
+    """
+    inputs, dy = problem(L=257, H=2, decay=-4.0)
+    check(
+        {
+            **inputs,
+            small: (inputs[small].detach() * (1e-9 if small == "lam" else 0.0)).requires_grad_(),
+        },
+        dy,
+    )
+
+
+# ---- Plain attention -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("documents", [None, [0, 40, 257]])
+def test_without_the_importance_term_it_is_plain_attention(documents):
+    inputs, dy = on_device(*problem(L=257, H=4, G=2, Dv=32))
+    leaves = {name: inputs[name] for name in ("q", "k", "v")}
+    bounds = (
+        None if documents is None else torch.tensor(documents, dtype=torch.int32, device=DEVICE)
+    )
+    y, grads = value_and_grads(ta.causal_attention, leaves, dy, cu_seqlens=bounds)
+
+    def stock(q, k, v):
+        document = (
+            torch.arange(257, device=DEVICE) // 40 * 0
+            if documents is None
+            else (torch.arange(257, device=DEVICE) >= 40)
+        )
+        mask = (document[:, None] == document) & torch.ones(
+            257, 257, dtype=torch.bool, device=DEVICE
+        ).tril()
+        heads = (x.transpose(1, 2) for x in (q, k, v))
+        return F.scaled_dot_product_attention(*heads, attn_mask=mask, enable_gqa=True).transpose(
+            1, 2
+        )
+
+    y_ref, grads_ref = value_and_grads(stock, in_fp64(leaves), dy.double())
+    assert relative(y, y_ref) <= 1e-6
+    assert max(relative(grads[name], grads_ref[name]) for name in leaves) <= 2e-6
+    # An importance term that weighs almost nothing gives the same.
+    faint = sk.sisa_attention(
+        **{**inputs, "lam": torch.full_like(inputs["lam"], 1e-12)},
+        backend="triton",
+        cu_seqlens=bounds,
+    )
+    assert relative(faint, y_ref) <= 1e-6
+
+
+# ---- The operator --------------------------------------------------------------------------------
+
+
+def test_opcheck():
+    inputs, dy = on_device(*problem(L=33, H=2, Dh=16, Ds=4))
+    tensors = list(inputs.values())
+    torch.library.opcheck(ta.triton_exact, (*tensors, None, None, None, 2.0**-24))
+    torch.library.opcheck(ta.triton_exact, (*tensors[:3], *[None] * 8, None))
+    y, lse = ta.triton_exact(*tensors, None, None, None, None)
+    torch.library.opcheck(
+        ta.triton_exact_backward,
+        (dy, y.detach(), lse, *(x.detach() for x in tensors), None, None, None, None),
+        test_utils=("test_schema", "test_faketensor"),
+    )
+
+
+def test_compiles_in_one_graph():
+    inputs, dy = on_device(*problem(L=63, Dh=16))
+
+    def scaled(**kwargs):
+        return 2 * sk.sisa_attention(**kwargs, backend="triton")
+
+    y, grads = value_and_grads(scaled, inputs, dy)
+    y_compiled, grads_compiled = value_and_grads(torch.compile(scaled, fullgraph=True), inputs, dy)
+    torch.testing.assert_close(y_compiled, y, rtol=0, atol=0)
+    torch.testing.assert_close(grads_compiled, grads, rtol=0, atol=0)
+
+
+def test_inductor_compiles_prologue_and_epilogue():
+    """On a GPU they run compiled; here Inductor compiles them for the CPU, in one graph each, to
+    the same result.
+    """
+    inputs, _ = on_device(*problem(L=63, H=4, G=2, dtype=torch.float16))
+    q, k, _, b, c, log_decay, theta, lam = (x.detach() for x in inputs.values())
+    angle = torch.rand(63, 32, device=DEVICE) * 6
+    tables = angle.cos(), angle.sin()
+
+    def compare(function, *args):
+        results = function(*args)
+        torch.testing.assert_close(
+            torch.compile(function, fullgraph=True)(*args), results, rtol=1e-5, atol=1e-6
+        )
+        return results
+
+    _, _, x = compare(ta.prologue, q, k, b, c, log_decay, theta, lam, *tables, True)
+    g = log_decay.double().cumsum(1).transpose(1, 2) / math.log(2)
+    compiled = torch.compile(ta.prologue)(q, k, b, c, log_decay, theta, lam, *tables, True)[2]
+    assert all((y.g_hi.double() + y.g_lo - g).abs().max() < 1e-12 for y in (x, compiled))
+    compare(ta.unrotate, q, k, *tables)
+    compare(ta.row_products, q, q.flip(1))
+    _, last = ta._documents(63, torch.tensor([0, 20, 63], dtype=torch.int32, device=DEVICE), DEVICE)
+    own = torch.randn(1, 4, 63, device=DEVICE)
+    for documents in (last, None):
+        compare(
+            ta.importance_gradients,
+            x.c.float(),
+            x.b.float(),
+            own,
+            x.b,
+            x.c,
+            lam,
+            x.cos,
+            x.sin,
+            documents,
+        )
+
+
+@pytest.mark.gpu
+def test_captured_in_a_cuda_graph():
+    inputs, dy = on_device(*problem(L=257, dtype=torch.bfloat16))
+    for _ in range(3):
+        expected = value_and_grads(sk.sisa_attention, inputs, dy, backend="triton")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = value_and_grads(sk.sisa_attention, inputs, dy, backend="triton")
+    graph.replay()
+    torch.testing.assert_close(result, expected, rtol=0, atol=0)
+
+
+def test_a_second_derivative_is_refused():
+    inputs, _ = on_device(*problem(L=33, Dh=16))
+    y = sk.sisa_attention(**inputs, backend="triton")
+    (dq,) = torch.autograd.grad(y.sum(), inputs["q"], create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiable once"):
+        dq.sum().backward()
+
+
+def test_forward_mode_is_refused():
+    inputs, _ = on_device(*problem(L=9, H=1, Dh=16))
+    q, k, v = (inputs[name].detach() for name in ("q", "k", "v"))
+    for attend in (
+        lambda q: ta.causal_attention(q, k, v),
+        lambda q: ta.exact_attention(**{**inputs, "q": q}),
+    ):
+        with pytest.raises(NotImplementedError, match="no forward-mode derivative"):
+            torch.func.jvp(attend, (q,), (q,))
+
+
+def test_operands_it_does_not_take_are_named():
+    inputs, _ = on_device(*problem(L=9, H=1))
+    with pytest.raises(
+        ValueError,
+        match=r"backend 'triton' cannot run here: its kernels take torch.float32.* not torch.float64",
+    ):
+        sk.sisa_attention(**in_fp64(inputs), backend="triton")
+    wide, _ = on_device(*problem(L=9, H=1, Dh=136, Ds=130))
+    with pytest.raises(
+        ValueError, match="its kernels take widths up to 128, not Dh = 136, Dv = 136, Ds = 130"
+    ):
+        sk.sisa_attention(**wide, backend="triton")
+    with pytest.raises(
+        ValueError,
+        match="the Triton path cannot run: its kernels take widths up to 128, not Dh = 136",
+    ):
+        ta.causal_attention(wide["q"], wide["k"], wide["v"])
+    for horizon in (0.0, -1.0, math.nan, "far", 1):
+        with pytest.raises(ValueError, match='horizon must be "auto", None or a float > 0'):
+            ta.exact_attention(**inputs, horizon=horizon)
+    q, k, v = (inputs[name].detach() for name in ("q", "k", "v"))
+    with pytest.raises(ValueError, match=r"k must have shape \[1, 9, 1, 64\], got \[1, 8, 1, 64\]"):
+        ta.causal_attention(q, k[:, :8], v)
+    with pytest.raises(TypeError, match=r"q must be a torch.Tensor, got list"):
+        ta.causal_attention([q], k, v)
+    with pytest.raises(TypeError, match=r"v must be torch.float32, got torch.float16"):
+        ta.causal_attention(q, k, v.half())
+
+
+@pytest.mark.skipif(not ta.INTERPRETED, reason="about the interpreter's own limit")
+def test_bf16_is_refused_by_the_interpreter():
+    inputs, _ = problem(L=9, dtype=torch.bfloat16)
+    with pytest.raises(ValueError, match=r"in the interpreter, not torch.bfloat16"):
+        sk.sisa_attention(**inputs, backend="triton")
+
+
+def test_without_the_interpreter_a_cpu_says_what_it_lacks():
+    code = "import sisa_kernels as sk, json; print(json.dumps(sk.backends()['triton']))"
+    env = {**os.environ, "TRITON_INTERPRET": "0"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True, check=True
+    )
+    assert json.loads(done.stdout) == (
+        "available" if torch.cuda.is_available() else "needs a CUDA device"
+    )
+
+
+# ---- The check of a first use --------------------------------------------------------------------
+
+
+@pytest.fixture
+def preferred(monkeypatch):
+    """ "auto" prefers the Triton path here too, and nothing has been checked or said yet."""
+    monkeypatch.setattr(attention, "_preferred", lambda mode, device: "triton")
+    monkeypatch.delenv("SISA_BACKEND", raising=False)
+    selfcheck._verdicts.clear()
+    ops._said.clear()
+    yield
+    selfcheck._verdicts.clear()
+
+
+def test_a_right_kernel_passes_its_first_use(preferred):
+    inputs, _ = on_device(*problem(L=33, Dh=16))
+    with torch.no_grad():
+        assert torch.equal(
+            sk.sisa_attention(**inputs), sk.sisa_attention(**inputs, backend="triton")
+        )
+
+
+def test_a_broken_kernel_is_out_for_the_process_and_said_once(preferred, monkeypatch):
+    """The backward of one gradient is broken on purpose: "auto" sees it, says by how much, and runs
+    the stock path from then on.
+    """
+    inputs, _ = on_device(*problem(L=33, Dh=16))
+    gradients = ta.importance_gradients
+    monkeypatch.setattr(
+        ta, "importance_gradients", lambda *args: tuple(1.01 * x for x in gradients(*args))
+    )
+    expected = sk.sisa_attention(**inputs, backend="sdpa")
+    with pytest.warns(
+        UserWarning,
+        match=r"runs the 'sdpa' path .* wrong against the oracle, relative error of b by 1.0e-02, c by",
+    ):
+        assert torch.equal(sk.sisa_attention(**inputs), expected)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert torch.equal(sk.sisa_attention(**inputs), expected)
+        with BaseTorchDispatchMode():
+            assert torch.equal(sk.sisa_attention(**inputs), expected)
+    torch.testing.assert_close(torch.compile(sk.sisa_attention, fullgraph=True)(**inputs), expected)
+
+
+def test_what_the_kernels_do_not_take_is_said_when_compiling_too(preferred):
+    inputs, _ = on_device(*problem(L=33, Dh=130))
+    with pytest.warns(UserWarning, match=r"runs the 'sdpa' path .* widths up to 128, not Dh = 130"):
+        y = torch.compile(sk.sisa_attention, fullgraph=True)(**inputs)
+    torch.testing.assert_close(y, sk.sisa_attention(**inputs, backend="sdpa"))
+
+
+def test_a_kernel_that_fails_is_out_and_said(preferred, monkeypatch):
+    inputs, _ = on_device(*problem(L=33, Dh=16))
+
+    def out_of_resources(*_):
+        raise RuntimeError("out of resources")
+
+    monkeypatch.setattr(ta, "choose_tiles", out_of_resources)
+    with pytest.warns(
+        UserWarning, match=r"not 'triton': it fails on \w+: RuntimeError: out of resources"
+    ):
+        assert torch.equal(sk.sisa_attention(**inputs), sk.sisa_attention(**inputs, backend="sdpa"))
+
+
+# ---- Tiles ---------------------------------------------------------------------------------------
+
+
+def resources(*arguments):
+    """The report of tools/resources.py, which compiles for GPUs that are not there; it fails on a
+    spill or too much memory.
+    """
+    command = [sys.executable, "tools/resources.py", *arguments]
+    env = {**os.environ, "TRITON_INTERPRET": "0", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+    print(done.stdout)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout.splitlines()[2:]
+
+
+def test_compiled_ahead_of_time_nothing_spills_and_hopper_runs_wgmma():
+    rows = resources("--arch", "90", "--state-widths", "0", "16")
+    assert [row.split()[-1] for row in rows] == ["wgmma"] * 6
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", ["80", "90", "100"])
+def test_compiled_ahead_of_time_at_the_other_widths(arch):
+    assert len(resources("--arch", arch, "--widths", "16", "32", "128")) == 3 * 5 * 3
+
+
+@pytest.mark.parametrize(
+    ("capability", "rows"),
+    [
+        ((8, 0), tiles.AMPERE),
+        ((8, 9), tiles.ADA),
+        ((9, 0), tiles.HOPPER),
+        ((10, 3), tiles.BLACKWELL),
+    ],
+)
+def test_a_problem_takes_the_first_row_it_fits_in(capability, rows):
+    for width, state in ((16, 0), (16, 16), (64, 64), (64, 128), (128, 0), (128, 128)):
+        fitting = [row for w, s, row in rows if w >= width and s >= state]
+        assert tiles.table_tiles(capability, torch.bfloat16, width, state) == fitting[0]
+    assert all(
+        tile.stages == 1
+        for _, _, row in tiles.BLACKWELL
+        for tile in (row.forward, row.query, row.key)
+    )
+
+
+@pytest.mark.parametrize("shape", [(48, 64, 32), (64, 0, 16), (32, 16, 32), (16, 64, 32)])
+def test_a_tile_that_the_kernels_would_misread_is_refused(shape):
+    m, n, diagonal = shape
+    with pytest.raises(
+        ValueError,
+        match=r"a tile's m, n and diagonal must be powers of two from 16, diagonal at most",
+    ):
+        Tile(m, n, 4, 1, diagonal)
+
+
+def test_what_the_table_lacks_runs_safely_and_says_so(monkeypatch):
+    assert tiles.table_tiles((9, 0), torch.float32, 64, 16) == tiles.SAFE[0][2]
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (7, 5))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "an old one")
+    with pytest.warns(UserWarning, match=r"no tiles for an old one \(sm_75\): safe, slow ones run"):
+        assert (
+            tiles.choose_tiles(torch.device("cuda", 77), torch.float16, 64, 16) == tiles.SAFE[0][2]
+        )
+
+
+@pytest.fixture
+def tuning(monkeypatch, tmp_path):
+    """Autotuning on a cache of its own: what would be timed is recorded, a taller query tile is
+    faster; two tiles are no good.
+    """
+    wrong, failing = Tile(32, 16, 4, 1, 16), Tile(16, 32, 4, 1, 16)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(tiles, "_tuned", None)
+    monkeypatch.setattr(ta, "choose_tiles", tiles.choose_tiles)
+    monkeypatch.setattr(tune, "CHECK_LENGTH", 40)
+    monkeypatch.setattr(
+        tune, "candidates", lambda kernel: [wrong, failing, Tile(64, 32, 4, 1), Tile(32, 64, 4, 1)]
+    )
+    timed = []
+
+    def current():
+        return next(iter(tiles.tuned_tiles().values()), tiles.SAFE[0][2])
+
+    def attention(*inputs):
+        if failing in (current().forward, current().query, current().key):
+            raise RuntimeError("out of resources")
+        y = ta.exact_attention(*inputs)
+        return 1.1 * y if wrong in (current().forward, current().query, current().key) else y
+
+    def timer(call):
+        timed.append(current())
+        return 1000.0 - current().forward.m - current().query.m - current().key.m
+
+    monkeypatch.setattr(tune, "exact_attention", attention)
+    options = {"dtype": torch.float32, "device": DEVICE, "timer": timer}
+    return (
+        timed,
+        (wrong, failing),
+        lambda **other: tune.autotune(1, 64, 2, 16, 16, **{**options, **other}),
+    )
+
+
+def test_autotuning_keeps_the_fastest_and_times_nothing_that_is_wrong(tuning, capsys, monkeypatch):
+    timed, bad, autotune = tuning
+    best = autotune()
+    assert [best.forward.m, best.query.m, best.key.m] == [64, 64, 64]
+    assert timed[0] == tiles.SAFE[0][2]
+    assert not [tile for x in timed for tile in (x.forward, x.query, x.key) if tile in bad]
+    said = capsys.readouterr().out
+    assert "not timed, relative errors" in said
+    assert "not timed, RuntimeError" in said
+    monkeypatch.setattr(tiles, "_tuned", None)  # as a new process would
+    assert tiles.choose_tiles(DEVICE, torch.float32, 16, 16) == best
+    assert tiles.choose_tiles(DEVICE, torch.float32, 16, 32) == tiles.SAFE[0][2]
+
+
+def test_autotuning_does_not_start_from_tiles_that_are_wrong(tuning, monkeypatch):
+    """NaN included, which no comparison of the largest error would see."""
+    _, _, autotune = tuning
+    gradients = ta.importance_gradients
+    monkeypatch.setattr(
+        ta, "importance_gradients", lambda *args: tuple(torch.nan * x for x in gradients(*args))
+    )
+    with pytest.raises(RuntimeError, match="the tiles in use give wrong results"):
+        autotune()
+    assert not tiles.cache_path().exists()
+
+
+def test_autotuning_that_is_broken_off_leaves_no_trace(tuning, monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    _, _, autotune = tuning
+    monkeypatch.setattr(tune, "candidates", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        autotune()
+    assert tiles.tuned_tiles() == {}
+
+    def untimed(_):
+        raise RuntimeError("no timer")
+
+    monkeypatch.setattr(tune, "candidates", lambda kernel: [])
+    with pytest.raises(RuntimeError, match="no tiles could be timed"):
+        autotune(timer=untimed)
+    assert tiles.tuned_tiles() == {}
+    assert not tiles.cache_path().exists()
+
+
+def test_what_another_process_has_tuned_is_kept(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(tiles, "_tuned", {})  # read before the other process wrote
+    found = tiles.SAFE[0][2]
+    tiles.cache_path().parent.mkdir()
+    tiles.cache_path().write_text(json.dumps({"theirs": dataclasses.asdict(found)}))
+    tiles.save_tuned("ours", found)
+    assert json.loads(tiles.cache_path().read_text()).keys() == {"theirs", "ours"}
+
+
+def test_an_unreadable_cache_is_said(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(tiles, "_tuned", None)
+    tiles.cache_path().parent.mkdir()
+    tiles.cache_path().write_text('{"a": {"forward": 3}}')
+    with pytest.warns(UserWarning, match="cannot read its tuned tiles"):
+        assert tiles.tuned_tiles() == {}

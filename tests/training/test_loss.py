@@ -1,0 +1,152 @@
+"""The fused linear + cross entropy against the whole logits: values, gradients, ignored targets,
+memory; its place in a model.
+"""
+
+import contextlib
+import importlib.util
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import sisa_model as sm
+from sisa_model.data.blocks import IGNORE
+from sisa_model.training import loss as module
+from sisa_model.training.loss import Objective, linear_cross_entropy
+from tests.support import ROOT, relative
+
+
+def whole(hidden, weight, targets):
+    return F.cross_entropy(
+        (hidden @ weight.t()).flatten(0, -2),
+        targets.flatten(),
+        ignore_index=IGNORE,
+        reduction="sum",
+    )
+
+
+def operands(shape, width, vocab, ignored, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(*shape, width, generator=generator).to(dtype).requires_grad_()
+    weight = (0.3 * torch.randn(vocab, width, generator=generator)).to(dtype).requires_grad_()
+    targets = torch.randint(vocab, shape, generator=generator)
+    return (
+        hidden,
+        weight,
+        targets.masked_fill(torch.rand(shape, generator=generator) < ignored, IGNORE),
+    )
+
+
+@pytest.mark.parametrize("chunk", [1, 1000, 2**24])
+@pytest.mark.parametrize("ignored", [0.0, 0.6, 1.0])
+@pytest.mark.parametrize(
+    ("shape", "width", "vocab"), [((3, 37), 24, 101), ((1, 1), 5, 2), ((257,), 16, 7)]
+)
+def test_it_is_cross_entropy_of_the_whole_logits(monkeypatch, shape, width, vocab, ignored, chunk):
+    monkeypatch.setattr(module, "CHUNK_LOGITS", chunk)
+    hidden, weight, targets = operands(shape, width, vocab, ignored)
+    loss = linear_cross_entropy(hidden, weight, targets)
+    found = torch.autograd.grad(0.7 * loss, (hidden, weight))
+    exact = [x.detach().double().requires_grad_() for x in (hidden, weight)]
+    wanted_loss = whole(*exact, targets)
+    wanted = torch.autograd.grad(0.7 * wanted_loss, exact)
+    # fp32 sums of up to 257 terms against fp64.
+    assert relative(loss, wanted_loss.detach()) < 1e-6
+    assert max(relative(f, w) for f, w in zip(found, wanted)) < 1e-6
+    assert [f.dtype for f in found] == [torch.float32, torch.float32]
+
+
+def test_under_autocast_the_products_are_bf16_and_the_rest_fp32():
+    hidden, weight, targets = operands((64,), 48, 301, 0.2)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = linear_cross_entropy(hidden, weight, targets)
+    found = torch.autograd.grad(loss, (hidden, weight))
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = F.linear(hidden, weight)
+    wanted_loss = F.cross_entropy(logits.float(), targets, ignore_index=IGNORE, reduction="sum")
+    wanted = torch.autograd.grad(wanted_loss, (hidden, weight))
+    # The logits are the same bf16 numbers; the gradients differ by the rounding of the products'
+    # operands and results.
+    assert relative(loss.detach(), wanted_loss.detach().double()) < 1e-6
+    assert max(relative(f, w.double()) for f, w in zip(found, wanted)) < 4 * 2**-8
+    assert loss.dtype == torch.float32
+    exact = whole(hidden, weight, targets)
+    assert 1e-5 < relative(loss.detach(), exact.detach().double()) < 1e-2, "bf16 was not used"
+
+
+def test_a_models_objective_is_the_cross_entropy_of_its_logits():
+    torch.manual_seed(0)
+    model = sm.build("sisa-tiny-ds16")
+    ids = torch.randint(257, (2, 65))
+    inputs, targets = ids[:, :-1], ids[:, 1:].masked_fill(torch.rand(2, 64) < 0.3, IGNORE)
+    loss = Objective(model, contextlib.nullcontext())(inputs, targets)
+    loss.backward()
+    found = {name: p.grad for name, p in model.named_parameters()}
+    model.zero_grad(set_to_none=True)
+    wanted = F.cross_entropy(
+        model(inputs).flatten(0, 1), targets.flatten(), ignore_index=IGNORE, reduction="sum"
+    )
+    wanted.backward()
+    assert loss.item() == pytest.approx(wanted.item(), rel=1e-6)
+    for name, p in model.named_parameters():
+        assert relative(found[name], p.grad.double()) < 1e-5, name
+
+
+@pytest.mark.skipif(
+    not importlib.util.find_spec("liger_kernel"), reason="liger-kernel is not installed"
+)
+@pytest.mark.parametrize("autocast", [False, True])
+def test_ligers_kernel_is_the_same_loss(autocast):
+    """On a GPU, or through Triton's interpreter; that multiplies bf16 wrongly, so autocast is held
+    to a GPU.
+    """
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if autocast and device == "cpu":
+        pytest.skip("Triton's interpreter takes bf16 as raw bits")
+    hidden, weight, targets = (x.detach().to(device) for x in operands((3, 17), 16, 101, 0.3))
+    hidden, weight = hidden.requires_grad_(), weight.requires_grad_()
+    with torch.autocast(device, torch.bfloat16, enabled=autocast):
+        losses = [loss(hidden, weight, targets) for loss in (module._liger, linear_cross_entropy)]
+    found, wanted = (torch.autograd.grad(0.7 * loss, (hidden, weight)) for loss in losses)
+    band = 4 * 2**-8 if autocast else 1e-5
+    assert relative(losses[0].detach(), losses[1].detach().double()) < band
+    assert max(relative(f, w.double()) for f, w in zip(found, wanted)) < band
+
+
+def test_without_liger_a_gpu_says_once_what_runs_instead(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    module._liger_is_here.cache_clear()
+    with pytest.warns(UserWarning, match="liger-kernel is not installed") as caught:
+        assert not any(module._liger_is_here() for _ in range(3))
+    assert len(caught) == 1
+    module._liger_is_here.cache_clear()
+
+
+def test_memory_stays_far_below_the_logits():
+    """8,192 tokens of 8,192: the logits alone are 256 MiB in fp32, and plain cross entropy has
+    three such at its peak.
+    """
+    code = """
+import resource, torch
+from sisa_model.loss import linear_cross_entropy
+hidden, weight = torch.randn(8192, 32, requires_grad=True), torch.randn(8192, 32, requires_grad=True)
+linear_cross_entropy(hidden[:8], weight, torch.zeros(8, dtype=torch.int64)).backward()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+linear_cross_entropy(hidden, weight, torch.zeros(8192, dtype=torch.int64)).backward()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    # Chunks of 64 MiB: the logits, their log-softmax and the gradient's products at a time.
+    assert int(done.stdout) < 200 * 1024, f"{int(done.stdout) / 1024:.0f} MiB"
+
+
+def test_a_second_backward_is_refused():
+    hidden, weight, targets = operands((5,), 8, 11, 0.0)
+    loss = linear_cross_entropy(hidden, weight, targets)
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()

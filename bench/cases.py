@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import astuple, dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +15,6 @@ from torch import Tensor
 
 import sisa_kernels as sk
 from bench import authors
-from bench.authors import eager_chain
 from bench.paths import (
     ATTENTION,
     AUTHORS,
@@ -25,7 +24,7 @@ from bench.paths import (
     HALF_LIFE,
     STOCK,
     Path,
-    errors,
+    augmented,
     failure,
     first_wrong,
     problem,
@@ -33,8 +32,11 @@ from bench.paths import (
 )
 from bench.roofline import Device, Shape, horizon_tokens, importance_share, stages
 from sisa_kernels import _extension
+from sisa_kernels.inputs import SisaInputs
 from sisa_kernels.rotation import rotate
-from sisa_kernels.triton import op as ta
+from sisa_kernels.testing import relative
+from sisa_kernels.triton.op import padded_width
+from sisa_kernels.triton.prologue import LOG2E, fused, prologue
 from sisa_kernels.triton.tiles import choose_tiles, tile_key, tuned_tiles
 from sisa_kernels.triton.tune import CHECK_LENGTH, autotune
 from sisa_model.models.context import Context, rotary_at, rotary_tables
@@ -51,26 +53,40 @@ class Setting:
     device: torch.device = CUDA
     dtype: torch.dtype = torch.bfloat16
     lengths: tuple[int, ...] = ()  # of the sequences; empty: each section's own
-    state_widths: tuple[int, ...] = (16, 32, 64, 128)
+    d_states: tuple[int, ...] = (16, 32, 64, 128)
     tokens: int = 32768  # of a batch
     heads: int = 12
-    head_width: int = 64
+    head_dim: int = 64
     models: tuple[str, ...] = ("transformer-152m", "sisa-152m-ds16")  # the first is the baseline
     datasheet: Device | None = None  # what bounds are taken from; None: no bounds
 
     def shapes(self, *lengths: int) -> list[Shape]:
-        """A shape for each state width and length (``lengths`` where the setting has none of its
-        own).
-        """
-        width = self.head_width
-        pairs = [(ds, length) for ds in self.state_widths for length in self.lengths or lengths]
+        """A shape for each d_state and length: ``lengths`` where the setting has none."""
         return [
-            Shape(max(1, self.tokens // length), length, self.heads, width, ds, width)
-            for ds, length in pairs
+            Shape(self.batch(length), length, self.heads, self.head_dim, d_state, self.head_dim)
+            for d_state in self.d_states
+            for length in self.lengths or lengths
         ]
 
+    def batch(self, length: int) -> int:
+        """Of sequences of this length."""
+        return max(1, self.tokens // length)
 
-@dataclass(frozen=True)
+
+class Work(NamedTuple):
+    """What a call gets done, for its rate."""
+
+    amount: float  # of the unit, times a second
+    unit: str
+    formula: str
+
+
+def no_check() -> str | None:
+    """The check of what is made of stock ops alone."""
+    return None
+
+
+@dataclass(frozen=True, kw_only=True)
 class Case:
     """One thing to time. Cases that are timed together take turns."""
 
@@ -80,68 +96,78 @@ class Case:
     shape: str
     passes: str
     make: Callable[[], Callable[[], object]]  # allocates the inputs and returns what is timed
-    check: Callable[[], str | None]  # why it must not be timed
-    proofs: str = ""
+    work: Work
+    check: Callable[[], str | None] = no_check  # why it must not be timed
+    proofs: str = ""  # pattern of the tests whose failure keeps it from being timed
     bound: float | None = None  # ms
-    work: float = 0.0  # of ``unit`` a second, if it took a second
-    unit: str = ""
-    formula: str = ""  # of the work
-    baseline: bool = (
-        False  # the fastest such case of a group and pass is what the others are measured against
-    )
+    # The fastest such case of a group and pass is what the others are measured against.
+    baseline: bool = False
 
 
 def label_of(shape: Shape) -> str:
-    return f"{shape.batch}x{shape.length}x{shape.heads} {shape.head_width}+{shape.state_width}/{shape.value_width}"
+    B, L, H, Dh, Ds, Dv = astuple(shape)
+    return f"{B}x{L}x{H} {Dh}+{Ds}/{Dv}"
 
 
 def widths_of(shape: Shape) -> tuple[int, int, int]:
-    return shape.head_width, shape.state_width, shape.value_width
+    return shape.head_dim, shape.d_state, shape.value_dim
+
+
+def attention_bound(path: Path, shape: Shape, s: Setting, backward: bool, rope: bool) -> float:
+    """The roofline's, in ms; without RoPE there is no prologue."""
+    horizon = horizon_tokens(shape.d_state, HALF_LIFE) if path is EXACT else math.inf
+    kernels = stages(path.cost, shape, backward=backward, horizon=horizon)
+    if not rope:
+        kernels = [kernel for kernel in kernels if not kernel.name.startswith("prologue")]
+    return 1e3 * sum(kernel.seconds(s.datasheet) for kernel in kernels)
+
+
+def attention_work(path: Path, shape: Shape, backward: bool) -> Work:
+    """FLOPs of the causal scores."""
+    B, L, H, Dh, Ds, Dv = astuple(shape)
+    horizon = horizon_tokens(Ds, HALF_LIFE) if path is EXACT else math.inf
+    width = Dh
+    width_formula = "Dh"
+    if path.mode != "plain":
+        width = Dh + Ds * importance_share(L, horizon)
+        width_formula = "Dh+Ds*share within horizon"
+    macs = 4 * width + 3 * Dv if backward else width + Dv
+    macs_formula = "4W+3Dv" if backward else "W+Dv"
+    formula = f"BHL(L+1)({macs_formula}); W={width_formula}"
+    return Work(1e-12 * B * H * L * (L + 1) * macs, "TFLOP/s", formula)
 
 
 def attention_case(
-    op: str, path: Path, shape: Shape, label: str, passes: str, s: Setting, **options
+    op: str, path: Path, shape: Shape, passes: str, s: Setting, *, label: str = "", baseline=False
 ) -> Case:
-    """A path at a shape, with RoPE in every section but ``stock``; FLOPs are those of the causal
-    scores.
-    """
-    with_rope, backward = op != "stock", passes == "fwd+bwd"
-    B, L, H, Dh, Ds, Dv = astuple(shape)
-    horizon = horizon_tokens(Ds, HALF_LIFE) if path is EXACT else math.inf
-    bound = None
-    if s.datasheet is not None:
-        kernels = stages(path.cost, shape, backward=backward, horizon=horizon)
-        bound = 1e3 * sum(
-            k.seconds(s.datasheet)
-            for k in kernels
-            if with_rope or not k.name.startswith("prologue")
-        )
-    width = Dh if path.mode == "plain" else Dh + Ds * importance_share(L, horizon)
+    """A path at a shape, in the rows ``label``, with RoPE in every section but ``stock``."""
+    rope = op != "stock"
+    backward = passes == "fwd+bwd"
 
     def make() -> Callable[[], object]:
-        x, rotary, dy = problem(shape, s.dtype, s.device)
-        rotary = rotary if with_rope else None
-        return lambda: (
-            results(path.call, x, rotary, dy, path.uses) if backward else path.call(x, rotary)
-        )
+        x, dy = problem(shape, s.dtype, s.device)
+        if not rope:
+            x = x._replace(rotary=None)
+        if backward:
+            return lambda: results(path.call, x, dy, path.uses)
+        return lambda: path.call(x)
 
     mode = path.mode
-    if with_rope and mode == "plain":
+    if rope and mode == "plain":
         mode += ", RoPE compiled" if s.device.type == "cuda" else ", RoPE eager"
+    bounded = s.datasheet is not None
     return Case(
-        op,
-        path.name,
-        mode,
-        label,
-        passes,
-        make,
-        check=lambda: failure(path, widths_of(shape), s.dtype, s.device, with_rope),
-        proofs=path.proofs.format(ds=Ds),
-        bound=bound,
-        work=1e-12 * B * H * L * (L + 1) * (4 * width + 3 * Dv if backward else width + Dv),
-        unit="TFLOP/s",
-        formula=f"BHL(L+1)({'4W+3Dv' if backward else 'W+Dv'}); W={'Dh' if path.mode == 'plain' else 'Dh+Ds*share within horizon'}",
-        **options,
+        op=op,
+        path=path.name,
+        mode=mode,
+        shape=label or label_of(shape),
+        passes=passes,
+        make=make,
+        work=attention_work(path, shape, backward),
+        check=partial(failure, path, widths_of(shape), s.dtype, s.device, rope),
+        proofs=path.proofs.format(ds=shape.d_state),
+        bound=attention_bound(path, shape, s, backward, rope) if bounded else None,
+        baseline=baseline,
     )
 
 
@@ -149,22 +175,20 @@ def stock_groups(s: Setting) -> list[list[Case]]:
     """Each stock backend at the widths of augmented operands, v as it is or padded to them;
     baseline: the plain widths.
     """
-    groups, Dh = [], s.head_width
-    widths = [
-        (Dh, Dh),
-        *(pair for ds in s.state_widths for pair in ((Dh + ds, Dh), (Dh + ds, Dh + ds))),
-    ]
+    Dh = s.head_dim
+    widths = [(Dh, Dh)]
+    for ds in s.d_states:
+        widths += [(Dh + ds, Dh), (Dh + ds, Dh + ds)]
     if (192, 64) in widths:
         widths.append((192, 128))  # the one pair past 128 that cuDNN trains
-    for shape in dict.fromkeys(replace(shape, state_width=2) for shape in s.shapes(2048, 16384)):
+    groups = []
+    for shape in dict.fromkeys(replace(shape, d_state=2) for shape in s.shapes(2048, 16384)):
         cases = []
         for qk, v in widths:
+            wide = replace(shape, head_dim=qk, value_dim=v)
             label = f"{shape.batch}x{shape.length}x{shape.heads} {qk}/{v}"
-            wide = replace(shape, head_width=qk, value_width=v)
-            cases += [
-                attention_case("stock", path, wide, label, "fwd+bwd", s, baseline=qk == Dh)
-                for path in STOCK
-            ]
+            options = {"label": label, "baseline": qk == Dh}
+            cases += [attention_case("stock", p, wide, "fwd+bwd", s, **options) for p in STOCK]
         groups.append(cases)
     return groups
 
@@ -173,24 +197,24 @@ def attention_groups(s: Setting, paths: Sequence[Path] = ATTENTION) -> list[list
     """Every attention path, forward and forward + backward; baseline: plain attention with RoPE by
     the fastest stock backend.
     """
-    groups = []
-    for shape in s.shapes(2048, 16384, 4096, 8192, 1024, 32768):  # the two of the targets first
-        label = label_of(shape)
-        pairs = [(path, passes) for passes in ("fwd", "fwd+bwd") for path in paths]
-        groups.append(
-            [
-                attention_case("attention", p, shape, label, passes, s, baseline=p in STOCK)
-                for p, passes in pairs
-            ]
-        )
-    return groups
+    return [
+        [
+            attention_case("attention", path, shape, passes, s, baseline=path in STOCK)
+            for passes in ("fwd", "fwd+bwd")
+            for path in paths
+        ]
+        for shape in s.shapes(2048, 16384, 4096, 8192, 1024, 32768)  # the targets' two first
+    ]
+
+
+# ---- The prologue and the augmentation -----------------------------------------------------------
 
 
 def timed_prologue(
     function: Callable, shape: Shape, s: Setting, again: bool
 ) -> Callable[[], object]:
-    (q, k, _, b, c, log_decay, theta, lam), rotary, _ = problem(shape, s.dtype, s.device)
-    return torch.no_grad()(lambda: function(q, k, b, c, log_decay, theta, lam, *rotary, again))
+    x, _ = problem(shape, s.dtype, s.device)
+    return torch.no_grad()(lambda: function(x.scores(), again))
 
 
 def timed_copy(moved: int, device: torch.device) -> Callable[[], object]:
@@ -199,90 +223,82 @@ def timed_copy(moved: int, device: torch.device) -> Callable[[], object]:
     return lambda: target.copy_(source)
 
 
-def prologue_failure(shape: Shape, setting: Setting, again: bool) -> str | None:
+@torch.no_grad()
+def prologue_failure(shape: Shape, s: Setting, again: bool) -> str | None:
     """Why the compiled prologue must not be timed: q, k, b, c rotated and g, against fp64."""
     small = replace(shape, batch=1, length=CHECK_LENGTH, heads=2)
-    (q, k, _, b, c, log_decay, theta, lam), rotary, _ = problem(
-        small, setting.dtype, setting.device
-    )
-    prologue = ta.fused(setting.device, ta.prologue)
-    with torch.no_grad():
-        q_rot, k_rot, x = prologue(q, k, b, c, log_decay, theta, lam, *rotary, again)
-        phase, tables = theta.double().cumsum(1), [table.double()[:, None] for table in rotary]
-        turns = [tables, tables, *[(phase.cos(), phase.sin())] * 2]
-        oracle = [rotate(t.double(), *turn) for t, turn in zip((q, k, b, c), turns)]
-        oracle.append(log_decay.double().cumsum(1).transpose(1, 2) * ta.LOG2E)
-        found = [q_rot, k_rot, x.b, x.c, x.g_hi.double() + x.g_lo]
-        off = errors(found, oracle, [])
-    return first_wrong(
-        ("q", "k", "b", "c", "g"), off, [2 * torch.finfo(setting.dtype).eps + 1e-6] * 4 + [1e-6]
-    )
+    x, _ = problem(small, s.dtype, s.device)
+    q, k, found = fused(s.device, prologue)(x.scores(), again)
+    cos, sin = (table.double()[:, None] for table in x.rotary)
+    phase = x.theta.double().cumsum(1)
+    pairs = {
+        "q": (q, rotate(x.q.double(), cos, sin)),
+        "k": (k, rotate(x.k.double(), cos, sin)),
+        "b": (found.b, rotate(x.b.double(), phase.cos(), phase.sin())),
+        "c": (found.c, rotate(x.c.double(), phase.cos(), phase.sin())),
+    }
+    limits = dict.fromkeys(pairs, 2 * torch.finfo(s.dtype).eps + 1e-6)
+    g = x.log_decay.double().cumsum(1).transpose(1, 2) * LOG2E
+    pairs["g"] = (found.g_hi.double() + found.g_lo, g)
+    limits["g"] = 1e-6
+    return first_wrong({name: relative(*pair) for name, pair in pairs.items()}, limits)
 
 
 def prologue_groups(s: Setting) -> list[list[Case]]:
     """The Triton path's prologue, compiled and op by op, as the forward and the backward run it;
     baseline: a copy of its bytes.
     """
-    groups, prologue = [], ta.prologue
+    groups = []
     for shape in s.shapes(2048, 16384):
+        costs = {stage.name: stage for stage in stages("exact", shape)}
         cases = []
-        for passes, stage_name in (("fwd", "prologue"), ("bwd", "prologue again")):
-            stage, again = (
-                next(x for x in stages("exact", shape) if x.name == stage_name),
-                passes == "bwd",
-            )
+        for passes, name in (("fwd", "prologue"), ("bwd", "prologue again")):
+            cost = costs[name]
+            again = passes == "bwd"
+            compiled = fused(s.device, prologue)
             makes = {
-                "compiled": partial(timed_prologue, ta.fused(s.device, prologue), shape, s, again),
+                "compiled": partial(timed_prologue, compiled, shape, s, again),
                 "eager": partial(timed_prologue, prologue, shape, s, again),
-                "copy": partial(timed_copy, stage.bytes, s.device),
+                "copy": partial(timed_copy, cost.bytes, s.device),
             }
-            check = partial(prologue_failure, shape, s, again)
-            bound = None if s.datasheet is None else 1e3 * stage.seconds(s.datasheet)
-            for name, make in makes.items():
-                checked, copied = check if name == "compiled" else no_check, name == "copy"
-                case = Case(
-                    "prologue",
-                    name,
-                    "exact",
-                    label_of(shape),
-                    passes,
-                    make,
-                    checked,
+            checks = {"compiled": partial(prologue_failure, shape, s, again)}
+            bound = None if s.datasheet is None else 1e3 * cost.seconds(s.datasheet)
+            cases += [
+                Case(
+                    op="prologue",
+                    path=path,
+                    mode="exact",
+                    shape=label_of(shape),
+                    passes=passes,
+                    make=make,
+                    work=Work(1e-9 * cost.bytes, "GB/s", "bytes of roofline.py's stage"),
+                    check=checks.get(path, no_check),
                     bound=bound,
-                    baseline=copied,
+                    baseline=path == "copy",
                 )
-                cases.append(
-                    replace(
-                        case,
-                        work=1e-9 * stage.bytes,
-                        unit="GB/s",
-                        formula="bytes of roofline.py's stage",
-                    )
-                )
+                for path, make in makes.items()
+            ]
         groups.append(cases)
     return groups
 
 
-def fused(q, k, b, c, log_decay, theta, lam, cos, sin) -> tuple[Tensor, Tensor]:
-    return sk.augment_qk(q, k, b, c, log_decay, theta, lam, rotary=(cos, sin))
-
-
-AUGMENTATIONS = {
-    "extension": fused,
-    "chain": eager_chain,
-    "compiled": torch.compile(eager_chain, dynamic=False),
+Augment = Callable[[SisaInputs], tuple[Tensor, Tensor]]
+AUGMENTATIONS: dict[str, Augment] = {
+    "extension": augmented,
+    "chain": authors.eager_chain,
+    "compiled": torch.compile(authors.eager_chain, dynamic=False),
 }
 
 
 def timed_augmentation(
-    function: Callable, shape: Shape, s: Setting, backward: bool
+    function: Augment, shape: Shape, s: Setting, backward: bool
 ) -> Callable[[], object]:
-    (q, k, _, b, c, log_decay, theta, lam), rotary, _ = problem(shape, s.dtype, s.device)
-    inputs = (q, k, b, c, log_decay, theta, lam)
+    x, _ = problem(shape, s.dtype, s.device)
     if not backward:
-        return torch.no_grad()(lambda: function(*inputs, *rotary))
-    grads = [torch.randn_like(x) for x in fused(*inputs, *rotary)]
-    return lambda: torch.autograd.grad(function(*inputs, *rotary), inputs, grads)
+        return torch.no_grad()(lambda: function(x))
+    inputs = x.scores().tensors()
+    grads = [torch.randn_like(t) for t in augmented(x)]
+    return lambda: torch.autograd.grad(function(x), inputs, grads)
 
 
 def extension_failure(shape: Shape, s: Setting) -> str | None:
@@ -292,64 +308,53 @@ def extension_failure(shape: Shape, s: Setting) -> str | None:
     return failure(FLASH_TABLE, widths_of(shape), s.dtype, s.device, True)
 
 
+def augmentation_bytes(shape: Shape, dtype: torch.dtype) -> tuple[int, int]:
+    """Bytes that are read and written: q, k, b, c, and in fp32 the decay and Ds / 2 phases, in."""
+    rows = shape.batch * shape.length * shape.heads
+    operands = 2 * (shape.head_dim + shape.d_state) * dtype.itemsize
+    return rows * (operands + 4 + 2 * shape.d_state), rows * operands
+
+
 def augmentation_groups(s: Setting, baseline: str = "copy") -> list[list[Case]]:
     """The extension's augmentation, the authors' chain of ops, that chain compiled, and a copy of
     the bytes that they must move.
     """
+    on_gpu = s.device.type == "cuda"
     groups = []
     for shape in s.shapes(2048):
-        cases, as_published_check = (
-            [],
-            partial(failure, AUTHORS, widths_of(shape), s.dtype, s.device, True),
-        )
-        n, width, size = (
-            shape.batch * shape.length * shape.heads,
-            shape.head_width + shape.state_width,
-            s.dtype.itemsize,
-        )
-        read = n * (
-            2 * width * size + 4 + 2 * shape.state_width
-        )  # q, k, b, c, and in fp32 the decay and Ds / 2 phases
-        written = n * 2 * width * size
+        checks = {
+            "extension": partial(extension_failure, shape, s),
+            "chain": partial(failure, AUTHORS, widths_of(shape), s.dtype, s.device, True),
+        }
+        proofs = {"extension": "test_augment_cuda"} if on_gpu else {}
+        read, written = augmentation_bytes(shape, s.dtype)
+        cases = []
         for passes, moved in (("fwd", read + written), ("fwd+bwd", 3 * read + 2 * written)):
             makes = {
-                name: partial(timed_augmentation, f, shape, s, passes != "fwd")
-                for name, f in AUGMENTATIONS.items()
+                name: partial(timed_augmentation, function, shape, s, passes == "fwd+bwd")
+                for name, function in AUGMENTATIONS.items()
             }
-            for name, make in {**makes, "copy": partial(timed_copy, moved, s.device)}.items():
-                check = {
-                    "extension": partial(extension_failure, shape, s),
-                    "chain": as_published_check,
-                }.get(name, no_check)
-                proofs = (
-                    "test_augment_cuda" if name == "extension" and s.device.type == "cuda" else ""
+            makes["copy"] = partial(timed_copy, moved, s.device)
+            cases += [
+                Case(
+                    op="augment",
+                    path=path,
+                    mode="clamped",
+                    shape=label_of(shape),
+                    passes=passes,
+                    make=make,
+                    work=Work(1e-9 * moved, "GB/s", "inputs and results, each once"),
+                    check=checks.get(path, no_check),
+                    proofs=proofs.get(path, ""),
+                    baseline=path == baseline,
                 )
-                case = Case(
-                    "augment",
-                    name,
-                    "clamped",
-                    label_of(shape),
-                    passes,
-                    make,
-                    check,
-                    proofs,
-                    baseline=name == baseline,
-                )
-                cases.append(
-                    replace(
-                        case,
-                        work=1e-9 * moved,
-                        unit="GB/s",
-                        formula="inputs and results, each once",
-                    )
-                )
+                for path, make in makes.items()
+            ]
         groups.append(cases)
     return groups
 
 
-def no_check() -> str | None:
-    """The check of what is made of stock ops alone."""
-    return None
+# ---- Layers and models ---------------------------------------------------------------------------
 
 
 def preset_gate(preset: str, s: Setting) -> dict[str, Any]:
@@ -361,11 +366,11 @@ def preset_gate(preset: str, s: Setting) -> dict[str, Any]:
         return {"check": no_check}
     if config.family != "sisa":
         return {"check": partial(layer_failure, preset, s)}
-    ours = EXACT if s.device.type == "cuda" else EXACT_ON_CPU
-    path = ours if preset == authors.ours(preset) else AUTHORS
-    check = partial(
-        failure, path, (config.head_dim, config.d_state, config.head_dim), s.dtype, s.device, True
-    )
+    path = EXACT if s.device.type == "cuda" else EXACT_ON_CPU
+    if authors.is_theirs(preset):
+        path = AUTHORS
+    widths = (config.head_dim, config.d_state, config.head_dim)
+    check = partial(failure, path, widths, s.dtype, s.device, True)
     return {"check": check, "proofs": path.proofs.format(ds=config.d_state)}
 
 
@@ -385,33 +390,30 @@ def layer_failure(preset: str, s: Setting) -> str | None:
     """Why a model's first layer must not be timed: y and dL/dx, autocast as timed, against the
     layer's own formulas in fp64.
     """
-    model, width = one_layer(preset, s.device), preset_config(preset).d_model
-    x, dy = torch.randn(2, 1, CHECK_LENGTH, width, device=s.device).unbind()
+    model = one_layer(preset, s.device)
+    x, dy = torch.randn(2, 1, CHECK_LENGTH, model.config.d_model, device=s.device).unbind()
     found = []
     for dtype in (torch.float32, torch.float64):
-        layer, rotary = (
-            model.to(dtype).layers[0],
-            rotary_tables(CHECK_LENGTH, model.config.head_dim, s.device),
-        )
+        layer = model.to(dtype).layers[0]
+        rotary = rotary_tables(CHECK_LENGTH, model.config.head_dim, s.device)
         leaf = x.to(dtype).requires_grad_()
-        with torch.autocast(
-            s.device.type, s.dtype, enabled=dtype == torch.float32 and s.dtype != torch.float32
-        ):
+        autocast = dtype == torch.float32 and s.dtype != torch.float32
+        with torch.autocast(s.device.type, s.dtype, enabled=autocast):
             y = layer(leaf, Context(rotary))
         found.append([y.detach(), *torch.autograd.grad(y, leaf, dy.to(dtype))])
-    return first_wrong(("y", "dx"), errors(*found, []), [layer_limit(s)] * 2)
+    (y, dx), (right_y, right_dx) = found
+    off = {"y": relative(y, right_y), "dx": relative(dx, right_dx)}
+    return first_wrong(off, dict.fromkeys(off, layer_limit(s)))
 
 
 def layer_step(preset: str, batch: int, length: int, s: Setting) -> Callable[[], object]:
     """Forward and backward of a preset's first layer."""
     model = one_layer(preset, s.device)
-    layer, width, parameters = (
-        model.layers[0],
-        model.config.d_model,
-        list(model.layers[0].parameters()),
-    )
-    x, dy = torch.randn(2, batch, length, width, device=s.device).unbind()
-    context, x = Context(rotary_tables(length, model.config.head_dim, s.device)), x.requires_grad_()
+    layer = model.layers[0]
+    parameters = list(layer.parameters())
+    x, dy = torch.randn(2, batch, length, model.config.d_model, device=s.device).unbind()
+    context = Context(rotary_tables(length, model.config.head_dim, s.device))
+    x = x.requires_grad_()
 
     def call() -> object:
         with torch.autocast(s.device.type, s.dtype, enabled=s.dtype != torch.float32):
@@ -425,27 +427,23 @@ def layer_groups(s: Setting) -> list[list[Case]]:
     """One layer of each model, forward + backward, fp32 weights, autocast to a half dtype;
     baseline: the first model's.
     """
-    groups = []
-    for length in s.lengths or (2048,):
-        batch = max(1, s.tokens // length)
-        options = {"work": batch * length, "unit": "tok/s", "formula": "BL"}
-        groups.append(
-            [
-                Case(
-                    "layer",
-                    preset,
-                    "eager",
-                    f"{batch}x{length}",
-                    "fwd+bwd",
-                    partial(layer_step, preset, batch, length, s),
-                    baseline=preset == s.models[0],
-                    **preset_gate(preset, s),
-                    **options,
-                )
-                for preset in s.models
-            ]
-        )
-    return groups
+    return [
+        [
+            Case(
+                op="layer",
+                path=preset,
+                mode="eager",
+                shape=f"{s.batch(length)}x{length}",
+                passes="fwd+bwd",
+                make=partial(layer_step, preset, s.batch(length), length, s),
+                work=Work(s.batch(length) * length, "tok/s", "BL"),
+                baseline=preset == s.models[0],
+                **preset_gate(preset, s),
+            )
+            for preset in s.models
+        ]
+        for length in s.lengths or (2048,)
+    ]
 
 
 def decode_step(preset: str, length: int, s: Setting) -> Callable[[], object]:
@@ -453,23 +451,21 @@ def decode_step(preset: str, length: int, s: Setting) -> Callable[[], object]:
     back to them.
     """
     model = one_layer(preset, s.device).to(s.dtype)
-    layer, width, head = model.layers[0], model.config.d_model, model.config.head_dim
-    cache, states = (
-        layer.mixer.make_cache(1),
-        torch.randn(1, length + 1, width, device=s.device).to(s.dtype),
-    )
-    turns = [
-        Context(rotary_at(torch.arange(*span, device=s.device), head))
+    layer = model.layers[0]
+    cache = layer.mixer.make_cache(1)
+    states = torch.randn(1, length + 1, model.config.d_model, device=s.device).to(s.dtype)
+    before, at_last = (
+        Context(rotary_at(torch.arange(*span, device=s.device), model.config.head_dim))
         for span in ((0, length), (length, length + 1))
-    ]
+    )
     with torch.no_grad():
-        layer(states[:, :length], turns[0], cache)
+        layer(states[:, :length], before, cache)
 
     @torch.no_grad()
     def call() -> Tensor:
         if isinstance(cache, sk.TokenCache) and cache.lengths[0] >= length + 32:
             cache.lengths = [length]
-        return layer(states[:, length:], turns[1], cache)
+        return layer(states[:, length:], at_last, cache)
 
     return call
 
@@ -481,49 +477,46 @@ def decode_failure(preset: str, s: Setting) -> str | None:
     """
     found = decode_step(preset, CHECK_LENGTH, s)()
     model = one_layer(preset, s.device).to(s.dtype)
-    states = (
-        torch.randn(1, CHECK_LENGTH + 1, model.config.d_model, device=s.device).to(s.dtype).double()
-    )
+    states = torch.randn(1, CHECK_LENGTH + 1, model.config.d_model, device=s.device).to(s.dtype)
     rotary = rotary_tables(CHECK_LENGTH + 1, model.config.head_dim, s.device)
     with torch.no_grad():
-        right = model.double().layers[0](states, Context(rotary))[:, -1:]
-    return first_wrong(("the next token",), errors([found], [right], []), [layer_limit(s)])
+        right = model.double().layers[0](states.double(), Context(rotary))[:, -1:]
+    name = "the next token"
+    return first_wrong({name: relative(found, right)}, {name: layer_limit(s)})
 
 
 def decode_groups(s: Setting) -> list[list[Case]]:
     """One token of one layer of each model behind a cache, weights in the setting's dtype;
     baseline: the first model's.
     """
-    groups = []
-    for length in s.lengths or (512, 4096, 8192):
-        groups.append(
-            [
-                Case(
-                    "decode",
-                    preset,
-                    "cache",
-                    f"1x{length}",
-                    "token",
-                    partial(decode_step, preset, length, s),
-                    partial(decode_failure, preset, s),
-                    baseline=preset == s.models[0],
-                    work=1.0,
-                    unit="tok/s",
-                    formula="B",
-                )
-                for preset in s.models
-            ]
-        )
-    return groups
+    return [
+        [
+            Case(
+                op="decode",
+                path=preset,
+                mode="cache",
+                shape=f"1x{length}",
+                passes="token",
+                make=partial(decode_step, preset, length, s),
+                work=Work(1.0, "tok/s", "B"),
+                check=partial(decode_failure, preset, s),
+                baseline=preset == s.models[0],
+            )
+            for preset in s.models
+        ]
+        for length in s.lengths or (512, 4096, 8192)
+    ]
 
 
 def training_step(
-    preset: str, compiled: bool, batch: int, length: int, device: torch.device
+    compiled: bool, batch: int, length: int, device: torch.device, preset: str
 ) -> Callable[[], object]:
+    """A training step of a preset as the trainer makes it, AdamW's at a learning rate of nought."""
     torch.manual_seed(0)
     model = authors.build(preset, max_seq_len=length).to(device)
     ids = torch.randint(model.config.vocab_size, (batch, length + 1), device=device)
-    network, parameters = torch.compile(model) if compiled else model, list(model.parameters())
+    network = torch.compile(model) if compiled else model
+    parameters = list(model.parameters())
     optimizer = torch.optim.AdamW(parameters, lr=0.0)
 
     def call() -> None:
@@ -541,41 +534,44 @@ def model_groups(s: Setting) -> list[list[Case]]:
     """A training step: bf16 autocast over fp32 weights on a GPU, as the trainer runs it and under
     torch.compile; fp32 on a CPU.
     """
+    modes = ("eager", "compiled") if s.device.type == "cuda" else ("eager",)
     groups = []
     for length in s.lengths or (2048,):
         batch = max(1, min(s.tokens, 16384) // length)  # at 2048 the trainer's micro-batch, 8
-        for mode in ("eager", "compiled") if s.device.type == "cuda" else ("eager",):
-            cases = []
-            for preset in s.models:
-                make = partial(training_step, preset, mode == "compiled", batch, length, s.device)
-                label, gate = f"{batch}x{length} {mode}", preset_gate(preset, s)
-                case = Case(
-                    "model",
-                    preset,
-                    mode,
-                    label,
-                    "step",
-                    make,
-                    **gate,
+        for mode in modes:
+            step = partial(training_step, mode == "compiled", batch, length, s.device)
+            cases = [
+                Case(
+                    op="model",
+                    path=preset,
+                    mode=mode,
+                    shape=f"{batch}x{length} {mode}",
+                    passes="step",
+                    make=partial(step, preset),
+                    work=Work(batch * length, "tok/s", "BL"),
                     baseline=preset == s.models[0],
+                    **preset_gate(preset, s),
                 )
-                cases.append(replace(case, work=batch * length, unit="tok/s", formula="BL"))
+                for preset in s.models
+            ]
             groups.append(cases)
     return groups
 
 
+# ---- Tiles ---------------------------------------------------------------------------------------
+
+
 def with_tiles(case: Case, shape: Shape, s: Setting, search: bool) -> Callable[[], object]:
     """``case`` with the tiles of the table, or with those that are searched first."""
-    widths = (
-        max(ta.padded_width(shape.head_width), ta.padded_width(shape.value_width)),
-        ta.padded_width(shape.state_width),
-    )
+    width = max(padded_width(shape.head_dim), padded_width(shape.value_dim))
+    widths = (width, padded_width(shape.d_state))
     if search:
         tiles = autotune(*astuple(shape)[:5], dtype=s.dtype, device=s.device)
         print(f"{case.shape}: {tiles}", flush=True)
     else:
         tiles = choose_tiles(s.device, s.dtype, *widths)
-    key, call = tile_key(s.device, s.dtype, *widths), case.make()
+    key = tile_key(s.device, s.dtype, *widths)
+    call = case.make()
 
     def run() -> object:
         tuned_tiles()[key] = tiles
@@ -590,15 +586,13 @@ def tune_groups(s: Setting) -> list[list[Case]]:
     """
     groups = []
     for shape in s.shapes(2048):
-        case = attention_case("attention", EXACT, shape, label_of(shape), "fwd+bwd", s)
-        variants = {"in use": False, "tuned": True}
-        makes = {
-            name: partial(with_tiles, case, shape, s, search) for name, search in variants.items()
-        }
+        case = attention_case("tune", EXACT, shape, "fwd+bwd", s)
+        in_use = partial(with_tiles, case, shape, s, search=False)
+        tuned = partial(with_tiles, case, shape, s, search=True)
         groups.append(
             [
-                replace(case, op="tune", path=name, make=m, baseline=name == "in use")
-                for name, m in makes.items()
+                replace(case, path="in use", make=in_use, baseline=True),
+                replace(case, path="tuned", make=tuned),
             ]
         )
     return groups

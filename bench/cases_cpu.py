@@ -1,9 +1,10 @@
-"""What ``pytest bench`` times on the CPU, by section: groups of cases that take turns. A new model,
-shape or path is a line.
+"""What ``python -m bench cpu`` times, by section: groups of cases that take turns.
+
+A new model, shape or path is a line.
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -15,17 +16,14 @@ from bench.cases import (
     attention_groups,
     augmentation_groups,
     decode_groups,
-    label_of,
     layer_groups,
     model_groups,
 )
-from bench.paths import ATTENTION_ON_CPU, AUTHORS, EXACT_ON_CPU, FLEX, STOCK
+from bench.paths import ATTENTION_ON_CPU, AUTHORS, EXACT_ON_CPU, FLEX, STOCK, Path
 from bench.roofline import Shape
 
 CPU = torch.device("cpu")
-QUICK = (
-    os.environ.get("SISA_BENCH_QUICK") == "1"
-)  # the same code at sizes that say nothing: for tests
+QUICK = os.environ.get("SISA_BENCH_QUICK") == "1"  # sizes that say nothing: for tests
 DENSE_GIB = 0.5  # of scores, past which the authors' formulation, dense on a CPU, is left out
 
 
@@ -39,14 +37,13 @@ class Group:
     least: int = 5
 
 
-FULL = Setting(
-    CPU, torch.float32, (2048, 512), tokens=1
-)  # batch 1: an attention layer of the 152M model
-TINY = Setting(CPU, torch.float32, (64,), (16,), tokens=1, heads=1, head_width=16)
+# Batch 1: an attention layer of the 152M model.
+FULL = Setting(CPU, torch.float32, (2048, 512), tokens=1)
+TINY = Setting(CPU, torch.float32, (64,), (16,), tokens=1, heads=1, head_dim=16)
 BASE = Shape(1, 2048, 4, 64, 16, 64)
 GROWTH = {  # the field of BASE that grows, and its values
     "length": (256, 512, 1024, 2048, 4096, 8192, 16384, 32768),
-    "state_width": (16, 32, 64, 128),
+    "d_state": (16, 32, 64, 128),
     "heads": (1, 2, 4, 8, 16),
     "batch": (1, 2, 4, 8),
 }
@@ -61,9 +58,8 @@ LAYERS = (
     "mamba2-152m",
     "mamba3-152m",
 )
-DECODERS = tuple(
-    preset for preset in LAYERS if not preset.startswith("authors")
-)  # whose formulation has no cache
+# The authors' formulation has no cache.
+DECODERS = tuple(preset for preset in LAYERS if not preset.startswith("authors"))
 CONTEXTS = (512, 4096, 8192)
 MODELS = {  # by (batch, length), the trainer's
     (8, 128): (
@@ -77,7 +73,9 @@ MODELS = {  # by (batch, length), the trainer's
     (1, 2048): ("transformer-50m", "sisa-50m-ds16", "authors-50m-ds16"),
 }
 if QUICK:
-    FULL, BASE, GROWTH = TINY, Shape(1, 64, 1, 16, 16, 16), {"length": (64, 128)}
+    FULL = TINY
+    BASE = Shape(1, 64, 1, 16, 16, 16)
+    GROWTH = {"length": (64, 128)}
     LAYERS = (
         "transformer-tiny",
         "sisa-tiny-ds16",
@@ -87,7 +85,9 @@ if QUICK:
         "mamba2-tiny",
         "mamba3-tiny",
     )
-    MODELS, DECODERS, CONTEXTS = {(2, 32): MODELS[8, 128]}, (*LAYERS[:2], *LAYERS[3:]), (64,)
+    MODELS = {(2, 32): MODELS[8, 128]}
+    DECODERS = (*LAYERS[:2], *LAYERS[3:])
+    CONTEXTS = (64,)
 
 
 def augment() -> Iterator[Group]:
@@ -102,14 +102,18 @@ def attention() -> Iterator[Group]:
         yield Group(FULL, tuple(cases))
 
 
+def compared(op: str, paths: Sequence[Path], shape: Shape, passes: str) -> tuple[Case, ...]:
+    """A case for each path; baseline: plain attention by the stock flash kernel."""
+    return tuple(
+        attention_case(op, path, shape, passes, FULL, baseline=path is STOCK[1]) for path in paths
+    )
+
+
 def flex() -> Iterator[Group]:
     """FlexAttention beside the others at one shape, forward: Inductor takes a minute for it."""
     shape = FULL.shapes()[0]
-    cases = [
-        attention_case("flex", path, shape, label_of(shape), "fwd", FULL, baseline=path is STOCK[1])
-        for path in (STOCK[1], EXACT_ON_CPU, AUTHORS, FLEX)
-    ]
-    yield Group(FULL, tuple(cases))
+    paths = (STOCK[1], EXACT_ON_CPU, AUTHORS, FLEX)
+    yield Group(FULL, compared("flex", paths, shape, "fwd"))
 
 
 def layer() -> Iterator[Group]:
@@ -133,18 +137,13 @@ def model() -> Iterator[Group]:
 
 def growth() -> Iterator[Group]:
     """Plain attention, ours and the authors', forward + backward, as one of the sizes grows."""
-    for shape in dict.fromkeys(
-        replace(BASE, **{name: value}) for name, values in GROWTH.items() for value in values
-    ):
+    grown = [replace(BASE, **{name: value}) for name in GROWTH for value in GROWTH[name]]
+    for shape in dict.fromkeys(grown):
         dense = 4 * shape.batch * shape.heads * shape.length**2 / 2**30
-        paths = [STOCK[1], EXACT_ON_CPU, *([AUTHORS] if dense <= DENSE_GIB else [])]
-        cases = [
-            attention_case(
-                "growth", path, shape, label_of(shape), "fwd+bwd", FULL, baseline=path is STOCK[1]
-            )
-            for path in paths
-        ]
-        yield Group(FULL, tuple(cases), seconds=10.0, least=3)
+        paths = [STOCK[1], EXACT_ON_CPU]
+        if dense <= DENSE_GIB:
+            paths.append(AUTHORS)
+        yield Group(FULL, compared("growth", paths, shape, "fwd+bwd"), seconds=10.0, least=3)
 
 
 SECTIONS = {

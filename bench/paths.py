@@ -10,7 +10,7 @@ import functools
 import math
 import re
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import astuple, dataclass
 from functools import partial
 
@@ -22,143 +22,123 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 import sisa_kernels as sk
 from bench import authors
 from bench.authors import eager_chain, sdpa
-from bench.roofline import LAM, Shape
-from sisa_kernels.checks import Rotary
-from sisa_kernels.rotation import rotate
-from sisa_kernels.triton import op as ta
+from bench.roofline import Shape
+from sisa_kernels import testing
+from sisa_kernels.inputs import NAMES, SisaInputs
+from sisa_kernels.testing import ValueAndGrads
+from sisa_kernels.triton.op import causal_attention, exact_attention
+from sisa_kernels.triton.prologue import fused, prologue, rotate_qk
 from sisa_kernels.triton.tune import CHECK_LENGTH
 from sisa_model.models.context import rotary_tables
 
 HALF_LIFE = 100.0  # tokens
 CHECK_HALF_LIFE = 5.0  # so short that the check's 257 tokens reach past the horizon
 FLOOR = {torch.float32: 1e-6, torch.float16: 1e-4, torch.bfloat16: 1e-4}
-NAMES = ("y", "dq", "dk", "dv", "db", "dc", "dlog_decay", "dtheta", "dlam")
+
+Attend = Callable[[SisaInputs], Tensor]
 
 
 @dataclass(frozen=True)
 class Path:
-    """A way to compute attention from the inputs (q, k, v, b, c, log_decay, theta, lam) and RoPE's
-    tables, None: no RoPE.
-    """
+    """A way to compute attention; inputs without ``rotary`` get no RoPE."""
 
-    name: str
+    name: str  # in the rows
     mode: str  # exact, clamped or plain (the importance inputs unused)
     cost: str  # its name in the roofline
-    call: Callable[[Sequence[Tensor], Rotary | None], Tensor]
-    formula: Callable[
-        [Sequence[Tensor], Rotary | None], Tensor
-    ]  # the same, densely in the operands' dtype
-    proofs: str = (
-        ""  # pattern of the tests (with {ds}) whose failure keeps it from being timed; empty: none
-    )
+    call: Attend
+    formula: Attend  # the same, densely in the operands' dtype
+    proofs: str = ""  # pattern of the tests (with {ds}) whose failure keeps it from being timed
     trains: bool = True  # has a backward
 
     @property
     def uses(self) -> int:
         """How many of the inputs, the first ones, it has gradients for."""
-        return (3 if self.mode == "plain" else 8) if self.trains else 0
+        if not self.trains:
+            return 0
+        return 3 if self.mode == "plain" else len(NAMES)
 
 
 # ---- Problems and paths --------------------------------------------------------------------------
 
 
 @functools.lru_cache(maxsize=16)
-def problem(shape: Shape, dtype: torch.dtype, device: torch.device, half_life: float = HALF_LIFE):
-    """Random inputs (q .. lam) as leaves, RoPE's (cos, sin), and dL/dy [B, L, H, Dv]; one key head
-    for each query head.
+def problem(
+    shape: Shape, dtype: torch.dtype, device: torch.device, half_life: float = HALF_LIFE
+) -> tuple[SisaInputs, Tensor]:
+    """Random inputs as leaves, with RoPE's tables, and dL/dy; a key head for each query head.
+
+    The log-decay is uniform from 0 on, and halves the importance every ``half_life`` on average.
     """
     B, L, H, Dh, Ds, Dv = astuple(shape)
-    generator = torch.Generator(device).manual_seed(0)
-
-    def normal(*sizes: int) -> Tensor:
-        return torch.randn(*sizes, generator=generator, device=device)
-
-    wide = [normal(B, L, H, width).to(dtype) for width in (Dh, Dh, Dv, Ds, Ds)]
-    decay = torch.rand(B, L, H, generator=generator, device=device) * (-2 * math.log(2) / half_life)
-    inputs = [*wide, decay, 0.3 * normal(B, L, H, Ds // 2), torch.full((H,), LAM, device=device)]
-    return (
-        [x.requires_grad_() for x in inputs],
-        rotary_tables(L, Dh, device),
-        normal(B, L, H, Dv).to(dtype),
-    )
+    sizes = {"B": B, "L": L, "H": H, "Dh": Dh, "Ds": Ds, "Dv": Dv}
+    x, dy = testing.problem(**sizes, dtype=dtype, device=device)
+    uniform = torch.rand(B, L, H, generator=torch.Generator().manual_seed(1)).to(device)
+    log_decay = (uniform * (-2 * math.log(2) / half_life)).requires_grad_()
+    return x._replace(log_decay=log_decay, rotary=rotary_tables(L, Dh, device)), dy
 
 
 def softmax_attention(score: Tensor, v: Tensor) -> Tensor:
     """Causal softmax of score [B, H, L, L] fp32 times v [B, L, H, Dv], in v's dtype."""
     future = torch.ones(score.shape[-2:], dtype=torch.bool, device=v.device).triu(1)
-    return (
-        score.masked_fill(future, -math.inf).softmax(-1).to(v.dtype) @ v.transpose(1, 2)
-    ).transpose(1, 2)
+    weight = score.masked_fill(future, -math.inf).softmax(-1).to(v.dtype)
+    return (weight @ v.transpose(1, 2)).transpose(1, 2)
 
 
-def dense(x: Sequence[Tensor], rotary: Rotary | None) -> Tensor:
+def dense(x: SisaInputs) -> Tensor:
     """Eq. 2 as a user would write it: products in the operands' dtype, scores in fp32."""
-    q, k, v, b, c, log_decay, theta, lam = x
-    q, k, importance = ta.prologue(
-        q, k, b, c, log_decay, theta, lam, *(rotary or (None, None)), False
-    )
-    assert importance is not None
-    g = log_decay.double().cumsum(1).transpose(1, 2)
-    fall = (g[..., :, None] - g[..., None, :]).clamp(max=0).exp().float()
+    q, k, importance = prologue(x.scores(), False)
+    g = x.log_decay.double().cumsum(1).transpose(1, 2)
+    decay_between = (g[..., :, None] - g[..., None, :]).clamp(max=0).exp().float()
     q, k, b, c = (t.transpose(1, 2) for t in (q, k, importance.b, importance.c))
-    return softmax_attention(
-        (q @ k.mT).float() / math.sqrt(q.shape[3]) + lam[:, None, None] * fall * (c @ b.mT).float(),
-        v,
-    )
+    content = (q @ k.mT).float() / math.sqrt(q.shape[3])
+    importance_term = x.lam[:, None, None] * decay_between * (c @ b.mT).float()
+    return softmax_attention(content + importance_term, x.v)
 
 
-def dense_augmented(x: Sequence[Tensor], rotary: Rotary | None) -> Tensor:
-    q, k, v, b, c, log_decay, theta, lam = x
-    q_aug, k_aug = (
-        t.transpose(1, 2) for t in eager_chain(q, k, b, c, log_decay, theta, lam, *rotary)
-    )
-    return softmax_attention((q_aug @ k_aug.mT).float() / math.sqrt(q.shape[3]), v)
+def dense_augmented(x: SisaInputs) -> Tensor:
+    """The clamped score as one product of augmented operands."""
+    q_aug, k_aug = (t.transpose(1, 2) for t in eager_chain(x))
+    return softmax_attention((q_aug @ k_aug.mT).float() / math.sqrt(x.q.shape[3]), x.v)
 
 
-def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-    q_rot, k_rot = (rotate(t.float(), cos[:, None], sin[:, None]).to(t.dtype) for t in (q, k))
-    return q_rot, k_rot
-
-
-def stock(backend: SDPBackend) -> Callable[[Sequence[Tensor], Rotary | None], Tensor]:
+def stock(backend: SDPBackend) -> Attend:
     """Plain attention by one stock backend; RoPE is compiled on a GPU, the fastest that a user gets
     without a kernel.
     """
 
-    def call(x: Sequence[Tensor], rotary: Rotary | None) -> Tensor:
-        q, k, v = x[:3]
-        if rotary is not None:
-            q, k = ta.fused(q.device, rope)(q, k, *rotary)
+    def call(x: SisaInputs) -> Tensor:
+        q = x.q
+        k = x.k
+        if x.rotary is not None:
+            q, k = fused(q.device, rotate_qk)(q, k, x.rotary)
         with sdpa_kernel(backend):
-            return sdpa(q, k, v)
+            return sdpa(q, k, x.v)
 
     return call
 
 
-def flash(x: Sequence[Tensor], rotary: Rotary | None) -> Tensor:
-    return sk.sisa_attention(*x, rotary=rotary, mode="clamped", backend="flash")
+def ours(mode: str, backend: str) -> Attend:
+    """:func:`sisa_kernels.sisa_attention` in a mode, by a backend."""
+
+    def call(x: SisaInputs) -> Tensor:
+        return sk.sisa_attention(**x._asdict(), mode=mode, backend=backend)
+
+    return call
 
 
-def exact(x: Sequence[Tensor], rotary: Rotary | None) -> Tensor:
-    return sk.sisa_attention(*x, rotary=rotary, backend="triton")
+exact = ours("exact", "triton")
+exact_chunked = ours("exact", "chunked")
 
 
-def exact_on_stock(x: Sequence[Tensor], rotary: Rotary | None) -> Tensor:
-    return sk.sisa_attention(*x, rotary=rotary, backend="sdpa")
+def augmented(x: SisaInputs) -> tuple[Tensor, Tensor]:
+    """Our augmented q and k."""
+    return sk.augment_qk(**x.scores()._asdict())
 
 
-def exact_in_one_call(x: Sequence[Tensor], rotary: Rotary | None) -> Tensor:
-    return sk.sisa_attention(*x, rotary=rotary, backend="flash")
-
-
-def unpadded(x: Sequence[Tensor], rotary: Rotary | None) -> Tensor:
+def unpadded(x: SisaInputs) -> Tensor:
     """Our augmentation, then what SDPA makes of d_qk != d_v: what the padding of v gains."""
-    q, k, v, *rest = x
-    return sdpa(*sk.augment_qk(q, k, *rest, rotary=rotary), v, scale=q.shape[3] ** -0.5)
-
-
-def as_published(x: Sequence[Tensor], rotary: Rotary | None) -> Tensor:
-    return authors.attention(*x, rotary)
+    q_aug, k_aug = augmented(x)
+    return sdpa(q_aug, k_aug, x.v, scale=x.q.shape[3] ** -0.5)
 
 
 @functools.cache
@@ -171,57 +151,52 @@ def compiled_flex(length: int, device: torch.device) -> Callable[..., Tensor]:
 
 
 @torch.no_grad()
-def flex(x: Sequence[Tensor], rotary: Rotary | None) -> Tensor:
+def flex(x: SisaInputs) -> Tensor:
     """The authors' chain, then FlexAttention, which takes v as narrow as it is; its scores know no
     second product of vectors.
     """
-    q, k, v, *rest = x
-    q_aug, k_aug = (t.transpose(1, 2) for t in eager_chain(q, k, *rest, *rotary))
-    return compiled_flex(q.shape[1], q.device)(
-        q_aug, k_aug, v.detach().transpose(1, 2), scale=q.shape[3] ** -0.5
-    ).transpose(1, 2)
+    attend = compiled_flex(x.q.shape[1], x.q.device)
+    q_aug, k_aug = (t.transpose(1, 2) for t in eager_chain(x))
+    y = attend(q_aug, k_aug, x.v.detach().transpose(1, 2), scale=x.q.shape[3] ** -0.5)
+    return y.transpose(1, 2)
 
 
-def exact_full(x: Sequence[Tensor], rotary: Rotary | None) -> Tensor:
-    return ta.exact_attention(*x, rotary=rotary, horizon=None)
+def without_horizon(x: SisaInputs) -> Tensor:
+    """The Triton path with every importance product made."""
+    return exact_attention(**x._asdict(), horizon=None)
 
 
-def plain(x: Sequence[Tensor], rotary: Rotary | None) -> Tensor:
-    return ta.causal_attention(*x[:3], rotary=rotary)
+def plain(x: SisaInputs) -> Tensor:
+    """Plain attention by our Triton kernels."""
+    return causal_attention(x.q, x.k, x.v, rotary=x.rotary)
 
 
 EXACT_TESTS = r"test_exact_in_bf16.*\[\d+-{ds}-|test_two_runs_give_the_same_bits"
+PLAIN_TESTS = "test_without_the_importance_term|test_addresses_past_32_bits"
+FLASH_TESTS = "test_every_legal_row_on_the_gpu"
 EXACT = Path("sisa", "exact", "exact", exact, dense, EXACT_TESTS + "|past_the_horizon")
 STOCK = [
     Path(name, "plain", "plain", stock(getattr(SDPBackend, f"{name.upper()}_ATTENTION")), dense)
     for name in ("cudnn", "flash", "efficient")
 ]
 FLASH_TABLE = Path(
-    "flash table", "clamped", "augmented", flash, dense_augmented, "test_every_legal_row_on_the_gpu"
+    "flash table", "clamped", "augmented", ours("clamped", "one_call"), dense_augmented, FLASH_TESTS
 )
-AUTHORS = Path("eager+sdpa", "clamped", "eager", as_published, dense_augmented)
+AUTHORS = Path("eager+sdpa", "clamped", "eager", authors.attention, dense_augmented)
 ATTENTION = [
     EXACT,
-    Path("no horizon", "exact", "exact", exact_full, dense, EXACT_TESTS),
-    Path(
-        "our plain",
-        "plain",
-        "plain",
-        plain,
-        dense,
-        "test_without_the_importance_term|test_addresses_past_32_bits",
-    ),
+    Path("no horizon", "exact", "exact", without_horizon, dense, EXACT_TESTS),
+    Path("our plain", "plain", "plain", plain, dense, PLAIN_TESTS),
     *STOCK,
     FLASH_TABLE,
     AUTHORS,
 ]
-FLEX = Path(
-    "flex", "clamped", "eager", flex, dense_augmented, trains=False
-)  # it has no backward on a CPU
-EXACT_ON_CPU = Path("sisa", "exact", "exact", exact_on_stock, dense)
+# It has no backward on a CPU.
+FLEX = Path("flex", "clamped", "eager", flex, dense_augmented, trains=False)
+EXACT_ON_CPU = Path("sisa", "exact", "exact", exact_chunked, dense)
 ATTENTION_ON_CPU = [
     EXACT_ON_CPU,
-    Path("one call", "exact", "augmented", exact_in_one_call, dense),
+    Path("one call", "exact", "augmented", ours("exact", "one_call"), dense),
     FLASH_TABLE,
     Path("unpadded", "clamped", "augmented", unpadded, dense_augmented),
     AUTHORS,
@@ -236,33 +211,27 @@ def reason(error: BaseException, told: Sequence[warnings.WarningMessage] = ()) -
     which it says why.
     """
     first = str(error).strip().partition("\n")[0]
-    said = [str(w.message).partition(" (Triggered")[0].partition("\n")[0] for w in told]
-    said = [
-        line for line in said if not re.search("not used because|has been runtime disabled", line)
-    ]
-    return (
-        said[0]
-        if said and re.search("No available kernel|No viable backend", first)
-        else f"{type(error).__name__}: {first}"
-    )
+    if re.search("No available kernel|No viable backend", first):
+        for warning in told:
+            line = str(warning.message).partition(" (Triggered")[0].partition("\n")[0]
+            if not re.search("not used because|has been runtime disabled", line):
+                return line
+    return f"{type(error).__name__}: {first}"
 
 
-def results(
-    function: Callable, x: list[Tensor], rotary: Rotary | None, dy: Tensor, uses: int
-) -> list[Tensor]:
-    """y and the gradients of the first ``uses`` inputs."""
-    y = function(x, rotary)
-    return [y.detach(), *(torch.autograd.grad(y, x[:uses], dy) if uses else ())]
+def results(attend: Attend, x: SisaInputs, dy: Tensor, uses: int = len(NAMES)) -> ValueAndGrads:
+    """y and the gradients of the first ``uses`` inputs by name."""
+    y = attend(x)
+    grads = torch.autograd.grad(y, x[:uses], dy) if uses else ()
+    return y.detach(), dict(zip(NAMES, grads))
 
 
-def errors(found: list[Tensor], oracle: list[Tensor], x: list[Tensor]) -> list[float]:
-    """|r - oracle| / |oracle| of each. lam's gradient, a sum over tokens that may nearly cancel, by
-    the sum of their sizes.
-    """
-    sizes = [r.norm() for r in oracle]
-    if len(oracle) == len(NAMES):
-        sizes[8] = ((oracle[5] * x[4].double()).sum(3).abs().sum((0, 1)) / x[7]).norm()
-    return [((f.double() - r).norm() / size).item() for f, r, size in zip(found, oracle, sizes)]
+def errors(found: ValueAndGrads, right: ValueAndGrads, x: SisaInputs) -> dict[str, float]:
+    """The relative error of y and of every gradient that was found."""
+    off = testing.relative_errors(found, right)
+    if "lam" in off:  # nearly cancels: measured by the sizes of what it sums
+        off |= testing.gradient_errors(found[1], right[1], x)
+    return off
 
 
 @functools.cache
@@ -276,40 +245,30 @@ def failure(
     """Why a path must not be timed at these widths (Dh, Ds, Dv): what it raises, or its results are
     wrong; None: it may be.
     """
-    x, rotary, dy = problem(Shape(1, CHECK_LENGTH, 2, *widths), dtype, device, CHECK_HALF_LIFE)
-    rotary = rotary if with_rope else None
+    x, dy = problem(Shape(1, CHECK_LENGTH, 2, *widths), dtype, device, CHECK_HALF_LIFE)
+    if not with_rope:
+        x = x._replace(rotary=None)
     if path.mode == "plain":  # the oracle's, with an importance of nought
-        x = [*x[:3], *(torch.zeros_like(t) for t in x[3:5]), *x[5:]]
-    fine = [t.detach().double().requires_grad_() for t in x]
-    mode = "clamped" if path.mode == "clamped" else "exact"
+        x = x._replace(b=torch.zeros_like(x.b), c=torch.zeros_like(x.c))
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
         try:
-            found = results(path.call, x, rotary, dy, path.uses)
+            found = results(path.call, x, dy, path.uses)
         except Exception as error:
             return reason(error, told)
     for warning in told:  # recorded for a refusal only
         warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
-    oracle = results(
-        lambda x, r: sk.reference.sisa_attention(*x, rotary=r, mode=mode),
-        fine,
-        rotary,
-        dy.double(),
-        path.uses,
-    )
-    allowed = errors(results(path.formula, x, rotary, dy, path.uses), oracle, x)
-    limits = [2 * off + FLOOR[dtype] for off in allowed]
-    return first_wrong(NAMES, errors(found, oracle, x), limits)
+    mode = "clamped" if path.mode == "clamped" else "exact"
+    right = testing.oracle(x, dy, rotary=x.rotary, mode=mode)
+    by_formula = errors(results(path.formula, x, dy, path.uses), right, x)
+    limits = {name: 2 * error + FLOOR[dtype] for name, error in by_formula.items()}
+    return first_wrong(errors(found, right, x), limits)
 
 
-def first_wrong(names: Sequence[str], off: list[float], limits: list[float]) -> str | None:
+def first_wrong(errors: Mapping[str, float], limits: Mapping[str, float]) -> str | None:
     """What to say of the first error that is above its limit, or NaN."""
-    named = zip(names, off, limits)
-    return next(
-        (
-            f"wrong: {n} is off by {e:.1e}, at most {m:.1e} allowed"
-            for n, e, m in named
-            if not e <= m
-        ),
-        None,
-    )
+    for name, error in errors.items():
+        if not error <= limits[name]:
+            of = f"d{name}" if name in NAMES else name
+            return f"wrong: {of} is off by {error:.1e}, at most {limits[name]:.1e} allowed"
+    return None

@@ -1,5 +1,4 @@
-"""Floor under the time of each attention path: FLOPs and bytes by shape, against a device's peak
-(``python bench/roofline.py``).
+"""Floor under the time of each attention path: FLOPs and bytes by shape, against a device's peak.
 
 A stage takes at least max(flops / peak, bytes / bandwidth) and the stages of a path (prologue,
 forward, backward kernels) run one after the other. Peaks are the vendor's: measured ceilings are
@@ -31,7 +30,7 @@ from sisa_model.models.flops import PEAK_TFLOPS
 
 BF16, FP32 = 2, 4
 LAM = 0.3133  # at initialisation: softplus(-1)
-TOLERANCE = 2.0**-8  # of a logit: the kernels' own in bf16 (triton_attention.default_horizon)
+TOLERANCE = 2.0**-8  # of a logit: the kernels' own in bf16 (sisa_kernels.triton.op)
 PATHS = ("plain", "augmented", "padded", "eager", "exact")
 
 
@@ -62,13 +61,13 @@ class Shape:
     batch: int
     length: int
     heads: int
-    head_width: int
-    state_width: int
-    value_width: int
+    head_dim: int
+    d_state: int
+    value_dim: int
 
     def __post_init__(self) -> None:
         check_positive(**vars(self))
-        for name in ("head_width", "state_width"):
+        for name in ("head_dim", "d_state"):
             if getattr(self, name) % 2:
                 raise ValueError(
                     f"{name} must be even (rotated in pairs), got {getattr(self, name)}"
@@ -85,16 +84,16 @@ class Stage(NamedTuple):
 
 
 def horizon_tokens(
-    state_width: int, half_life: float, tolerance: float = TOLERANCE, lam: float = LAM
+    d_state: int, half_life: float, tolerance: float = TOLERANCE, lam: float = LAM
 ) -> float:
     """Distance in tokens from which on no importance product is made: half_life log2(max(lam, 1) Ds
     / tolerance).
 
     A block pair needs none where lam exp(g_start(I) - g_end(J)) max|c_I| max|b_J| <= tolerance, lam
-    taken as at least 1 (see triton_attention._bounds). Here each norm is sqrt(Ds), that of channels
-    of unit variance, and g falls by ln 2 each half_life."""
-    check_positive(state_width=state_width, half_life=half_life, tolerance=tolerance, lam=lam)
-    largest = max(lam, 1) * state_width / tolerance
+    taken as at least 1 (see sisa_kernels/triton/horizon.py). Here each norm is sqrt(Ds), that of
+    channels of unit variance, and g falls by ln 2 each half_life."""
+    check_positive(d_state=d_state, half_life=half_life, tolerance=tolerance, lam=lam)
+    largest = max(lam, 1) * d_state / tolerance
     return half_life * math.log2(largest) if largest > 1 else 0.0
 
 
@@ -110,9 +109,8 @@ def causal_scores(length: int, tile: tuple[int, int] = (1, 1), horizon: float = 
     check_positive(length=length, tile_queries=rows, tile_keys=columns)
     if not horizon >= 0:
         raise ValueError(f"horizon must be >= 0, got {horizon}")
-    reach = max(
-        0, math.ceil(min(horizon, length)) - 1
-    )  # the largest whole distance below the horizon
+    # The largest whole distance below the horizon.
+    reach = max(0, math.ceil(min(horizon, length)) - 1)
     blocks = 0
     for start in range(0, length, rows):
         last = min(start + rows, length) - 1
@@ -123,6 +121,66 @@ def causal_scores(length: int, tile: tuple[int, int] = (1, 1), horizon: float = 
 def importance_share(length: int, horizon: float, tile: tuple[int, int] = (1, 1)) -> float:
     """Share of the causal block pairs that get an importance product, in (0, 1]."""
     return causal_scores(length, tile, horizon) / causal_scores(length, tile)
+
+
+def prologue_bytes(path: str, shape: Shape) -> tuple[int, int]:
+    """Bytes a token and head that the prologue and its backward move.
+
+    Forward: q, k, b, c, log_decay, theta in; queries and keys of width Dh + Ds out. Backward: the
+    gradients of those and b, c, log_decay, theta in; six gradients out.
+    """
+    _, _, _, Dh, Ds, Dv = astuple(shape)
+    fused = BF16 * 4 * (Dh + Ds) + FP32 * (1 + Ds // 2)
+    fused_back = BF16 * (4 * (Dh + Ds) + 2 * Ds) + FP32 * 2 * (1 + Ds // 2)
+    if path == "plain":
+        return BF16 * 4 * Dh, BF16 * 4 * Dh
+    if path == "augmented":
+        return fused, fused_back
+    if path == "padded":  # v padded; dy padded
+        pad = BF16 * (Dv + Dh + Ds)
+        return fused + pad, fused_back + pad
+    if path == "eager":
+        # Tensors that the ops of authors.eager_chain and of its autograd read and write, summed.
+        return 112 * Dh + 164 * Ds + 80, 136 * Dh + 350 * Ds + 152
+    # Out with the operands of "exact": two halves of g, norms of b and c. Back: dc, db, dL/ds_ii
+    # and the phases' tables in fp32.
+    return fused + FP32 * 4, BF16 * 4 * (Dh + Ds) + FP32 * (2 + Ds // 2 + 3 * Ds)
+
+
+def two_product_kernels(
+    shape: Shape, tile: tuple[int, int], horizon: float, prologue: int
+) -> tuple[Stage, list[Stage]]:
+    """The forward kernel of ``exact`` and those of its backward."""
+    B, L, H, Dh, Ds, Dv = astuple(shape)
+    rows = B * L * H
+    scores = B * H * causal_scores(L, tile)
+    within = B * H * causal_scores(L, tile, horizon)
+    # q, k, v in; y, the log-sum-exp and two halves of g out. In the backward q, k, v, dy, two
+    # halves of g, log-sum-exp and delta in, both times; the importance gradients out in fp32.
+    operands = BF16 * 2 * (Dh + Ds + Dv)
+    macs = (Dh + Dv) * scores + Ds * within
+    forward = Stage("attention", 2 * macs, rows * (operands + 3 * FP32))
+    dkdv_macs = 2 * macs  # S, dP, dV, dK
+    dq_macs = (2 * Dh + Dv) * scores + 2 * Ds * within  # S, dP, dQ
+    common = operands + 4 * FP32
+    # The prologue is recomputed, not saved; now with the phases' tables.
+    again = Stage("prologue again", 0, rows * (prologue + FP32 * Ds))
+    dkdv = Stage("dK/dV", 2 * dkdv_macs, rows * (common + BF16 * (Dh + Dv) + FP32 * Ds))
+    dq = Stage("dQ", 2 * dq_macs, rows * (common + BF16 * Dh + FP32 * (Ds + 1)))
+    return forward, [again, dkdv, dq]
+
+
+def one_product_kernels(
+    shape: Shape, tile: tuple[int, int], qk: int, v: int
+) -> tuple[Stage, list[Stage]]:
+    """The forward kernel of plain attention of widths ``qk`` and ``v``, and its backward's one."""
+    rows = shape.batch * shape.length * shape.heads
+    scores = shape.batch * shape.heads * causal_scores(shape.length, tile)
+    # q, k, v in; y and the log-sum-exp out.
+    forward = Stage("attention", 2 * (qk + v) * scores, rows * (BF16 * 2 * (qk + v) + FP32))
+    # q, k, v, dy, log-sum-exp and delta in; dq, dk, dv out.
+    moved = BF16 * (4 * qk + 3 * v) + 2 * FP32
+    return forward, [Stage("dQ/dK/dV", 2 * (3 * qk + 2 * v) * scores, rows * moved)]
 
 
 def stages(
@@ -142,72 +200,26 @@ def stages(
         raise ValueError(f"path must be one of {', '.join(PATHS)}, got {path!r}")
     if path != "exact" and horizon != math.inf:
         raise ValueError(
-            f"horizon must be inf on path {path}, which makes every importance product, got {horizon}"
+            f"horizon must be inf on path {path}, which makes every importance product, "
+            f"got {horizon}"
         )
     B, L, H, Dh, Ds, Dv = astuple(shape)
     if path == "padded" and Dv > Dh + Ds:
-        raise ValueError(
-            f"value_width must be at most Dh + Ds = {Dh + Ds} on path padded, got {Dv}"
-        )
-    rows, scores, near = (
-        B * L * H,
-        B * H * causal_scores(L, tile),
-        B * H * causal_scores(L, tile, horizon),
-    )
-
-    # Forward: q, k, b, c, log_decay, theta in; queries and keys of width Dh + Ds out. Backward: the
-    # gradients of those and b, c, log_decay, theta in; six gradients out.
-    fused = BF16 * 4 * (Dh + Ds) + FP32 * (1 + Ds // 2)
-    fused_back = BF16 * (4 * (Dh + Ds) + 2 * Ds) + FP32 * 2 * (1 + Ds // 2)
-    pad = BF16 * (Dv + Dh + Ds)
-    prologue, prologue_back = {
-        "plain": (BF16 * 4 * Dh, BF16 * 4 * Dh),
-        "augmented": (fused, fused_back),
-        "padded": (fused + pad, fused_back + pad),  # v padded; dy padded
-        # Tensors read and written by the ops of authors.eager_chain and of its autograd on bf16
-        # inputs, summed.
-        "eager": (112 * Dh + 164 * Ds + 80, 136 * Dh + 350 * Ds + 152),
-        # Out with the operands: two halves of g, norms of b and c. Back: dc, db, dL/ds_ii and the
-        # phases' tables in fp32.
-        "exact": (fused + FP32 * 4, BF16 * 4 * (Dh + Ds) + FP32 * (2 + Ds // 2 + 3 * Ds)),
-    }[path]
-    qk, v = Dh if path == "plain" else Dh + Ds, Dh + Ds if path == "padded" else Dv
-
-    # Forward: q, k, v in; y and the log-sum-exp out. delta: y and dy in, their product's row sums
-    # out.
-    forward = BF16 * 2 * (qk + v) + FP32
-    delta = Stage("delta", 0, rows * (BF16 * 2 * v + FP32))
+        raise ValueError(f"value_dim must be at most Dh + Ds = {Dh + Ds} on path padded, got {Dv}")
+    before, after = prologue_bytes(path, shape)
+    qk = Dh if path == "plain" else Dh + Ds
+    v = Dh + Ds if path == "padded" else Dv
     if path == "exact":
-        macs = (Dh + Dv) * scores + Ds * near
-        dkdv = 2 * ((Dh + Dv) * scores + Ds * near)  # S, dP, dV, dK
-        dq = (2 * Dh + Dv) * scores + 2 * Ds * near  # S, dP, dQ
-        # q, k, v, dy, two halves of g, log-sum-exp and delta in, both times; the importance
-        # gradients out in fp32.
-        common = BF16 * 2 * (qk + v) + 4 * FP32
-        kernels = [
-            Stage(
-                "prologue again", 0, rows * (prologue + FP32 * Ds)
-            ),  # recomputed, not saved; now with the phases' tables
-            Stage("dK/dV", 2 * dkdv, rows * (common + BF16 * (Dh + v) + FP32 * Ds)),
-            Stage("dQ", 2 * dq, rows * (common + BF16 * Dh + FP32 * (Ds + 1))),
-        ]
-        forward += 2 * FP32  # the halves of g
+        forward, kernels = two_product_kernels(shape, tile, horizon, before)
     else:
-        macs = (qk + v) * scores
-        # q, k, v, dy, log-sum-exp and delta in; dq, dk, dv out.
-        kernels = [
-            Stage(
-                "dQ/dK/dV",
-                2 * (3 * qk + 2 * v) * scores,
-                rows * (BF16 * (4 * qk + 3 * v) + 2 * FP32),
-            )
-        ]
-    result = [Stage("prologue", 0, rows * prologue), Stage("attention", 2 * macs, rows * forward)]
-    return (
-        [*result, delta, *kernels, Stage("prologue backward", 0, rows * prologue_back)]
-        if backward
-        else result
-    )
+        forward, kernels = one_product_kernels(shape, tile, qk, v)
+    rows = B * L * H
+    prologue = Stage("prologue", 0, rows * before)
+    if not backward:
+        return [prologue, forward]
+    # y and dy in, their product's row sums out.
+    delta = Stage("delta", 0, rows * (BF16 * 2 * v + FP32))
+    return [prologue, forward, delta, *kernels, Stage("prologue backward", 0, rows * after)]
 
 
 def bound_ms(path: str, shape: Shape, device: Device, **options) -> float:
@@ -215,108 +227,95 @@ def bound_ms(path: str, shape: Shape, device: Device, **options) -> float:
     return 1e3 * sum(stage.seconds(device) for stage in stages(path, shape, **options))
 
 
-def line(shape: Shape, device: Device, horizon: float, tile: tuple[int, int]) -> str:
+def bounds_row(shape: Shape, device: Device, horizon: float, tile: tuple[int, int]) -> str:
     """A row of the first table: plain, exact, exact within the horizon in full, of the others the
     bound over plain's.
     """
-    yardstick, row = bound_ms("plain", shape, device, tile=tile), []
-    for path, options in (("plain", {}), ("exact", {}), ("exact", {"horizon": horizon})):
-        forward, both = (
-            stages(path, shape, backward=backward, tile=tile, **options)
-            for backward in (False, True)
+    yardstick = bound_ms("plain", shape, device, tile=tile)
+    parts = [f"{shape.length:6} {shape.d_state:4}"]
+    for path, reach in (("plain", math.inf), ("exact", math.inf), ("exact", horizon)):
+        forward = stages(path, shape, backward=False, horizon=reach, tile=tile)
+        both = stages(path, shape, horizon=reach, tile=tile)
+        gflop = [1e-9 * sum(stage.flops for stage in kernels) for kernels in (forward, both)]
+        megabytes = 1e-6 * sum(stage.bytes for stage in both)
+        ms = bound_ms(path, shape, device, horizon=reach, tile=tile)
+        parts.append(
+            f"{gflop[0]:6.0f} {gflop[1]:6.0f} {megabytes:6.0f} {ms:7.3f} {ms / yardstick:5.2f}"
         )
-        gflop = (1e-9 * sum(stage.flops for stage in kernels) for kernels in (forward, both))
-        megabytes, ms = (
-            1e-6 * sum(stage.bytes for stage in both),
-            bound_ms(path, shape, device, tile=tile, **options),
-        )
-        row.append(
-            "{:6.0f} {:6.0f} {:6.0f} {:7.3f} {:5.2f}".format(*gflop, megabytes, ms, ms / yardstick)
-        )
-    rest = (
-        bound_ms(path, shape, device, tile=tile) / yardstick
+    ratios = {
+        path: bound_ms(path, shape, device, tile=tile) / yardstick
         for path in ("augmented", "padded", "eager")
-    )
-    return " | ".join(
-        [f"{shape.length:6} {shape.state_width:4}", *row, "{:9.2f} {:6.2f} {:6.2f}".format(*rest)]
-    )
+    }
+    parts.append("{augmented:9.2f} {padded:6.2f} {eager:6.2f}".format(**ratios))
+    return " | ".join(parts)
 
 
-def main() -> None:
+def print_bounds(args: argparse.Namespace) -> None:
+    """The first table: FLOPs, bytes and bounds by length and d_s."""
+    device = DEVICES[args.device]
+    tile = tuple(args.tile)
+    print(
+        f"{args.device}: {device.tflops} TFLOP/s, {device.terabytes} TB/s; {args.tokens} tokens, "
+        f"{args.heads} heads of {args.head_dim}"
+    )
+    print(
+        f"half-life {args.half_life:g}, tolerance {args.tolerance:.3g}; "
+        f"scores in blocks of {tile[0]} x {tile[1]}"
+    )
+    print(
+        "fwd: GFLOP of the forward; then GFLOP, MB and the bound in ms of forward + backward; "
+        "x: that bound over plain's"
+    )
+    columns = f"{'fwd':>6} {'GFLOP':>6} {'MB':>6} {'ms':>7} {'x':>5}"
+    others = f"{'x':>9} {'x':>6} {'x':>6}"
+    titles = f"{'plain':^34} | {'exact':^34} | {'exact within the horizon':^34}"
+    print(f"{'':11} | {titles} | augmented padded  eager")
+    print(f"{'L':>6} {'Ds':>4} | {columns} | {columns} | {columns} | {others}")
+    for length in args.lengths:
+        for d_state in args.d_states:
+            batch = args.tokens // length
+            shape = Shape(batch, length, args.heads, args.head_dim, d_state, args.head_dim)
+            horizon = horizon_tokens(d_state, args.half_life, args.tolerance)
+            print(bounds_row(shape, device, horizon, tile))
+
+
+def print_shares(args: argparse.Namespace) -> None:
+    """The second table: share of importance products made, by half-life, d_s and length."""
+    tile = tuple(args.tile)
+    lengths = " ".join(f"{length:>6}" for length in args.lengths)
+    print("\nshare of importance products made, in %")
+    print(f"{'half-life':>9} {'Ds':>4} {'horizon':>8} | L {lengths}")
+    for half_life in (10, 100, 1000, math.inf):
+        for d_state in args.d_states:
+            horizon = horizon_tokens(d_state, half_life, args.tolerance)
+            shares = [100 * importance_share(length, horizon, tile) for length in args.lengths]
+            cells = " ".join(f"{share:6.1f}" for share in shares)
+            print(f"{half_life:9g} {d_state:4} {horizon:8.0f} |   {cells}")
+
+
+def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m bench roofline",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--device", choices=DEVICES, default="H200")
-    parser.add_argument("--heads", type=int, default=12)
-    parser.add_argument("--head-width", type=int, default=64, help="of q, k and v")
-    parser.add_argument(
-        "--tokens", type=int, default=32768, help="of a batch: a multiple of every length"
-    )
-    parser.add_argument("--state-widths", type=int, nargs="+", default=[16, 32, 64, 128])
-    parser.add_argument(
-        "--lengths", type=int, nargs="+", default=[1024, 2048, 4096, 8192, 16384, 32768]
-    )
-    parser.add_argument(
-        "--half-life",
-        type=float,
-        default=100,
-        help="tokens in which the decay halves (first table)",
-    )
-    parser.add_argument(
-        "--tolerance",
-        type=float,
-        default=TOLERANCE,
-        help="largest importance term left out of a logit",
-    )
-    parser.add_argument(
-        "--tile",
-        type=int,
-        nargs=2,
-        default=[1, 1],
-        help="queries and keys of a block; 1 1: causal scores alone",
-    )
-    args = parser.parse_args()
+    add = parser.add_argument
+    add("--device", choices=DEVICES, default="H200")
+    add("--heads", type=int, default=12)
+    add("--head-dim", type=int, default=64, help="of q, k and v")
+    add("--tokens", type=int, default=32768, help="of a batch: a multiple of every length")
+    add("--d-states", type=int, nargs="+", default=[16, 32, 64, 128])
+    add("--lengths", type=int, nargs="+", default=[1024, 2048, 4096, 8192, 16384, 32768])
+    add("--half-life", type=float, default=100, help="tokens in which the decay halves (bounds)")
+    tolerance = "largest importance term left out of a logit"
+    add("--tolerance", type=float, default=TOLERANCE, help=tolerance)
+    tile = "queries and keys of a block; 1 1: causal scores alone"
+    add("--tile", type=int, nargs=2, default=[1, 1], help=tile)
+    args = parser.parse_args(arguments)
     if any(length < 1 or args.tokens < length or args.tokens % length for length in args.lengths):
         parser.error(
             f"--tokens must be a multiple of every length, got {args.tokens} and {args.lengths}"
         )
-    device, tile, width = DEVICES[args.device], tuple(args.tile), args.head_width
-    print(
-        f"{args.device}: {device.tflops} TFLOP/s, {device.terabytes} TB/s; {args.tokens} tokens, {args.heads} heads of {width}"
-    )
-    print(
-        f"half-life {args.half_life:g}, tolerance {args.tolerance:.3g}; scores in blocks of {tile[0]} x {tile[1]}"
-    )
-    print(
-        "fwd: GFLOP of the forward; then GFLOP, MB and the bound in ms of forward + backward; x: that bound over plain's"
-    )
-    part = f"{'fwd':>6} {'GFLOP':>6} {'MB':>6} {'ms':>7} {'x':>5}"
-    print(
-        f"{'':11} | {'plain':^34} | {'exact':^34} | {'exact within the horizon':^34} | augmented padded  eager"
-    )
-    print(f"{'L':>6} {'Ds':>4} | {part} | {part} | {part} | {'x':>9} {'x':>6} {'x':>6}")
-    for length in args.lengths:
-        for state_width in args.state_widths:
-            shape = Shape(args.tokens // length, length, args.heads, width, state_width, width)
-            print(
-                line(
-                    shape, device, horizon_tokens(state_width, args.half_life, args.tolerance), tile
-                )
-            )
-
-    print(
-        f"\nshare of importance products made, in %\n{'half-life':>9} {'Ds':>4} {'horizon':>8} | L",
-        end="",
-    )
-    print(*(f"{length:>6}" for length in args.lengths))
-    for half_life in (10, 100, 1000, math.inf):
-        for state_width in args.state_widths:
-            near = horizon_tokens(state_width, half_life, args.tolerance)
-            shares = (
-                f"{100 * importance_share(length, near, tile):6.1f}" for length in args.lengths
-            )
-            print(f"{half_life:9g} {state_width:4} {near:8.0f} |  ", *shares)
-
-
-if __name__ == "__main__":
-    main()
+    print_bounds(args)
+    print_shares(args)
+    return 0

@@ -17,40 +17,26 @@ from sisa_kernels.triton.tiles import tuned_tiles
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
-RATIOS = (
-    "baseline",
-    "ratio",
-    "ratio_p20",
-    "ratio_p80",
-)  # to its time: of medians; percentiles of the rounds' own ratios
-TIMES = (
-    "rounds",
-    "ms_p20",
-    "ms_p50",
-    "ms_p80",
-    *RATIOS,
-    "over_bound",
-    "rate",
-    "unit",
-    "formula",
-    "peak_mib",
-)
+PYTEST = ("-c", str(ROOT / "pyproject.toml"), f"--rootdir={ROOT}")  # from whatever folder
+# Of a time to the baseline's: of the medians; percentiles of the rounds' own ratios.
+RATIOS = ("baseline", "ratio", "ratio_p20", "ratio_p80")
+RATES = ("over_bound", "rate", "unit", "formula", "peak_mib")
+TIMES = ("rounds", "ms_p20", "ms_p50", "ms_p80", *RATIOS, *RATES)
 WHERE = ("device", "threads", "driver", "cuda", "torch", "triton", "tiles", "commit", "date")
 COLUMNS = ("op", "path", "mode", "dtype", "shape", "pass", *TIMES, "status", *WHERE)
 CODE = ("csrc", "sisa_kernels", "sisa_model", "bench/*.py")  # what a row's numbers depend on
 
 
 def append(path: Path, columns: Sequence[str], values: dict[str, Any]) -> dict[str, str]:
-    """Append a row to a CSV file, made with its header where absent; ValueError where the file has
-    other columns.
-    """
+    """Append a row to a CSV file, made with its header where absent; ValueError: other columns."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "a+", newline="", encoding="utf-8") as file:
         file.seek(0)
         header = next(csv.reader(file), None)
         if header not in (None, list(columns)):
             raise ValueError(
-                f"{path} has other columns than this bench writes: keep it elsewhere, or choose another folder"
+                f"{path} has other columns than this bench writes: "
+                "keep it elsewhere, or choose another folder"
             )
         writer = csv.DictWriter(file, columns)
         if header is None:
@@ -73,16 +59,12 @@ def now() -> str:
 
 
 def output_of(*command: str) -> str:
-    """What a command prints, or "unknown" where it is absent or fails."""
+    """What a command prints, or "unknown" where it is absent, fails or prints nothing."""
     try:
-        return (
-            subprocess.run(
-                command, cwd=ROOT, capture_output=True, text=True, check=True
-            ).stdout.strip()
-            or "unknown"
-        )
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
+    return done.stdout.strip() or "unknown"
 
 
 def cpu_name() -> str:
@@ -103,25 +85,32 @@ def version(package: str) -> str:
         return "none"
 
 
+def commit_of_the_code() -> str:
+    """SISA_COMMIT, or HEAD, which ends in "+" where code differs from it."""
+    given = os.environ.get("SISA_COMMIT", "")
+    if given:
+        return given
+    commit = output_of("git", "rev-parse", "--short", "HEAD")
+    changed = output_of("git", "diff", "--name-only", "HEAD", "--", *CODE)
+    return commit if changed == "unknown" else f"{commit}+"
+
+
+def driver_version() -> str:
+    """The NVIDIA driver's."""
+    query = ("--query-gpu=driver_version", "--format=csv,noheader")
+    return output_of("nvidia-smi", *query).partition("\n")[0]
+
+
 def provenance(device: torch.device) -> dict[str, str]:
-    """Where a row comes from. ``commit`` ends in "+" where code differs from it."""
-    commit, driver = os.environ.get("SISA_COMMIT", ""), ""
-    if not commit:
-        commit = output_of("git", "rev-parse", "--short", "HEAD")
-        commit += (
-            "" if output_of("git", "diff", "--name-only", "HEAD", "--", *CODE) == "unknown" else "+"
-        )
-    if device.type == "cuda":
-        driver = output_of(
-            "nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"
-        ).partition("\n")[0]
+    """Where a row comes from: the columns of ``WHERE`` but for the date."""
+    on_gpu = device.type == "cuda"
     return {
-        "device": torch.cuda.get_device_name() if device.type == "cuda" else cpu_name(),
+        "device": torch.cuda.get_device_name() if on_gpu else cpu_name(),
         "threads": str(torch.get_num_threads()),
-        "driver": driver,
+        "driver": driver_version() if on_gpu else "",
         "cuda": str(torch.version.cuda),
         "torch": torch.__version__,
         "triton": version("triton"),
         "tiles": "tuned" if tuned_tiles() else "table",
-        "commit": commit,
+        "commit": commit_of_the_code(),
     }

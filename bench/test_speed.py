@@ -1,13 +1,9 @@
-"""``pytest bench``: every op and layer beside its rivals on the CPU, and rows appended to
-bench/results/<section>.csv.
+"""What ``python -m bench cpu`` runs: a test is one case, its row goes to <section>.csv.
 
-A test is one case: the cases of a problem are checked against the fp64 oracle and then timed in
-turns, in the first of their tests; one that fails its check has no number, and its test fails. ``-k
-'attention and 2048'`` chooses, ``SISA_BENCH_OUT`` is another folder for the rows,
-``SISA_BENCH_QUICK=1`` takes tiny sizes, kept only in such a folder, OMP_NUM_THREADS sets the
-threads. pytest-benchmark's own loop times one function at a time, and what else runs on the machine
-would slow one and spare the other: it is given the rounds that were timed in turns through a clock
-that replays them."""
+The cases of a problem are checked against the fp64 oracle and then timed in turns, in the first of
+their tests; one that fails its check has no number, and its test fails. pytest-benchmark's own loop
+times one function at a time, and what else runs on the machine would slow one and spare the other:
+it is given the rounds that were timed in turns through a clock that replays them."""
 
 import functools
 import os
@@ -41,18 +37,20 @@ def parameters():
     for section, groups in SECTIONS.items():
         for group in groups():
             for case in group.cases:
-                clock, dtype = Clock(), str(group.setting.dtype)[6:]
+                clock = Clock()
+                dtype = str(group.setting.dtype)[6:]
                 name = f"{section} {dtype} {case.shape} {case.passes}"
                 mark = pytest.mark.benchmark(group=name, timer=clock.read)
-                yield pytest.param(
-                    group, case, clock, marks=mark, id=f"{name} {case.path}".replace(" ", "-")
-                )
+                test = f"{name} {case.path}".replace(" ", "-")
+                yield pytest.param(group, case, clock, marks=mark, id=test)
 
 
 @pytest.fixture(scope="session")
 def results(tmp_path_factory) -> Path:
     folder = os.environ.get("SISA_BENCH_OUT")
-    return Path(folder) if folder else tmp_path_factory.mktemp("results") if QUICK else RESULTS
+    if folder:
+        return Path(folder)
+    return tmp_path_factory.mktemp("results") if QUICK else RESULTS
 
 
 @functools.cache
@@ -72,18 +70,13 @@ def test_speed(group, case, clock, benchmark, results, request, capsys):
     row, series = measured(replace(group, cases=chosen), results)[case]
     if not series:
         pytest.fail(row["status"], pytrace=False)
-    clock.series = [
-        *series,
-        0.0,
-    ]  # the last for the call that pytest-benchmark makes after its rounds
+    # The last for the call that pytest-benchmark makes after its rounds.
+    clock.series = [*series, 0.0]
     benchmark.extra_info.update(row)
     benchmark.pedantic(clock.pass_a_round, rounds=len(series))
-    ratio = (
-        f"{row['ratio']} ({row['ratio_p20']} to {row['ratio_p80']})"
-        if row["ratio"]
-        else "no baseline chosen"
-    )
+    ratio = "no baseline chosen"
+    if row["ratio"]:
+        ratio = f"ratio {row['ratio']} ({row['ratio_p20']} to {row['ratio_p80']})"
+    took = f"{float(row['ms_p50']):.2f} ms"
     with capsys.disabled():
-        print(
-            f"\n{request.node.callspec.id}: {float(row['ms_p50']):.2f} ms, ratio {ratio}, peak {row['peak_mib']} MiB"
-        )
+        print(f"\n{request.node.callspec.id}: {took}, {ratio}, peak {row['peak_mib']} MiB")

@@ -25,21 +25,25 @@ T = TypeVar("T")
 
 @dataclass
 class Run:
-    """What the sections share. ``timer`` takes the calls of a problem and gives the milliseconds of
-    each round of each.
-    """
+    """What the sections share."""
 
     setting: Setting
-    out: Path
+    out: Path  # folder of the rows
     minutes: float  # of a section
-    timer: Callable[[Calls], list[list[float]]]
+    timer: Callable[[Calls], list[list[float]]]  # milliseconds of each round of each call
     provenance: dict[str, str] = field(default_factory=dict)
     deadline: float = float("inf")  # of time.monotonic()
 
     def add(self, op: str, path: str, status: str, **values: Any) -> dict[str, str]:
-        """Append a row to the section's file; those of ``COLUMNS`` that are not given stay empty."""
+        """Append a row to the section's file; the columns that are not given stay empty."""
         row = self.provenance | {"op": op, "path": path, "status": status, "date": now()} | values
         return append(self.out / f"{op}.csv", COLUMNS, row)
+
+    def add_case(self, case: Case, status: str, **values: Any) -> dict[str, str]:
+        """Append a case's row."""
+        values |= {"mode": case.mode, "shape": case.shape, "pass": case.passes}
+        dtype = str(self.setting.dtype)[6:]
+        return self.add(case.op, case.path, status, dtype=dtype, **values)
 
     def rows(self, op: str, since: str = "") -> list[dict[str, str]]:
         """The rows of a section from a date on."""
@@ -47,12 +51,9 @@ class Run:
 
     def failed_tests(self) -> list[str]:
         """The tests whose newest outcome at this commit, on this device, is a failure."""
-        keys = ("commit", "device", "torch")
-        newest = {
-            r["path"]: r["status"]
-            for r in self.rows("tests")
-            if all(r[k] == self.provenance.get(k, "") for k in keys)
-        }
+        here = {key: self.provenance.get(key, "") for key in ("commit", "device", "torch")}
+        mine = [row for row in self.rows("tests") if row.items() >= here.items()]
+        newest = {row["path"]: row["status"] for row in mine}
         return [test for test, status in newest.items() if status.startswith("failed")]
 
 
@@ -63,18 +64,17 @@ def gpu_milliseconds(calls: Calls, seconds: float = 3.0) -> list[list[float]]:
     """The milliseconds of each call on the GPU in each of 10 to 50 rounds, as many as fit in
     ``seconds``.
     """
-    flush = torch.empty(
-        1 << 28, dtype=torch.int8, device="cuda"
-    )  # 256 MiB, several times any L2 cache
+    # 256 MiB, several times any L2 cache.
+    flush = torch.empty(1 << 28, dtype=torch.int8, device="cuda")
 
     def one_round() -> list[float]:
         events = []
         for call in calls:
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start = torch.cuda.Event(enable_timing=True)
+            end = torch.cuda.Event(enable_timing=True)
             flush.zero_()
-            torch.cuda._sleep(
-                4_000_000
-            )  # about 2 ms, in which the host gets ahead: its launches are not what is measured
+            # About 2 ms, in which the host gets ahead: its launches are not what is measured.
+            torch.cuda._sleep(4_000_000)
             start.record()
             call()
             end.record()
@@ -107,31 +107,37 @@ def _rounds(one_round: Callable[[], list[float]], seconds: float, least: int) ->
     """
     begin = time.monotonic()
     one_round()
-    rounds = int(seconds / (time.monotonic() - begin))
-    return [
-        list(series) for series in zip(*(one_round() for _ in range(max(least, min(50, rounds)))))
-    ]
+    fitting = int(seconds / (time.monotonic() - begin))
+    rounds = [one_round() for _ in range(max(least, min(50, fitting)))]
+    return [list(series) for series in zip(*rounds)]
 
 
 def peak_mib(call: Callable[[], object], device: torch.device) -> str:
-    """The most memory that a call holds beyond what was held before, in MiB; on a CPU from the
-    profiler's records.
-    """
-    if device.type != "cuda":
-        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as trace:
-            call()
-        live = peak = 0
-        for event in sorted(trace.profiler.kineto_results.events(), key=lambda e: e.start_ns()):
-            if event.name() == "[memory]":
-                live += event.nbytes()
-                peak = max(peak, live)
-        return f"{peak / 2**20:.1f}"
+    """The most memory that a call holds beyond what was held before, in MiB."""
+    peak = gpu_peak(call) if device.type == "cuda" else cpu_peak(call)
+    return f"{peak / 2**20:.1f}"
+
+
+def gpu_peak(call: Callable[[], object]) -> int:
+    """Bytes, by PyTorch's allocator."""
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     call()
     torch.cuda.synchronize()  # an error of the kernels shows here at the latest
-    return f"{(torch.cuda.max_memory_allocated() - before) / 2**20:.1f}"
+    return torch.cuda.max_memory_allocated() - before
+
+
+def cpu_peak(call: Callable[[], object]) -> int:
+    """Bytes, by the profiler's records of what is allocated and freed."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as trace:
+        call()
+    live = peak = 0
+    for event in sorted(trace.profiler.kineto_results.events(), key=lambda e: e.start_ns()):
+        if event.name() == "[memory]":
+            live += event.nbytes()
+            peak = max(peak, live)
+    return peak
 
 
 def attempt(function: Callable[[], T]) -> tuple[T | None, str]:
@@ -156,7 +162,8 @@ def say_once(line: str) -> None:
 
 def warm(case: Case, device: torch.device) -> tuple[Callable[[], object], str]:
     """What is timed, compiled and warm, and its peak in MiB."""
-    call, begin = case.make(), time.monotonic()
+    call = case.make()
+    begin = time.monotonic()
     for _ in range(WARM_CALLS):
         call()
         if time.monotonic() - begin > WARM_SECONDS:
@@ -164,85 +171,95 @@ def warm(case: Case, device: torch.device) -> tuple[Callable[[], object], str]:
     return call, peak_mib(call, device)
 
 
-Measured = tuple[
-    dict[str, str], list[float]
-]  # a case's row, and its milliseconds in each round (none: the row's status says why)
+# A case's row, and its milliseconds in each round (none: the row's status says why).
+Measured = tuple[dict[str, str], list[float]]
 
 
 def measure(run: Run, cases: Sequence[Case]) -> dict[Case, Measured]:
     """Check every case, time those that may be timed, in turns, and append a row for each."""
-    tests, allowed, ready, series = run.failed_tests(), [], [], None
     measured: dict[Case, Measured] = {}
 
-    def add(case: Case, status: str, ms: Sequence[float] = (), **values: Any) -> None:
-        fixed = {
-            "mode": case.mode,
-            "dtype": str(run.setting.dtype)[6:],
-            "shape": case.shape,
-            "pass": case.passes,
-        }
-        measured[case] = run.add(case.op, case.path, status, **fixed, **values), list(ms)
+    def refuse(case: Case, why: str) -> None:
+        measured[case] = run.add_case(case, why), []
 
+    failed_tests = run.failed_tests()
+    allowed = []
     for case in cases:
-        guilty = next(
-            (test for test in tests if case.proofs and re.search(case.proofs, test)), None
-        )
-        wrong, raised = (
-            (f"refused, its test failed: {guilty}", "") if guilty else attempt(case.check)
-        )
-        if wrong or raised:
-            add(case, wrong or raised)
+        why = refusal(case, failed_tests)
+        if why:
+            refuse(case, why)
         else:
             allowed.append(case)
-    # the checks' sizes are forgotten: compiled for these alone, as a training run has them
+    # The checks' sizes are forgotten: compiled for these alone, as a training run has them.
     torch._dynamo.reset()
+    ready = {}
     for case in allowed:
-        prepared, raised = attempt(partial(warm, case, run.setting.device))
+        prepared, why = attempt(partial(warm, case, run.setting.device))
         if prepared is None:
-            add(case, raised)
+            refuse(case, why)
         else:
-            ready.append((case, *prepared))
-    if ready:
-        series, raised = attempt(lambda: run.timer([call for _, call, _ in ready]))
-        if series is None:
-            for case, _, _ in ready:
-                add(case, raised)
-    fastest: dict[str, tuple[str, list[float]]] = {}
-    for (case, _, _), ms in zip(ready, series or []):
-        if case.baseline and not (
-            case.passes in fastest
-            and statistics.median(fastest[case.passes][1]) <= statistics.median(ms)
-        ):
-            fastest[case.passes] = case.path, ms
-    for (case, _, peak), ms in zip(ready, series or []):
-        p20, p50, p80 = percentiles(ms)
-        values = {
-            "rounds": len(ms),
-            "ms_p20": f"{p20:.4f}",
-            "ms_p50": f"{p50:.4f}",
-            "ms_p80": f"{p80:.4f}",
-            "peak_mib": peak,
-        }
-        if case.passes in fastest:
-            name, base = fastest[case.passes]
-            low, _, high = percentiles([mine / its for mine, its in zip(ms, base)])
-            ratio = p50 / statistics.median(base)
-            values |= {
-                "baseline": name,
-                "ratio": f"{ratio:.3f}",
-                "ratio_p20": f"{low:.3f}",
-                "ratio_p80": f"{high:.3f}",
-            }
-        if case.bound:
-            values["over_bound"] = f"{p50 / case.bound:.2f}"
-        if case.work:
-            values |= {
-                "rate": f"{case.work / (1e-3 * p50):.4g}",
-                "unit": case.unit,
-                "formula": case.formula,
-            }
-        add(case, "ok", ms, **values)
+            ready[case] = prepared
+    if not ready:
+        return measured
+    series, why = attempt(lambda: run.timer([call for call, _ in ready.values()]))
+    if series is None:
+        for case in ready:
+            refuse(case, why)
+        return measured
+    times = dict(zip(ready, series))
+    for case, ms in times.items():
+        baseline = fastest_baseline(times, case.passes)
+        values = timing_columns(case, ms) | ratio_columns(ms, baseline, times)
+        row = run.add_case(case, "ok", peak_mib=ready[case][1], **values)
+        measured[case] = row, list(ms)
     return measured
+
+
+def refusal(case: Case, failed_tests: Sequence[str]) -> str:
+    """Why a case must not be timed: a failed test or check of it; empty: it may be."""
+    proofs = [test for test in failed_tests if case.proofs and re.search(case.proofs, test)]
+    if proofs:
+        return f"refused, its test failed: {proofs[0]}"
+    wrong, raised = attempt(case.check)
+    return wrong or raised
+
+
+def fastest_baseline(times: dict[Case, list[float]], passes: str) -> Case | None:
+    """What the cases of the same passes are measured against; None: no baseline was timed."""
+    found = [case for case in times if case.baseline and case.passes == passes]
+    return min(found, key=lambda case: statistics.median(times[case]), default=None)
+
+
+def timing_columns(case: Case, ms: Sequence[float]) -> dict[str, Any]:
+    """Times of a case, over its bound, and its work a second."""
+    p20, p50, p80 = percentiles(ms)
+    values: dict[str, Any] = {
+        "rounds": len(ms),
+        "ms_p20": f"{p20:.4f}",
+        "ms_p50": f"{p50:.4f}",
+        "ms_p80": f"{p80:.4f}",
+        "rate": f"{case.work.amount / (1e-3 * p50):.4g}",
+        "unit": case.work.unit,
+        "formula": case.work.formula,
+    }
+    if case.bound:
+        values["over_bound"] = f"{p50 / case.bound:.2f}"
+    return values
+
+
+def ratio_columns(
+    ms: Sequence[float], baseline: Case | None, times: dict[Case, list[float]]
+) -> dict[str, str]:
+    """A case's times over the baseline's in the same rounds."""
+    if baseline is None:
+        return {}
+    low, _, high = percentiles([mine / its for mine, its in zip(ms, times[baseline])])
+    return {
+        "baseline": baseline.path,
+        "ratio": f"{percentiles(ms)[1] / statistics.median(times[baseline]):.3f}",
+        "ratio_p20": f"{low:.3f}",
+        "ratio_p80": f"{high:.3f}",
+    }
 
 
 def percentiles(values: Sequence[float]) -> tuple[float, float, float]:

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from sisa_model.interop.llama import LlamaSisaAttention, replace_attention
+from sisa_model.adapt import LlamaSisaAttention, replace_attention
 
 LENGTH, BATCH = 256, 4
 
@@ -22,9 +22,8 @@ LENGTH, BATCH = 256, 4
 def text() -> torch.Tensor:
     """The bytes of some of the standard library's modules, [tokens] int64."""
     folder = Path(sysconfig.get_path("stdlib"))
-    return torch.tensor(
-        list(b"\n".join(path.read_bytes() for path in sorted(folder.glob("*.py"))[:40]))
-    )
+    files = sorted(folder.glob("*.py"))[:40]
+    return torch.tensor(list(b"\n".join(path.read_bytes() for path in files)))
 
 
 def train(model: LlamaForCausalLM, data: torch.Tensor, steps: int) -> float:
@@ -62,7 +61,8 @@ def main(steps: int) -> dict[str, float]:
         num_key_value_heads=2,
         max_position_embeddings=LENGTH,
     )
-    model, data = LlamaForCausalLM(config), text()
+    model = LlamaForCausalLM(config)
+    data = text()
     found = {"pretrained": train(model, data, steps)}
 
     probe = data[None, :LENGTH]
@@ -75,13 +75,11 @@ def main(steps: int) -> dict[str, float]:
         m.lam().max().item() for m in model.modules() if isinstance(m, LlamaSisaAttention)
     )
 
-    print(
-        f"loss after {steps} steps of the plain Llama        {found['pretrained']:.4f} nats a byte"
-    )
+    plain, tuned = found["pretrained"], found["fine-tuned"]
+    print(f"loss after {steps} steps of the plain Llama        {plain:.4f} nats a byte")
     print(f"one text before and after replace_attention  {before:.6f} {after:.6f}")
-    print(
-        f"loss after {steps} more steps with SISA            {found['fine-tuned']:.4f}; largest lambda {found['lambda']:.5f}"
-    )
+    print(f"loss after {steps} more steps with SISA            {tuned:.4f}")
+    print(f"largest lambda                               {found['lambda']:.5f}")
     return found
 
 

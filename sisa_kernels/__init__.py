@@ -1,6 +1,7 @@
-"""Exact SISA attention: operators on tensors (``import sisa_kernels as sk``); ``python -m
-sisa_kernels`` checks this machine.
-"""
+"""Exact SISA attention: operators on tensors (``import sisa_kernels as sk``).
+
+What lives here takes tensors and returns tensors: no ``nn.Module``, no configuration, nothing of
+``sisa_model``. ``python -m sisa_kernels`` checks this machine."""
 
 from sisa_kernels import reference
 from sisa_kernels.attention import backends, sisa_attention

@@ -1,61 +1,62 @@
-"""``python -m sisa_kernels``: the build, the devices, every backend, and each path's error against
-the fp64 oracle.
-"""
+"""``python -m sisa_kernels``: the build, the devices, and every path's error against the oracle."""
 
-import functools
 import os
 import platform
 import time
 
 import torch
+from torch import Tensor
 
 from sisa_kernels import __version__, _extension, backends, sisa_attention
-from sisa_kernels.selfcheck import NAMES, described, oracle, problem, relative_errors, results
+from sisa_kernels.inputs import SisaInputs
+from sisa_kernels.selfcheck import described
+from sisa_kernels.testing import ValueAndGrads, oracle, problem, relative_errors, value_and_grads
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 CASES = {"weak decay": -5.0, "strong decay": 1.0}
 LENGTH = 1000
+PATHS = (("exact", "triton"), ("exact", "chunked"), ("exact", "one_call"), ("clamped", "one_call"))
 
 
 def self_check(device: torch.device) -> list[str]:
     """One line a (decay, dtype, mode, backend): error of y, the worst gradient's error and name,
     time of forward + backward.
     """
-    lines = [
-        f"{'decay':13} {'dtype':9} {'mode':8} {'backend':8} {'error of y':>11} {'worst gradient':>22} {'fwd+bwd ms':>11}"
-    ]
-    paths = [("exact", "sdpa"), ("exact", "flash"), ("clamped", "flash")]
-    if device.type == "cuda":
-        paths.insert(0, ("exact", "triton"))
+    columns = f"{'error of y':>11} {'worst gradient':>22} {'fwd+bwd ms':>11}"
+    lines = [f"{'decay':13} {'dtype':9} {'mode':8} {'backend':8} {columns}"]
+    paths = PATHS if device.type == "cuda" else PATHS[1:]
     for name, decay in CASES.items():
         for dtype in DTYPES:
-            inputs, dy = problem(device, dtype, L=LENGTH, decay=decay)
-            right = oracle(inputs, dy)
+            small = problem(L=LENGTH, decay=decay, dtype=dtype, device=device)
+            right = oracle(*small)
             for mode, backend in paths:
                 head = f"{name:13} {str(dtype)[6:]:9} {mode:8} {backend:8}"
-                attend = functools.partial(sisa_attention, mode=mode, backend=backend)
                 try:
-                    found = results(
-                        attend, inputs, dy
-                    )  # also pays for what a first call registers and compiles
+                    lines.append(f"{head} {_row(small, right, mode=mode, backend=backend)}")
                 except Exception as error:  # whatever keeps a path from running here
                     lines.append(f"{head} {described(error)}")
-                    continue
-                start = time.perf_counter()
-                results(attend, inputs, dy)
-                if device.type == "cuda":
-                    torch.cuda.synchronize()
-                elapsed = 1e3 * (time.perf_counter() - start)
-                error_y, *errors = relative_errors(found, right)
-                worst, grad = max(zip(errors, NAMES))
-                lines.append(f"{head} {error_y:11.1e} {worst:12.1e} {grad:>9} {elapsed:11.1f}")
     return lines
 
 
+def _row(small: tuple[SisaInputs, Tensor], right: ValueAndGrads, **choice: str) -> str:
+    """The errors of a path, and its time once it has registered and compiled what it needs."""
+    inputs, dy = small
+    found = value_and_grads(sisa_attention, inputs, dy, **choice)
+    start = time.perf_counter()
+    value_and_grads(sisa_attention, inputs, dy, **choice)
+    if dy.device.type == "cuda":
+        torch.cuda.synchronize()
+    elapsed = 1e3 * (time.perf_counter() - start)
+    errors = relative_errors(found, right)
+    error_y = errors.pop("y")
+    worst = max(errors, key=lambda name: errors[name])
+    return f"{error_y:11.1e} {errors[worst]:12.1e} {worst:>9} {elapsed:11.1f}"
+
+
 def main() -> None:
-    print(
-        f"sisa_kernels {__version__}   torch {torch.__version__}   Python {platform.python_version()}   {platform.platform()}"
-    )
+    python = f"Python {platform.python_version()}"
+    versions = (f"sisa_kernels {__version__}", f"torch {torch.__version__}", python)
+    print("   ".join((*versions, platform.platform())))
     print(f"extension: {_extension.STATE}\n{_extension.build_info()}".strip())
     print(f"cpu: {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads")
     devices = [torch.device("cpu")]
@@ -73,13 +74,10 @@ def main() -> None:
     if forced is not None:
         print(f"SISA_BACKEND={forced} does not count below: each row is the path that it names")
     for device in devices:
-        print(
-            f"\nself-check on {device}, length {LENGTH}: relative error against the fp64 oracle of Eq. 2"
-        )
+        print(f"\nself-check on {device}, length {LENGTH}: ", end="")
+        print("relative error against the fp64 oracle of Eq. 2")
         print("\n".join(self_check(device)))
-    print(
-        "\nThe clamped rows show what the published formulation loses once the range of g passes 22."
-    )
+    print("\nThe clamped rows show what the published formulation loses once g's range passes 22.")
 
 
 if __name__ == "__main__":

@@ -14,9 +14,7 @@ ISAS = ("DEFAULT", "AVX2", "AVX512")  # each contains the ones before
 
 
 def _read_record(path: Path) -> dict[str, str]:
-    """The build record kept in the extension's file (csrc/sisa.cpp), read without running any of
-    its code.
-    """
+    """The build record in the extension's file (csrc/sisa.cpp), read without running its code."""
     start = path.read_bytes().partition(b"sisa build record\n")[2]
     return dict(line.split("=", 1) for line in start.partition(b"\0")[0].decode().splitlines())
 
@@ -46,8 +44,8 @@ LOADED = STATE == "available"
 
 if not LOADED and os.environ.get("SISA_EXTENSION") != "0":
     warnings.warn(
-        f"sisa_kernels runs in plain PyTorch, slower: its compiled extension is {STATE}. To build it: {REBUILD}; "
-        "to silence this: SISA_EXTENSION=0",
+        "sisa_kernels runs in plain PyTorch, slower: its compiled extension is "
+        f"{STATE}. To build it: {REBUILD}; to silence this: SISA_EXTENSION=0",
         RuntimeWarning,
         stacklevel=2,
     )

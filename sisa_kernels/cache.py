@@ -1,6 +1,4 @@
-"""TokenCache: what a layer of attention keeps of the tokens so far, in buffers that grow and of
-which no old entry is rewritten.
-"""
+"""TokenCache: what a layer of attention keeps of the tokens so far, no entry ever rewritten."""
 
 import torch
 from torch import Tensor
@@ -28,7 +26,7 @@ def write(buffer: Tensor, x: Tensor, lengths: list[int]) -> None:
 
 
 def take(x: Tensor, starts: list[int], count: int) -> Tensor:
-    """A copy of each row's ``count`` entries from ``starts[r]`` on: [B, L, ...] -> [B, count, ...]."""
+    """A copy of each row's ``count`` entries from ``starts[r]``: [B, L, ...] -> [B, count, ...]."""
     start = uniform(starts)
     if start is not None:
         return x[:, start : start + count].clone()
@@ -41,24 +39,23 @@ def last(x: Tensor, lengths: list[int]) -> Tensor:
 
 
 def visible(lengths: list[int], new: int, device: torch.device) -> Tensor:
-    """Which slots each of ``new`` tokens behind ``lengths`` sees: itself and all before, bool [B,
-    1, new, max(lengths) + new].
-    """
-    own = torch.tensor(lengths, device=device)[:, None] + torch.arange(new, device=device)
-    return (torch.arange(max(lengths) + new, device=device) <= own[..., None])[:, None]
+    """Which slots each of ``new`` tokens behind ``lengths`` sees: itself and all before.
+
+    bool [B, 1, new, max(lengths) + new]."""
+    held = torch.tensor(lengths, device=device)[:, None]
+    place = held + torch.arange(new, device=device)
+    slots = torch.arange(max(lengths) + new, device=device)
+    return (slots <= place[..., None])[:, None]
 
 
 def check_lengths(lengths: list[int], held: list[int], length: int, name: str = "lengths") -> None:
-    """Raise ValueError unless ``lengths`` are the real tokens of each row of the first [batch,
+    """Raise ValueError unless ``lengths`` are the real tokens of each row, of the first [batch,
     length] into an empty cache.
     """
     if any(held):
         raise ValueError(f"{name} is for the first tokens of an empty cache, this one holds {held}")
-    if (
-        not isinstance(lengths, (list, tuple))
-        or len(lengths) != len(held)
-        or not all(isinstance(n, int) and 1 <= n <= length for n in lengths)
-    ):
+    fitting = isinstance(lengths, (list, tuple)) and len(lengths) == len(held)
+    if not fitting or not all(isinstance(n, int) and 1 <= n <= length for n in lengths):
         raise ValueError(f"{name} must be {len(held)} integers from 1 to {length}, got {lengths}")
 
 
@@ -95,29 +92,37 @@ class TokenCache:
             raise ValueError("a cache needs at least one tensor of new tokens, got none")
         odd = self.buffers.keys() ^ new.keys()
         if self.buffers and odd:
+            names = ", ".join(sorted(odd))
             raise ValueError(
-                f"{', '.join(sorted(odd))}: the cache holds {', '.join(self.buffers)}, got {', '.join(new)}"
+                f"{names}: the cache holds {', '.join(self.buffers)}, got {', '.join(new)}"
             )
         first, length = next((name, x.shape[1]) for name, x in new.items())
         for name, x in new.items():
-            batch, tokens, *rest = x.shape
-            if batch != len(self.lengths):
-                raise ValueError(
-                    f"{name} must have the cache's batch of {len(self.lengths)}, got {batch}"
-                )
-            if tokens != length:
-                raise ValueError(f"{name} must have {length} tokens like {first}, got {tokens}")
-            held = self.buffers.get(name)
-            if held is not None and [held.shape[1], *held.shape[3:]] != rest:
-                raise ValueError(
-                    f"{name} must be [heads, channels] {[held.shape[1], *held.shape[3:]]} as in the cache, got {rest}"
-                )
-            if held is not None and (held.dtype, held.device) != (x.dtype, x.device):
-                raise ValueError(
-                    f"{name} must be {held.dtype} on {held.device} as in the cache, got {x.dtype} on {x.device}"
-                )
+            if x.shape[1] != length:
+                raise ValueError(f"{name} must have {length} tokens like {first}, got {x.shape[1]}")
+            self._check_like_held(name, x)
         if lengths is not None:
             check_lengths(lengths, self.lengths, length)
+
+    def _check_like_held(self, name: str, x: Tensor) -> None:
+        batch, _, *rest = x.shape
+        if batch != len(self.lengths):
+            raise ValueError(
+                f"{name} must have the cache's batch of {len(self.lengths)}, got {batch}"
+            )
+        held = self.buffers.get(name)
+        if held is None:
+            return
+        wanted = [held.shape[1], *held.shape[3:]]
+        if wanted != rest:
+            raise ValueError(
+                f"{name} must be [heads, channels] {wanted} as in the cache, got {rest}"
+            )
+        if (held.dtype, held.device) != (x.dtype, x.device):
+            raise ValueError(
+                f"{name} must be {held.dtype} on {held.device} as in the cache, "
+                f"got {x.dtype} on {x.device}"
+            )
 
     def reserve(self, new: dict[str, Tensor]) -> None:
         """Make room for tokens such as ``new`` [B, T, heads(, channels)], of which only shape,
@@ -126,13 +131,13 @@ class TokenCache:
         buffers = {}
         for name, x in new.items():
             batch, length, heads, *channels = x.shape
-            needed, held = max(self.lengths) + length, self.buffers.get(name)
+            needed = max(self.lengths) + length
+            held = self.buffers.get(name)
             if held is None or held.shape[2] < needed:
+                capacity = max(MIN_CAPACITY, needed + needed // 2)
                 # Zeros: a slot behind a row's tokens has weight 0 in its softmax, which a NaN there
                 # would survive.
-                grown = x.new_zeros(
-                    batch, heads, max(MIN_CAPACITY, needed + needed // 2), *channels
-                )
+                grown = x.new_zeros(batch, heads, capacity, *channels)
                 if held is not None:
                     grown[:, :, : held.shape[2]] = held
                 buffers[name] = grown

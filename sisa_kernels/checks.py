@@ -1,6 +1,4 @@
-"""Argument checks of the attention operators: every error names the argument, what was given and
-what is allowed.
-"""
+"""Argument checks: every error names the argument, what was given and what is allowed."""
 
 import itertools
 import math
@@ -8,9 +6,9 @@ import math
 import torch
 from torch import Tensor
 
-MODES = ("exact", "clamped")
+from sisa_kernels.inputs import MODES, Rotary, ScoreInputs, SisaInputs
+
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-Rotary = tuple[Tensor, Tensor]
 
 
 def check_tensor(
@@ -20,9 +18,7 @@ def check_tensor(
     dtypes: tuple[torch.dtype, ...],
     device: torch.device,
 ) -> None:
-    """Raise TypeError/ValueError unless ``x`` is a tensor of exactly this shape and device and one
-    of these dtypes.
-    """
+    """Raise TypeError/ValueError unless ``x`` is a tensor of this shape, dtype and device."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
     if tuple(x.shape) != shape:
@@ -43,9 +39,9 @@ def wide_dtypes(q: Tensor) -> tuple[torch.dtype, ...]:
 
 
 def check_rotary(rotary: Rotary | None, q: Tensor, by_row: bool = False) -> None:
-    """Check the rotary tables of ``q`` [B, L, H, Dh], a pair [L, Dh / 2] of constants; ``by_row``:
-    or [B, L, Dh / 2].
-    """
+    """Check the rotary tables of ``q`` [B, L, H, Dh]: a pair of constants [L, Dh / 2].
+
+    ``by_row``: or [B, L, Dh / 2]."""
     if rotary is None:
         return
     if not isinstance(rotary, (tuple, list)) or len(rotary) != 2:
@@ -63,24 +59,17 @@ def check_rotary(rotary: Rotary | None, q: Tensor, by_row: bool = False) -> None
 
 
 def check_documents(cu_seqlens: Tensor | None, q: Tensor) -> None:
-    """Check the bounds of the documents packed into ``q`` [1, L, ...]; on a GPU their values are
-    asserted without a wait.
-    """
+    """Check the bounds of the documents packed into ``q`` [1, L, ...].
+
+    On a GPU their values are asserted there, which waits for nothing."""
     if cu_seqlens is None:
         return
+    wanted = "cu_seqlens must be an int32 tensor [documents + 1], got"
+    if not isinstance(cu_seqlens, Tensor):
+        raise ValueError(f"{wanted} {type(cu_seqlens).__name__}")
+    if cu_seqlens.dtype != torch.int32 or cu_seqlens.ndim != 1 or len(cu_seqlens) < 2:
+        raise ValueError(f"{wanted} {cu_seqlens.dtype} {list(cu_seqlens.shape)}")
     B, L = q.shape[:2]
-    if (
-        not isinstance(cu_seqlens, Tensor)
-        or cu_seqlens.dtype != torch.int32
-        or cu_seqlens.ndim != 1
-        or len(cu_seqlens) < 2
-    ):
-        got = (
-            f"{cu_seqlens.dtype} {list(cu_seqlens.shape)}"
-            if isinstance(cu_seqlens, Tensor)
-            else type(cu_seqlens).__name__
-        )
-        raise ValueError(f"cu_seqlens must be an int32 tensor [documents + 1], got {got}")
     if B != 1:
         raise ValueError(
             f"cu_seqlens needs the documents packed into one sequence (batch 1), got batch {B}"
@@ -90,16 +79,12 @@ def check_documents(cu_seqlens: Tensor | None, q: Tensor) -> None:
     allowed = f"cu_seqlens must rise strictly from 0 to the length {L}"
     if cu_seqlens.device.type == "cpu":
         bounds = cu_seqlens.tolist()
-        if (
-            bounds[0] != 0
-            or bounds[-1] != L
-            or any(lo >= hi for lo, hi in itertools.pairwise(bounds))
-        ):
+        rises = all(lo < hi for lo, hi in itertools.pairwise(bounds))
+        if bounds[0] != 0 or bounds[-1] != L or not rises:
             raise ValueError(f"{allowed}, got {bounds}")
     elif cu_seqlens.device.type == "cuda":
-        torch._assert_async(
-            (cu_seqlens[0] == 0) & (cu_seqlens[-1] == L) & (cu_seqlens.diff() > 0).all(), allowed
-        )
+        right = (cu_seqlens[0] == 0) & (cu_seqlens[-1] == L) & (cu_seqlens.diff() > 0).all()
+        torch._assert_async(right, allowed)
 
 
 def check_qk(q: Tensor, k: Tensor) -> None:
@@ -116,10 +101,12 @@ def check_qk(q: Tensor, k: Tensor) -> None:
         raise ValueError(
             f"k must be a 4-d tensor [batch, length, key heads, channels], got {_given(k)}"
         )
-    H, G = q.shape[2], k.shape[2]
+    H = q.shape[2]
+    G = k.shape[2]
     if G == 0 or H % G:
         raise ValueError(
-            f"the number of key heads must divide the number of query heads, got k with {G} heads and q with {H}"
+            "the number of key heads must divide the number of query heads, "
+            f"got k with {G} heads and q with {H}"
         )
     check_tensor("k", k, (*q.shape[:2], G, q.shape[3]), (q.dtype,), q.device)
 
@@ -132,78 +119,69 @@ def check_values(v: Tensor, k: Tensor) -> None:
 
 
 def check_log(name: str, x: Tensor, meaning: str) -> None:
-    """Refuse a log of a factor above 1 (or NaN) in a CPU tensor; on a GPU the check would stall the
-    device.
-    """
+    """Refuse a log of a factor above 1 (or NaN) in a CPU tensor; on a GPU it would be a stall."""
     if x.device.type == "cpu" and not torch.compiler.is_compiling():
         worst = x.detach().max().item()
         if not worst <= 0:
             raise ValueError(
-                f"{name} must be <= 0 everywhere (log of a {meaning} in (0, 1]), got a maximum of {worst:g}"
+                f"{name} must be <= 0 everywhere (log of a {meaning} in (0, 1]), "
+                f"got a maximum of {worst:g}"
             )
 
 
-def check_shapes(
-    q: Tensor,
-    k: Tensor,
-    b: Tensor,
-    c: Tensor,
-    log_decay: Tensor,
-    theta: Tensor,
-    lam: Tensor,
-    rotary: Rotary | None,
-) -> None:
+def check_shapes(x: ScoreInputs) -> None:
     """Check all of a SISA layer's inputs but v, and all but their values (shapes in
-    :func:`sisa_kernels.sisa_attention`).
+    :class:`SisaInputs`).
     """
-    check_qk(q, k)
-    (B, L, H, _), G, wide = q.shape, k.shape[2], wide_dtypes(q)
-    if not isinstance(b, Tensor) or b.ndim != 4 or b.shape[3] < 2 or b.shape[3] % 2:
+    check_qk(x.q, x.k)
+    B, L, H, _ = x.q.shape
+    G = x.k.shape[2]
+    device = x.q.device
+    wide = wide_dtypes(x.q)
+    if not isinstance(x.b, Tensor) or x.b.ndim != 4 or x.b.shape[3] < 2 or x.b.shape[3] % 2:
         raise ValueError(
-            f"b must be [batch, length, key heads, Ds] with Ds even and >= 2, got {_given(b)}"
+            f"b must be [batch, length, key heads, Ds] with Ds even and >= 2, got {_given(x.b)}"
         )
-    Ds = b.shape[3]
-    check_tensor("b", b, (B, L, G, Ds), (q.dtype,), q.device)
-    check_tensor("c", c, (B, L, H, Ds), (q.dtype,), q.device)
-    check_tensor("log_decay", log_decay, (B, L, G), wide, q.device)
-    check_tensor("theta", theta, (B, L, G, Ds // 2), wide, q.device)
-    check_tensor("lam", lam, (H,), wide, q.device)
-    check_rotary(rotary, q)
+    Ds = x.b.shape[3]
+    check_tensor("b", x.b, (B, L, G, Ds), (x.q.dtype,), device)
+    check_tensor("c", x.c, (B, L, H, Ds), (x.q.dtype,), device)
+    check_tensor("log_decay", x.log_decay, (B, L, G), wide, device)
+    check_tensor("theta", x.theta, (B, L, G, Ds // 2), wide, device)
+    check_tensor("lam", x.lam, (H,), wide, device)
+    check_rotary(x.rotary, x.q)
 
 
-def check_operands(
-    q: Tensor,
-    k: Tensor,
-    b: Tensor,
-    c: Tensor,
-    log_decay: Tensor,
-    theta: Tensor,
-    lam: Tensor,
-    rotary: Rotary | None,
-) -> None:
+def check_operands(x: ScoreInputs) -> None:
     """:func:`check_shapes`, and for CPU tensors ``log_decay <= 0`` and ``lam > 0``; on a GPU that
     would stall the device.
     """
-    check_shapes(q, k, b, c, log_decay, theta, lam, rotary)
-    check_log("log_decay", log_decay, "decay")
-    if q.device.type == "cpu" and not torch.compiler.is_compiling():
-        least, most = (x.item() for x in lam.detach().aminmax())
+    check_shapes(x)
+    check_log("log_decay", x.log_decay, "decay")
+    if x.q.device.type == "cpu" and not torch.compiler.is_compiling():
+        least, most = (bound.item() for bound in x.lam.detach().aminmax())
         if not 0 < least <= most < math.inf:
             raise ValueError(
-                f"lam must be finite and > 0 for every head, got {lam.detach().tolist()}"
+                f"lam must be finite and > 0 for every head, got {x.lam.detach().tolist()}"
             )
 
 
-def check_attention(q, k, v, b, c, log_decay, theta, lam, rotary, mode, cu_seqlens) -> None:
+def check_attention(inputs: SisaInputs, mode: str) -> None:
     """Check every argument of :func:`sisa_kernels.sisa_attention` but ``backend``."""
     if mode not in MODES:
         raise ValueError(f"mode must be one of {', '.join(MODES)}, got {mode!r}")
-    check_operands(q, k, b, c, log_decay, theta, lam, rotary)
-    check_values(v, k)
-    check_documents(cu_seqlens, q)
+    check_operands(inputs.scores())
+    check_values(inputs.v, inputs.k)
+    check_documents(inputs.cu_seqlens, inputs.q)
 
 
-def check_forgetting(q, k, v, log_forget, rotary, cu_seqlens) -> None:
+def check_forgetting(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_forget: Tensor,
+    rotary: Rotary | None,
+    cu_seqlens: Tensor | None,
+) -> None:
     """Check every argument of :func:`sisa_kernels.forgetting_attention`."""
     check_qk(q, k)
     check_values(v, k)

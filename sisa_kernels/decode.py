@@ -9,7 +9,7 @@ bytes a token and key head, beside 4 (Dh + Dv + Ds) in fp32. The running phase i
 wrapped into [-pi, pi]."""
 
 import math
-from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,7 +17,6 @@ from torch import Tensor
 from sisa_kernels.attention import asked_backend, sisa_attention
 from sisa_kernels.cache import MAX_ROWS, TokenCache, last, refuse_gradients, visible, write
 from sisa_kernels.checks import (
-    Rotary,
     check_attention,
     check_rotary,
     check_shapes,
@@ -25,9 +24,26 @@ from sisa_kernels.checks import (
     check_values,
     wide_dtypes,
 )
+from sisa_kernels.inputs import Backend, Rotary, SisaInputs, as_rotary
 from sisa_kernels.ops import register, without_autocast
 from sisa_kernels.rotation import rotate
 from sisa_kernels.scans import cumulative_decay, work_dtype
+
+
+class Held(NamedTuple):
+    """The tensors of a cache that a step reads and changes, and how many tokens each row holds."""
+
+    k: Tensor
+    """With RoPE, [B, G, capacity, Dh]."""
+    v: Tensor
+    """[B, G, capacity, Dv]."""
+    b: Tensor
+    """Rotated by the phase, [B, G, capacity, Ds]."""
+    g: Tensor
+    """[B, G, capacity] fp64."""
+    phase: Tensor
+    """Of each row's last token, [B, G, Ds / 2] fp64."""
+    lengths: list[int]
 
 
 class SisaCache(TokenCache):
@@ -46,148 +62,125 @@ class SisaCache(TokenCache):
         super().select(rows)
         self.phase = self.phase[rows] if self.phase is not None else None
 
+    def held(self) -> Held:
+        """What a step over a cache that holds tokens takes."""
+        assert self.phase is not None
+        k, v, b, g = (self.buffers[name] for name in ("k", "v", "b", "g"))
+        return Held(k, v, b, g, self.phase, self.lengths)
+
 
 def _wrapped_phase(theta: Tensor, before: Tensor | float = 0.0) -> Tensor:
-    """The phase of each token [B, T, G, Ds/2] in fp64, in [-pi, pi]; ``before``: that of the token
-    before the first.
-    """
+    """The phase of each token [B, T, G, Ds/2] in fp64, in [-pi, pi].
+
+    ``before``: that of the token before the first."""
     phase = theta.double().cumsum(1) + before
     return phase - 2 * math.pi * (phase / (2 * math.pi)).round()
 
 
-def _rotated_keys(
-    k: Tensor, b: Tensor, phase: Tensor, cos: Tensor | None, sin: Tensor | None
-) -> tuple[Tensor, Tensor]:
+def _rotated_keys(inputs: SisaInputs, phase: Tensor) -> tuple[Tensor, Tensor]:
     """k with RoPE (tables [T, Dh/2] or [B, T, Dh/2]) and b rotated by ``phase`` [B, T, G, Ds/2]
     fp64, in their dtype.
     """
+    k = inputs.k
     work = work_dtype(k)
-    if cos is not None and sin is not None:
-        k = rotate(k.to(work), cos.unsqueeze(-2), sin.unsqueeze(-2)).to(k.dtype)
+    if inputs.rotary is not None:
+        cos, sin = (table.unsqueeze(-2) for table in inputs.rotary)
+        k = rotate(k.to(work), cos, sin).to(k.dtype)
     phase = phase.to(work)
-    return k, rotate(b.to(work), phase.cos(), phase.sin()).to(b.dtype)
+    b = rotate(inputs.b.to(work), phase.cos(), phase.sin())
+    return k, b.to(k.dtype)
 
 
-def _check(
-    q,
-    k,
-    v,
-    b,
-    c,
-    log_decay,
-    theta,
-    lam,
-    cos,
-    sin,
-    k_cache,
-    v_cache,
-    b_cache,
-    g_cache,
-    phase,
-    lengths,
-) -> None:
+def _check_step(inputs: SisaInputs, held: Held) -> None:
     """Refuse what csrc/sisa.cpp refuses: every wrong shape, dtype, device or range of a direct call
     of the op.
     """
-    check_shapes(q, k, b, c, log_decay, theta, lam, None)
-    check_values(v, k)
+    q = inputs.q
+    check_shapes(inputs.scores()._replace(rotary=None))
+    check_values(inputs.v, inputs.k)
     if q.shape[1] != 1:
         raise ValueError(f"q must be [batch, 1, heads, channels], got {list(q.shape)}")
-    if k_cache.ndim != 4:
+    if held.k.ndim != 4:
+        wanted = "[batch, key heads, capacity, channels]"
+        raise ValueError(f"k_cache must be {wanted}, got {list(held.k.shape)}")
+    B, _, _, Dh = q.shape
+    Ds = inputs.b.shape[3]
+    slots = (B, inputs.k.shape[2], held.k.shape[2])
+    check_tensor("k_cache", held.k, (*slots, Dh), (q.dtype,), q.device)
+    check_tensor("v_cache", held.v, (*slots, inputs.v.shape[3]), (q.dtype,), q.device)
+    check_tensor("b_cache", held.b, (*slots, Ds), (q.dtype,), q.device)
+    check_tensor("g_cache", held.g, slots, (torch.float64,), q.device)
+    check_tensor("phase", held.phase, (*slots[:2], Ds // 2), (torch.float64,), q.device)
+    _check_tables(inputs.rotary, q)
+    capacity = slots[2]
+    if len(held.lengths) != B or not all(1 <= n < capacity for n in held.lengths):
         raise ValueError(
-            f"k_cache must be [batch, key heads, capacity, channels], got {list(k_cache.shape)}"
-        )
-    (B, _, _, Dh), G, Dv, Ds, capacity = (
-        q.shape,
-        k.shape[2],
-        v.shape[3],
-        b.shape[3],
-        k_cache.shape[2],
-    )
-    same, double = (q.dtype,), (torch.float64,)
-    if (cos is None) != (sin is None) or (cos is not None and Dh % 2):
-        raise ValueError(
-            f"cos and sin must be given together, and need an even head width, got q with {Dh} channels"
-        )
-    for name, x, shape, dtypes in (
-        ("k_cache", k_cache, (B, G, capacity, Dh), same),
-        ("v_cache", v_cache, (B, G, capacity, Dv), same),
-        ("b_cache", b_cache, (B, G, capacity, Ds), same),
-        ("g_cache", g_cache, (B, G, capacity), double),
-        ("phase", phase, (B, G, Ds // 2), double),
-    ):
-        check_tensor(name, x, shape, dtypes, q.device)
-    for name, table in (("cos", cos), ("sin", sin)):
-        if table is not None:
-            check_tensor(
-                name, table, (1 if table.shape[0] == 1 else B, 1, Dh // 2), wide_dtypes(q), q.device
-            )
-    if len(lengths) != B or not all(1 <= n < capacity for n in lengths):
-        raise ValueError(
-            f"lengths must be {B} integers from 1 to the capacity {capacity} less 1, got {lengths}"
+            f"lengths must be {B} integers from 1 to the capacity {capacity} less 1, "
+            f"got {held.lengths}"
         )
 
 
-def _step(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    b: Tensor,
-    c: Tensor,
-    log_decay: Tensor,
-    theta: Tensor,
-    lam: Tensor,
-    cos: Tensor | None,
-    sin: Tensor | None,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    b_cache: Tensor,
-    g_cache: Tensor,
-    phase: Tensor,
-    lengths: list[int],
-) -> Tensor:
+def _check_tables(rotary: Rotary | None, q: Tensor) -> None:
+    """Check RoPE's tables [B or 1, 1, Dh / 2] of one new token a row."""
+    if rotary is None:
+        return
+    B, _, _, Dh = q.shape
+    if Dh % 2:
+        raise ValueError(f"cos and sin need an even head width, got q with {Dh} channels")
+    for name, table in zip(("cos", "sin"), rotary):
+        shape = (1 if table.shape[0] == 1 else B, 1, Dh // 2)
+        check_tensor(name, table, shape, wide_dtypes(q), q.device)
+
+
+def _step(inputs: SisaInputs, held: Held) -> Tensor:
     """:func:`decode_eager` of any number T of new tokens, T * (max(lengths) + T) scores a head."""
-    T, work = q.shape[1], work_dtype(q)
-    g = last(g_cache.transpose(1, 2), lengths)[:, None] + cumulative_decay(log_decay)
-    phases = _wrapped_phase(theta, phase[:, None])
-    for buffer, x in zip(
-        (k_cache, b_cache, v_cache, g_cache), (*_rotated_keys(k, b, phases, cos, sin), v, g)
-    ):
-        write(buffer, x, lengths)
+    q = inputs.q
+    work = work_dtype(q)
+    g = last(held.g.transpose(1, 2), held.lengths)[:, None] + cumulative_decay(inputs.log_decay)
+    phases = _wrapped_phase(inputs.theta, held.phase[:, None])
+    k, b = _rotated_keys(inputs, phases)
+    for buffer, x in ((held.k, k), (held.b, b), (held.v, inputs.v), (held.g, g)):
+        write(buffer, x, held.lengths)
 
-    heads = q.shape[2] // k.shape[2]
-    q, c = q.to(work), c.to(work)
-    if cos is not None and sin is not None:
-        q = rotate(q, cos.unsqueeze(-2), sin.unsqueeze(-2))
+    heads = q.shape[2] // inputs.k.shape[2]
+    q = q.to(work)
+    if inputs.rotary is not None:
+        cos, sin = (table.unsqueeze(-2) for table in inputs.rotary)
+        q = rotate(q, cos, sin)
     angle = phases.to(work).repeat_interleave(heads, 2)
-    c = rotate(c, angle.cos(), angle.sin())
-    keys, values, states = (
-        x[:, :, : max(lengths) + T].to(work) for x in (k_cache, v_cache, b_cache)
-    )
-    mask = visible(lengths, T, q.device)
-    lam = lam.to(work).view(-1, heads, 1, 1)
+    c = rotate(inputs.c.to(work), angle.cos(), angle.sin())
+    # All before can be done again after an error: slots behind a row's tokens hold nothing.
+    y = _attend(q, c, g, inputs.lam.to(work).view(-1, heads, 1, 1), held)
+    held.phase.copy_(phases[:, -1])
+    return y.to(inputs.v.dtype)
+
+
+def _attend(q: Tensor, c: Tensor, g: Tensor, lam: Tensor, held: Held) -> Tensor:
+    """Attention of new tokens, rotated queries [B, T, H, channels], g [B, T, G] and lam [G, heads,
+    1, 1], over a cache in which they lie behind ``held.lengths``: y [B, T, H, Dv].
+    """
+    T = q.shape[1]
+    heads = lam.shape[1]
+    slots = max(held.lengths) + T
+    keys, values, states = (x[:, :, :slots].to(q.dtype) for x in (held.k, held.v, held.b))
+    g_keys = held.g[:, :, None, :slots]
+    mask = visible(held.lengths, T, q.device)
     out = []
     for start in range(0, T, MAX_ROWS):
-        piece = slice(start, start + MAX_ROWS)
+        rows = slice(start, start + MAX_ROWS)
         # Query heads of one key head are further rows of its products: [B, G, heads * rows, slots].
         q_rows, c_rows = (
-            x[:, piece].transpose(1, 2).unflatten(1, (-1, heads)).flatten(2, 3) for x in (q, c)
+            x[:, rows].transpose(1, 2).unflatten(1, (-1, heads)).flatten(2, 3) for x in (q, c)
         )
-        fall = g[:, piece].transpose(1, 2)[..., None] - g_cache[:, :, None, : keys.shape[2]]
-        decay = fall.clamp(max=0).to(work).exp()[:, :, None]
-        score = q_rows @ keys.mT * q.shape[3] ** -0.5
-        score = score.unflatten(2, (heads, -1)) + lam * decay * (c_rows @ states.mT).unflatten(
-            2, (heads, -1)
-        )
-        weight = score.masked_fill(~mask[:, :, None, piece], -math.inf).softmax(-1)
-        out.append(
-            (weight.flatten(2, 3) @ values).unflatten(2, (heads, -1)).flatten(1, 2).transpose(1, 2)
-        )
-    phase.copy_(
-        phases[:, -1]
-        # last: all before can be done again after an error, as slots behind a row's tokens hold nothing
-    )
-    return torch.cat(out, 1).to(v.dtype)
+        exponent = g[:, rows].transpose(1, 2)[..., None] - g_keys
+        decay = exponent.clamp(max=0).to(q.dtype).exp()[:, :, None]
+        content = q_rows @ keys.mT * q.shape[3] ** -0.5
+        importance = (c_rows @ states.mT).unflatten(2, (heads, -1))
+        score = content.unflatten(2, (heads, -1)) + lam * decay * importance
+        weight = score.masked_fill(~mask[:, :, None, rows], -math.inf).softmax(-1)
+        y = (weight.flatten(2, 3) @ values).unflatten(2, (heads, -1))
+        out.append(y.flatten(1, 2).transpose(1, 2))
+    return torch.cat(out, 1)
 
 
 def decode_eager(
@@ -211,84 +204,20 @@ def decode_eager(
     """One new token a row: written into slot ``lengths[r]`` of the caches, y [B, 1, H, Dv] over it
     and the slots before.
 
-    Caches are those of :class:`SisaCache`, ``phase`` moves on to the new token, ``cos`` and ``sin``
+    Caches are those of :class:`Held`, ``phase`` moves on to the new token, ``cos`` and ``sin``
     [B or 1, 1, Dh/2] are of its position; the other arguments are those of :func:`sisa_decode` with
     T = 1."""
-    _check(
-        q,
-        k,
-        v,
-        b,
-        c,
-        log_decay,
-        theta,
-        lam,
-        cos,
-        sin,
-        k_cache,
-        v_cache,
-        b_cache,
-        g_cache,
-        phase,
-        lengths,
-    )
-    return _step(
-        q,
-        k,
-        v,
-        b,
-        c,
-        log_decay,
-        theta,
-        lam,
-        cos,
-        sin,
-        k_cache,
-        v_cache,
-        b_cache,
-        g_cache,
-        phase,
-        lengths,
-    )
+    inputs = SisaInputs(q, k, v, b, c, log_decay, theta, lam, as_rotary(cos, sin))
+    held = Held(k_cache, v_cache, b_cache, g_cache, phase, lengths)
+    _check_step(inputs, held)
+    return _step(inputs, held)
 
 
-def _decode_fake(
-    q,
-    k,
-    v,
-    b,
-    c,
-    log_decay,
-    theta,
-    lam,
-    cos,
-    sin,
-    k_cache,
-    v_cache,
-    b_cache,
-    g_cache,
-    phase,
-    lengths,
-):
-    _check(
-        q,
-        k,
-        v,
-        b,
-        c,
-        log_decay,
-        theta,
-        lam,
-        cos,
-        sin,
-        k_cache,
-        v_cache,
-        b_cache,
-        g_cache,
-        phase,
-        lengths,
-    )
-    return q.new_empty(*q.shape[:3], v.shape[3])
+def _decode_fake(*arguments: Any) -> Tensor:
+    *tensors, cos, sin = arguments[:10]
+    inputs = SisaInputs._make((*tensors, as_rotary(cos, sin), None))
+    _check_step(inputs, Held(*arguments[10:]))
+    return inputs.q.new_empty(*inputs.q.shape[:3], inputs.v.shape[3])
 
 
 decode = register(
@@ -296,6 +225,7 @@ decode = register(
     decode_eager,
     _decode_fake,
     mutates=("k_cache", "v_cache", "b_cache", "g_cache", "phase"),
+    in_extension=True,
 )
 
 
@@ -312,21 +242,21 @@ def sisa_decode(
     *,
     rotary: Rotary | None = None,
     lengths: list[int] | None = None,
-    backend: str = "auto",
+    backend: Backend = "auto",
 ) -> Tensor:
     """Append T new tokens to ``cache`` and return their attention over all it then holds:
-    :func:`sisa_attention`, continued.
+    :func:`sisa_attention`, continued; y [B, T, H, Dv] in q's dtype, without a gradient.
 
     Fed any pieces of a sequence one after another, it returns the pieces of what mode "exact" gives
     for the whole (Eq. 2), at any length and decay. One token over n costs O(n (Dh + Ds + Dv)) a
     head: on a CPU in one compiled op, elsewhere in PyTorch. The first tokens (the prompt) run
-    through :func:`sisa_attention`; several tokens over a cache that holds n cost T n scores.
+    through :func:`sisa_attention`; several tokens over a cache that holds n cost T n scores. k and
+    b are rounded to q's dtype after their rotation, in the cache.
 
     Args:
         q, k, v, b, c, log_decay, theta, lam: as in :func:`sisa_attention`, [B, T, heads, channels];
             B, G and the widths, the dtype and the device stay those of the first call.
-        cache: a :class:`SisaCache` of B sequences, changed in place; after an error it is as it
-            was.
+        cache: a :class:`SisaCache` of B sequences, changed in place; after an error as it was.
         rotary: (cos, sin) of the new tokens' positions, each [T, Dh/2] fp32, over a cache that
             holds tokens also [B, T, Dh/2]; None: already applied, or not wanted.
         lengths: for prompts of unequal length, into an empty cache: row r's tokens are its first
@@ -334,60 +264,59 @@ def sisa_decode(
             Each row goes on from its own last token.
         backend: the path of the first tokens, as in :func:`sisa_attention`.
 
-    Returns:
-        y [B, T, H, Dv] in q's dtype, without a gradient. k and b are rounded to q's dtype after
-        their rotation, in the cache.
-
     Raises:
         TypeError, ValueError: an argument of the wrong type, shape, dtype, device or range, or one
             that requires grad while gradients are recorded; the message names it. Ranges are
             checked as in :func:`sisa_attention`.
     """
+    inputs = SisaInputs(q, k, v, b, c, log_decay, theta, lam, rotary)
+    _check_decode(inputs, cache, lengths, backend)
+    with without_autocast(q.device):
+        if not any(cache.lengths):
+            return _prefill(inputs, cache, lengths, backend)
+        return _extend(inputs, cache)
+
+
+def _check_decode(
+    inputs: SisaInputs, cache: SisaCache, lengths: list[int] | None, backend: str
+) -> None:
     if not isinstance(cache, SisaCache):
         raise TypeError(f"cache must be a sisa_kernels.SisaCache, got {type(cache).__name__}")
-    empty = not any(cache.lengths)
-    check_attention(q, k, v, b, c, log_decay, theta, lam, None, "exact", None)
-    check_rotary(rotary, q, by_row=not empty)
+    check_attention(inputs._replace(rotary=None), "exact")
+    check_rotary(inputs.rotary, inputs.q, by_row=any(cache.lengths))
     asked_backend(backend)
-    inputs = {
-        "q": q,
-        "k": k,
-        "v": v,
-        "b": b,
-        "c": c,
-        "log_decay": log_decay,
-        "theta": theta,
-        "lam": lam,
-    }
-    refuse_gradients(inputs)
-    new = {
-        "k": k,
-        "v": v,
-        "b": b,
-        "g": log_decay.double(),
-    }  # k and b yet to be rotated, g to be summed
-    cache.check(new, lengths)
-    cos, sin = rotary or (None, None)
-    with without_autocast(q.device):
-        if empty:
-            y = sisa_attention(q, k, v, b, c, log_decay, theta, lam, rotary=rotary, backend=backend)
-            phases = _wrapped_phase(theta)
-            k, b = _rotated_keys(k, b, phases, cos, sin)
-            cache.append(lengths, k=k, v=v, b=b, g=cumulative_decay(log_decay))
-            cache.phase = last(phases, cache.lengths)
-            return y
-        assert cache.phase is not None
-        cache.reserve(new)
-        step: Callable[..., Tensor] = _step
-        if q.shape[1] == 1:
-            step = decode
-            cos, sin = (
-                None if table is None else table.view(-1, 1, table.shape[-1])
-                for table in (cos, sin)
-            )
-        caches = (cache.buffers[name] for name in ("k", "v", "b", "g"))
-        y = step(
-            q, k, v, b, c, log_decay, theta, lam, cos, sin, *caches, cache.phase, cache.lengths
-        )
-    cache.advance(q.shape[1], None)
+    refuse_gradients(dict(zip(inputs._fields, inputs.tensors())))
+    cache.check(_to_cache(inputs), lengths)
+
+
+def _to_cache(inputs: SisaInputs) -> dict[str, Tensor]:
+    """What goes into the cache, with k and b yet to be rotated and g to be summed."""
+    return {"k": inputs.k, "v": inputs.v, "b": inputs.b, "g": inputs.log_decay.double()}
+
+
+def _prefill(
+    inputs: SisaInputs, cache: SisaCache, lengths: list[int] | None, backend: Backend
+) -> Tensor:
+    """The first tokens of an empty cache."""
+    y = sisa_attention(**inputs._asdict(), backend=backend)
+    phases = _wrapped_phase(inputs.theta)
+    k, b = _rotated_keys(inputs, phases)
+    cache.append(lengths, k=k, v=inputs.v, b=b, g=cumulative_decay(inputs.log_decay))
+    cache.phase = last(phases, cache.lengths)
+    return y
+
+
+def _extend(inputs: SisaInputs, cache: SisaCache) -> Tensor:
+    """Tokens behind those that a cache holds."""
+    cache.reserve(_to_cache(inputs))
+    held = cache.held()
+    T = inputs.q.shape[1]
+    if T == 1:
+        if inputs.rotary is not None:
+            cos, sin = (table.view(-1, 1, table.shape[-1]) for table in inputs.rotary)
+            inputs = inputs._replace(rotary=(cos, sin))
+        y = decode(*inputs.flat(), *held)
+    else:
+        y = _step(inputs, held)
+    cache.advance(T, None)
     return y

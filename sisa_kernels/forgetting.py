@@ -1,29 +1,36 @@
-"""Forgetting attention, the additive score bias of FoX and ALiBi, exact at any length and decay on
-stock attention kernels.
+"""Forgetting attention, the additive score bias of FoX and ALiBi, exact at any length and decay.
 
 ``s_ij = q_i.k_j / sqrt(Dh) + g_i - g_j``. The softmax of a row forgets a constant of the row, so
 that ``ref - g_j`` does, on the keys alone: a channel for each query head of the key's group,
-against a constant in the query. A bias is rounded in proportion to its size; hence queries are cut
-into chunks over which g falls by at most ``sdpa.MAX_RANGE``, ref in the middle of a chunk's range.
-The keys that a chunk can see have small biases, old keys large negative ones whose rounding nothing
-sees; nothing overflows. The Triton kernel could add g_i - g_j to its fp32 scores as it multiplies
-by the decay; that is not built."""
+against a constant in the query, on stock attention kernels. A bias is rounded in proportion to its
+size; hence queries are cut into chunks over which g falls by at most ``chunked.MAX_RANGE``, ref in
+the middle of a chunk's range. The keys that a chunk can see have small biases, old keys large
+negative ones whose rounding nothing sees; nothing overflows. The Triton kernel could add g_i - g_j
+to its fp32 scores as it multiplies by the decay; that is not built."""
 
 import math
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from sisa_kernels.cache import MAX_ROWS, TokenCache, last, refuse_gradients, visible
-from sisa_kernels.checks import Rotary, check_forgetting
-from sisa_kernels.ops import no_second_derivative, refuse_forward_mode, without_autocast
-from sisa_kernels.paths import chunked as sdpa
-from sisa_kernels.rotation import by_document, rotate
+from sisa_kernels.checks import check_forgetting
+from sisa_kernels.inputs import Rotary, by_document
+from sisa_kernels.ops import (
+    no_second_derivative,
+    refuse_forward_mode,
+    register,
+    without_autocast,
+)
+from sisa_kernels.paths import chunked
+from sisa_kernels.rotation import rotate
 from sisa_kernels.scans import cumulative_decay, work_dtype
 
-# queries a call in half precision: over them g falls by less than 2^14 unless its mean step passes
-# -8
+# Queries a call in half precision: over them g falls by less than 2^14 unless its mean step passes
+# -8.
 HALF_CHUNK = 2048
 HALF_UNIT = 256.0  # the query's constant there: keeps a bias of 10^6 within fp16
 HALF_PARTS = 3  # bf16 numbers that together hold a bias to fp32
@@ -40,9 +47,8 @@ def alibi_slopes(heads: int, device: torch.device | str | None = None) -> Tensor
         raise ValueError(f"heads must be at least 1, got {heads}")
     power = 2 ** (heads.bit_length() - 1)
     steps = torch.arange(1, power + 1, dtype=torch.float32, device=device) * (8 / power)
-    between = (2 * torch.arange(heads - power, dtype=torch.float32, device=device) + 1) * (
-        4 / power
-    )
+    odd = 2 * torch.arange(heads - power, dtype=torch.float32, device=device) + 1
+    between = odd * (4 / power)
     return torch.cat((steps, between)).neg().exp2()
 
 
@@ -55,8 +61,8 @@ def forgetting_attention(
     rotary: Rotary | None = None,
     cu_seqlens: Tensor | None = None,
 ) -> Tensor:
-    """Causal softmax attention with a forget gate (FoX, arXiv 2503.02130, section 3); ALiBi with
-    :func:`alibi_slopes`.
+    """Causal softmax attention with a forget gate (FoX, arXiv 2503.02130, section 3), y [B, L, H,
+    Dv] in q's dtype, differentiable in q, k, v and log_forget; ALiBi with :func:`alibi_slopes`.
 
     ``s_ij = q_i.k_j / sqrt(Dh) + g_i - g_j`` for i >= j, ``y_i = sum_j softmax_j(s_ij) v_j``; g is
     the running sum of ``log_forget``. With fewer key heads than query heads, head h uses key head h
@@ -73,10 +79,8 @@ def forgetting_attention(
         cu_seqlens: [documents + 1] int32, rising from 0 to L: documents packed into one sequence (B
             = 1), where g and attention restart at each.
 
-    Returns:
-        y [B, L, H, Dv] in q's dtype, differentiable in q, k, v and log_forget. For fp64, pass
-        log_forget and rotary in fp64 or fp32. On a CPU half precision is computed in fp32; on a GPU
-        by stock flash kernels (:func:`half_document`).
+    For fp64, pass log_forget and rotary in fp64 or fp32. On a CPU half precision is computed in
+    fp32; on a GPU by stock flash kernels (:func:`half_document`).
 
     Raises:
         TypeError, ValueError: an argument of the wrong type, shape, dtype, device or range; the
@@ -87,13 +91,15 @@ def forgetting_attention(
     refuse_forward_mode(q, k, v, log_forget)
     dtype = q.dtype
     half = q.device.type == "cuda" and dtype in (torch.bfloat16, torch.float16)
-    attend = half_document if half else lambda *x: forgetting(*x)[0]
     with without_autocast(q.device):
         if rotary is not None:
             cos, sin = (table[:, None] for table in rotary)
-            q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+            q, k = (rotate(x, cos, sin) for x in (q, k))
         q, k, v = (x.to(dtype if half else work_dtype(x)) for x in (q, k, v))
-        return by_document(attend, cu_seqlens, q, k, v, log_forget).to(dtype)
+        documents = by_document(cu_seqlens, q, k, v, log_forget)
+        pieces = [half_document(*x) if half else forgetting(*x)[0] for x in documents]
+        y = pieces[0] if len(pieces) == 1 else torch.cat(pieces, 1)
+        return y.to(dtype)
 
 
 def forgetting_decode(
@@ -106,7 +112,7 @@ def forgetting_decode(
     lengths: list[int] | None = None,
 ) -> Tensor:
     """Append T new tokens to ``cache`` and return their attention over all it then holds:
-    :func:`forgetting_attention`, continued.
+    :func:`forgetting_attention`, continued; y [B, T, H, Dv] in q's dtype, without a gradient.
 
     The cache holds k, v and g: a score's bias ``g_i - g_j`` is formed when it is used, from running
     sums in fp64 (8 bytes a token and query head). The first tokens run through
@@ -120,12 +126,9 @@ def forgetting_decode(
         lengths: for prompts of unequal length, into an empty cache: row r's tokens are its first
             ``lengths[r]``, the rest is (finite) padding on the right, whose results mean nothing.
 
-    Returns:
-        y [B, T, H, Dv] in q's dtype, without a gradient.
-
     Raises:
         TypeError, ValueError: as :func:`forgetting_attention` and :meth:`TokenCache.append`, the
-        latter for q, too.
+            latter for q, too.
     """
     if not isinstance(cache, TokenCache):
         raise TypeError(f"cache must be a sisa_kernels.TokenCache, got {type(cache).__name__}")
@@ -139,27 +142,32 @@ def forgetting_decode(
         return y
     g = g + last(cache.buffers["g"].transpose(1, 2), cache.lengths)[:, None]
     cache.put({"k": k, "v": v, "g": g})
-    held, T, work = cache.lengths, q.shape[1], work_dtype(q)
-    queries, slots, gqa = q.transpose(1, 2).to(work), max(held) + T, q.shape[2] != k.shape[2]
-    keys, values = (cache.buffers[name][:, :, :slots].to(work) for name in ("k", "v"))
-    g_keys, hidden = cache.buffers["g"][:, :, None, :slots], ~visible(held, T, q.device)
-    pieces = []
     with without_autocast(q.device):
-        for start in range(0, T, MAX_ROWS):
-            rows = slice(start, start + MAX_ROWS)
-            bias = (
-                (g[:, rows].transpose(1, 2)[..., None] - g_keys)
-                .to(work)
-                .masked_fill(hidden[:, :, rows], -math.inf)
-            )
-            pieces.append(
-                F.scaled_dot_product_attention(
-                    queries[:, :, rows], keys, values, attn_mask=bias, enable_gqa=gqa
-                )
-            )
-        y = torch.cat(pieces, 2).transpose(1, 2).to(q.dtype)
-    cache.advance(T, None)  # last: after an error the cache is as it was
+        y = _attend_over(q, g, cache)
+    cache.advance(q.shape[1], None)  # last: after an error the cache is as it was
     return y
+
+
+def _attend_over(q: Tensor, g: Tensor, cache: TokenCache) -> Tensor:
+    """Attention of new tokens, g [B, T, H], which lie in the cache's buffers behind its lengths."""
+    T = q.shape[1]
+    work = work_dtype(q)
+    slots = max(cache.lengths) + T
+    queries = q.transpose(1, 2).to(work)
+    keys, values = (cache.buffers[name][:, :, :slots].to(work) for name in ("k", "v"))
+    g_keys = cache.buffers["g"][:, :, None, :slots]
+    hidden = ~visible(cache.lengths, T, q.device)
+    gqa = queries.shape[1] != keys.shape[1]
+    pieces = []
+    for start in range(0, T, MAX_ROWS):
+        rows = slice(start, start + MAX_ROWS)
+        bias = (g[:, rows].transpose(1, 2)[..., None] - g_keys).to(work)
+        mask = bias.masked_fill(hidden[:, :, rows], -math.inf)
+        y = F.scaled_dot_product_attention(
+            queries[:, :, rows], keys, values, attn_mask=mask, enable_gqa=gqa
+        )
+        pieces.append(y)
+    return torch.cat(pieces, 2).transpose(1, 2).to(q.dtype)
 
 
 def half_document(q: Tensor, k: Tensor, v: Tensor, log_forget: Tensor) -> Tensor:
@@ -171,33 +179,37 @@ def half_document(q: Tensor, k: Tensor, v: Tensor, log_forget: Tensor) -> Tensor
     gradient of log_forget is a running sum over tokens in which the rounding of y inside any
     half-precision flash backward adds up: in bf16 0.7 % at half-lives of 100 tokens, 14 % at one
     token (L = 257 and 2,500, against 0.6 % and 10 % for exact arithmetic on a rounded y)."""
-    (L, H, Dh), G, Dv = q.shape[1:], k.shape[2], v.shape[3]
+    L, H, Dh = q.shape[1:]
+    G = k.shape[2]
+    Dv = v.shape[3]
     g = cumulative_decay(log_forget)
-    width = (
-        -(-max(Dh + HALF_PARTS * H // G, Dv) // 8) * 8
-    )  # flash kernels take one width, a multiple of 8
+    # Flash kernels take one width, a multiple of 8.
+    width = -(-max(Dh + HALF_PARTS * H // G, Dv) // 8) * 8
     unit = (HALF_UNIT * _head_channels(q, G)).repeat(1, HALF_PARTS).expand(*q.shape[:2], -1, -1)
-    query, value = (sdpa.padded(x, width).transpose(1, 2) for x in (torch.cat((q, unit), 3), v))
+    with_unit = torch.cat((q, unit), 3)
+    query, value = (chunked.padded(x, width).transpose(1, 2) for x in (with_unit, v))
     pieces = []
     for start in range(0, L, HALF_CHUNK):
         end = min(start + HALF_CHUNK, L)
-        bias = (_middle(g, start, end) - g[:, :end]).unflatten(2, (G, -1)) * (
-            math.sqrt(Dh) / HALF_UNIT
-        )
-        rest = bias.clamp(min=-6e4).float()  # fp16's lowest; in the score -2e6
-        parts = [
-            rest.to(q.dtype)
-        ]  # this one carries the gradient, the others make up for its rounding
-        for _ in range(1, HALF_PARTS):
-            rest = (rest - parts[-1]).detach()
-            parts.append(rest.to(q.dtype))
-        key = sdpa.padded(torch.cat((k[:, :end], *parts), 3), width).transpose(1, 2)
+        by_key_head = (_middle(g, start, end) - g[:, :end]).unflatten(2, (G, -1))
+        parts = _in_parts(by_key_head * (math.sqrt(Dh) / HALF_UNIT), q.dtype)
+        key = chunked.padded(torch.cat((k[:, :end], *parts), 3), width).transpose(1, 2)
         causal = {"attn_mask": _lower_right(end - start, end)} if start else {"is_causal": True}
         rows = query[:, :, start:end], key, value[:, :, :end]
         pieces.append(
             F.scaled_dot_product_attention(*rows, scale=Dh**-0.5, enable_gqa=H != G, **causal)
         )
     return torch.cat(pieces, 2)[..., :Dv].transpose(1, 2)
+
+
+def _in_parts(bias: Tensor, dtype: torch.dtype) -> list[Tensor]:
+    """``HALF_PARTS`` tensors of ``dtype`` whose sum is the bias; the first carries the gradient."""
+    rest = bias.clamp(min=-6e4).float()  # fp16's lowest; in the score -2e6
+    parts = [rest.to(dtype)]
+    for _ in range(1, HALF_PARTS):
+        rest = (rest - parts[-1]).detach()
+        parts.append(rest.to(dtype))
+    return parts
 
 
 def _lower_right(queries: int, keys: int) -> Tensor:
@@ -221,86 +233,84 @@ def _middle(g: Tensor, start: int, end: int) -> Tensor:
     return ((g[:, start : start + 1] + g[:, end - 1 : end]) / 2).detach()
 
 
-def _operands(
-    q: Tensor, k: Tensor, v: Tensor, log_forget: Tensor
-) -> tuple[Tensor, Tensor, Tensor, slice]:
+def _operands(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor, slice]:
     """Queries with their constants, keys with room for biases and values, of one width; and the
     bias channels.
     """
-    (H, Dh), G, Dv = q.shape[2:], k.shape[2], v.shape[3]
+    H, Dh = q.shape[2:]
+    G = k.shape[2]
     bias = slice(Dh, Dh + H // G)
-    width = max(bias.stop, Dv)
-    q_aug, k_aug, value = (sdpa.padded(x, width) for x in (q, k, v))
+    width = max(bias.stop, v.shape[3])
+    q_aug, k_aug, value = (chunked.padded(x, width) for x in (q, k, v))
     q_aug[..., bias] = math.sqrt(Dh) * _head_channels(q, G)
     return q_aug, k_aug, value, bias
 
 
-def _chunks(k_aug: Tensor, log_forget: Tensor, bias: slice):
+def _chunks(k_aug: Tensor, log_forget: Tensor, bias: slice) -> Iterator[tuple[int, int]]:
     """Yield (start, end) of each chunk of queries, the keys up to its end holding their biases
     relative to it.
     """
+    G = k_aug.shape[2]
     g = cumulative_decay(log_forget)
-    for start, end in sdpa.chunk_bounds(
-        g, g.shape[1] if sdpa.has_flash(g.device) else sdpa.MAX_DENSE_CHUNK
-    ):
-        k_aug[:, :end, :, bias] = (
-            (_middle(g, start, end) - g[:, :end]).unflatten(2, (k_aug.shape[2], -1)).to(k_aug.dtype)
-        )
+    longest = g.shape[1] if chunked.has_flash(g.device) else chunked.MAX_DENSE_CHUNK
+    for start, end in chunked.chunk_bounds(g, longest):
+        relative = (_middle(g, start, end) - g[:, :end]).unflatten(2, (G, -1))
+        k_aug[:, :end, :, bias] = relative.to(k_aug.dtype)
         yield start, end
 
 
-@torch.library.custom_op("sisa::forgetting", mutates_args=())
-def forgetting(q: Tensor, k: Tensor, v: Tensor, log_forget: Tensor) -> tuple[Tensor, Tensor]:
+def forgetting_eager(q: Tensor, k: Tensor, v: Tensor, log_forget: Tensor) -> tuple[Tensor, Tensor]:
     """Forgetting attention of one document in fp32 or fp64: (y [B, L, H, Dv], log-sum-exp [B, H, L]
     relative to its chunk).
     """
-    scale, Dv = q.shape[3] ** -0.5, v.shape[3]
-    q_aug, k_aug, value, bias = _operands(q, k, v, log_forget)
-    y = q.new_empty(*q.shape[:3], Dv)
-    lse = q.new_empty(q.shape[0], q.shape[2], q.shape[1])
+    B, L, H, Dh = q.shape
+    Dv = v.shape[3]
+    scale = Dh**-0.5
+    q_aug, k_aug, value, bias = _operands(q, k, v)
+    y = q.new_empty(B, L, H, Dv)
+    lse = q.new_empty(B, H, L)
     for start, end in _chunks(k_aug, log_forget, bias):
-        chunk = slice(start, end)
-        part = sdpa.attend(q_aug[:, chunk], k_aug[:, chunk], value[:, chunk], True, scale)
+        rows = slice(start, end)
+        query = q_aug[:, rows]
+        part = chunked.attend(query, k_aug[:, rows], value[:, rows], True, scale)
         if start:
-            part = sdpa.merge(
-                part, sdpa.attend(q_aug[:, chunk], k_aug[:, :start], value[:, :start], False, scale)
-            )
-        y[:, chunk], lse[..., chunk] = part[0][..., :Dv], part[1]
+            older = chunked.attend(query, k_aug[:, :start], value[:, :start], False, scale)
+            part = chunked.merge(part, older)
+        y[:, rows] = part[0][..., :Dv]
+        lse[..., rows] = part[1]
     return y, lse
 
 
-@forgetting.register_fake
-def _(q, k, v, log_forget):
+def _forgetting_fake(q: Tensor, k: Tensor, v: Tensor, log_forget: Tensor) -> tuple[Tensor, Tensor]:
     B, L, H, _ = q.shape
     return q.new_empty(B, L, H, v.shape[3]), q.new_empty(B, H, L)
 
 
-@torch.library.custom_op("sisa::forgetting_backward", mutates_args=())
-def forgetting_backward(
+def forgetting_backward_eager(
     dy: Tensor, y: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, log_forget: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of :func:`forgetting` for q, k, v and log_forget, from its inputs and outputs
-    alone.
+    """Gradients of :func:`forgetting_eager`, from its inputs and outputs alone.
 
     With dS = dL/ds, ``dL/d log_forget_t`` is the sum of dS_ij over i >= t > j. A row of dS sums to
     0, so that all rows i of a chunk may be counted: a running sum, over the chunk's keys, of the
     gradients of their biases. It starts at the oldest keys, which have none, and ends with the
     chunk, so that rounding errors stay where they were made."""
-    scale, Dh, Dv = q.shape[3] ** -0.5, q.shape[3], v.shape[3]
-    q_aug, k_aug, value, bias = _operands(q, k, v, log_forget)
-    dout, out = (sdpa.padded(x, value.shape[3]) for x in (dy, y))
+    Dh = q.shape[3]
+    Dv = v.shape[3]
+    q_aug, k_aug, value, bias = _operands(q, k, v)
+    dout, out = (chunked.padded(x, value.shape[3]) for x in (dy, y))
     dq_aug, dk_aug, dv = (torch.zeros_like(x) for x in (q_aug, k_aug, value))
     dlog_forget = torch.zeros_like(log_forget, dtype=torch.float64)
     for start, end in _chunks(k_aug, log_forget, bias):
-        chunk = slice(start, end)
-        query, softmax = q_aug[:, chunk], (dout[:, chunk], out[:, chunk], lse[..., chunk], scale)
-        parts = [sdpa.attend_backward(query, k_aug[:, chunk], value[:, chunk], True, *softmax)]
-        if start:
-            parts.insert(
-                0, sdpa.attend_backward(query, k_aug[:, :start], value[:, :start], False, *softmax)
-            )
-        for dq, _, _ in parts:
-            dq_aug[:, chunk] += dq
+        rows = slice(start, end)
+        older = slice(0, start)
+        query = q_aug[:, rows]
+        softmax = (dout[:, rows], out[:, rows], lse[..., rows], Dh**-0.5)
+        parts = []
+        for keys, causal in ((older, False), (rows, True)) if start else ((rows, True),):
+            grads = chunked.attend_backward(query, k_aug[:, keys], value[:, keys], causal, *softmax)
+            parts.append(grads)
+            dq_aug[:, rows] += grads[0]
         dk, dv_keys = (torch.cat([part[n] for part in parts], 1) for n in (1, 2))
         dk_aug[:, :end] += dk
         dv[:, :end] += dv_keys
@@ -310,19 +320,25 @@ def forgetting_backward(
     return dq, dk, dv, dlog_forget.to(log_forget.dtype)
 
 
-@forgetting_backward.register_fake
-def _(dy, y, lse, q, k, v, log_forget):
-    return tuple(x.new_empty(x.shape) for x in (q, k, v, log_forget))
+def _forgetting_backward_fake(
+    dy: Tensor, y: Tensor, lse: Tensor, *inputs: Tensor
+) -> tuple[Tensor, ...]:
+    return tuple(x.new_empty(x.shape) for x in inputs)
 
 
-def _save(ctx, inputs, output):
+def _save(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -> None:
     ctx.save_for_backward(*output, *inputs)
     ctx.mark_non_differentiable(output[1])
 
 
-def _backward(ctx, dy, _dlse):
+def _backward(ctx: Any, dy: Tensor, _dlse: Tensor) -> tuple[Tensor, ...]:
     return forgetting_backward(dy, *ctx.saved_tensors)
 
 
-forgetting.register_autograd(_backward, setup_context=_save)
-forgetting_backward.register_autograd(no_second_derivative)
+forgetting = register("forgetting", forgetting_eager, _forgetting_fake, _backward, _save)
+forgetting_backward = register(
+    "forgetting_backward",
+    forgetting_backward_eager,
+    _forgetting_backward_fake,
+    no_second_derivative,
+)

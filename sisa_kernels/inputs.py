@@ -1,12 +1,52 @@
-"""SisaInputs: the operands of SISA attention as one record, and the choices that go with them."""
+"""The operands of SISA attention as records, and the choices that go with them."""
 
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 from torch import Tensor
 
 Rotary = tuple[Tensor, Tensor]
 Mode = Literal["exact", "clamped"]
 Backend = Literal["auto", "triton", "one_call", "chunked", "reference", "flash", "sdpa"]
+MODES: tuple[str, ...] = get_args(Mode)
+BACKENDS: tuple[str, ...] = get_args(Backend)
+
+
+def as_rotary(cos: Tensor | None, sin: Tensor | None) -> Rotary | None:
+    """RoPE's tables as a registered op takes them, paired; ValueError for one without the other."""
+    if cos is None and sin is None:
+        return None
+    if cos is None or sin is None:
+        raise ValueError("cos and sin must be given together")
+    return cos, sin
+
+
+def by_document(cu_seqlens: Tensor | None, *tensors: Tensor) -> list[tuple[Tensor, ...]]:
+    """Each packed document's part of the tensors [1, L, ...]; without cu_seqlens the tensors."""
+    if cu_seqlens is None:
+        return [tensors]
+    lengths = cu_seqlens.diff().tolist()
+    return list(zip(*(x.split(lengths, 1) for x in tensors)))
+
+
+class ScoreInputs(NamedTuple):
+    """What the scores of Eq. 2 are made of: :class:`SisaInputs` without the values."""
+
+    q: Tensor
+    k: Tensor
+    b: Tensor
+    c: Tensor
+    log_decay: Tensor
+    theta: Tensor
+    lam: Tensor
+    rotary: Rotary | None = None
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        """All that gradients flow to, in the order of the operators' arguments."""
+        return self[:7]
+
+    def flat(self) -> tuple[Tensor | None, ...]:
+        """As a registered op takes it: (q, k, b, c, log_decay, theta, lam, cos, sin)."""
+        return *self[:7], *(self.rotary or (None, None))
 
 
 class SisaInputs(NamedTuple):
@@ -35,3 +75,34 @@ class SisaInputs(NamedTuple):
     """RoPE's (cos, sin), each [L, Dh / 2]; None: applied already, or not wanted."""
     cu_seqlens: Tensor | None = None
     """Bounds of packed documents [documents + 1]; None: one document a row."""
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        """All that gradients flow to, in the order of the operators' arguments."""
+        return self[:8]
+
+    def flat(self) -> tuple[Tensor | None, ...]:
+        """As a registered op takes it: (q, k, v, b, c, log_decay, theta, lam, cos, sin)."""
+        return *self[:8], *(self.rotary or (None, None))
+
+    def scores(self) -> ScoreInputs:
+        """All but the values and the documents."""
+        return ScoreInputs(
+            self.q, self.k, self.b, self.c, self.log_decay, self.theta, self.lam, self.rotary
+        )
+
+    def documents(self) -> list["SisaInputs"]:
+        """The inputs of each packed document on its own."""
+        if self.cu_seqlens is None:
+            return [self]
+        parts = by_document(self.cu_seqlens, *self[:7])
+        tables: list[Rotary | None] = [None] * len(parts)
+        if self.rotary is not None:
+            split = by_document(self.cu_seqlens, *(table[None] for table in self.rotary))
+            tables = [(cos[0], sin[0]) for cos, sin in split]
+        return [
+            SisaInputs._make((*part, self.lam, table, None)) for part, table in zip(parts, tables)
+        ]
+
+
+# The fields of SisaInputs that have a gradient.
+NAMES = SisaInputs._fields[:8]

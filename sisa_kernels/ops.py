@@ -3,6 +3,7 @@ a thing once.
 """
 
 import contextlib
+import inspect
 import warnings
 from collections.abc import Callable
 from typing import Any, NoReturn
@@ -22,51 +23,66 @@ def register(
     fake: Callable,
     backward: Callable | None = None,
     setup_context: Callable | None = None,
+    *,
     mutates: tuple[str, ...] = (),
-) -> Any:
-    """The op sisa::``name``: compiled for the devices the loaded extension was built for, ``eager``
-    on every other.
+    in_extension: bool = False,
+) -> torch._ops.OpOverload:
+    """The op sisa::``name``, whose schema is that of ``eager``, which runs it on every device.
+
+    Args:
+        fake: of the same arguments by place, results without values.
+        backward, setup_context: as in ``torch.library.register_autograd``.
+        mutates: the arguments that it changes.
+        in_extension: the compiled extension has kernels of it, which go before ``eager`` on their
+            devices. Then sisa::``name``_eager is the same op by ``eager`` alone: the kernels hand
+            it fp64, and :func:`sisa_kernels.paths.augment` all where they are wrong.
     """
     schema = torch.library.infer_schema(eager, mutates_args=mutates)
     compiled = hasattr(torch.ops.sisa, name)
-    if _extension.LOADED and not compiled:
-        message = f"sisa_kernels runs sisa::{name} in plain PyTorch: its compiled extension is of older sources. To build it: "
-        warnings.warn(message + _extension.REBUILD, RuntimeWarning, stacklevel=3)
-    undefined = (
-        f"{name}_eager" if compiled else name
-    )  # the compiled op hands fp64 to sisa::<name>_eager
+    if in_extension and _extension.LOADED and not compiled:
+        warnings.warn(
+            f"sisa_kernels runs sisa::{name} in plain PyTorch: its compiled extension is of older "
+            f"sources. To build it: {_extension.REBUILD}",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+    undefined = f"{name}_eager" if compiled else name
     library.define(undefined + schema, tags=(torch.Tag.pt2_compliant_tag,))
+    by_place = _by_place(eager, fake)
     for op in {name, undefined}:
         library.impl(op, eager, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"sisa::{name}", fake, lib=library)
-    if backward is not None:
-        torch.library.register_autograd(
-            f"sisa::{name}", backward, setup_context=setup_context, lib=library
-        )
+        torch.library.register_fake(f"sisa::{op}", by_place, lib=library)
+        if backward is not None:
+            torch.library.register_autograd(
+                f"sisa::{op}", backward, setup_context=setup_context, lib=library
+            )
     return getattr(torch.ops.sisa, name).default
 
 
-def no_second_derivative(ctx, *grads) -> NoReturn:
-    """The backward of the backward ops: an error, where autograd's own answer would be a warning
-    and a wrong gradient.
-    """
+def _by_place(eager: Callable, fake: Callable) -> Callable:
+    """``fake`` of any call of ``eager``'s arguments, which may come by keyword."""
+    signature = inspect.signature(eager)
+    return lambda *args, **kwargs: fake(*signature.bind(*args, **kwargs).args)
+
+
+def no_second_derivative(ctx: Any, *grads: Tensor) -> NoReturn:
+    """The backward of the backward ops: an error, where autograd's would be a wrong gradient."""
     raise RuntimeError(
-        "SISA's operators are differentiable once: no double backward (create_graph=True), nested grad or hessian"
+        "SISA's operators are differentiable once: no double backward (create_graph=True), "
+        "nested grad or hessian"
     )
 
 
 def refuse_forward_mode(*tensors: Tensor) -> None:
     """An error where PyTorch would take an op without a forward-mode derivative for a constant."""
-    if not torch.compiler.is_compiling() and any(
-        forward_ad.unpack_dual(x).tangent is not None for x in tensors
-    ):
+    if torch.compiler.is_compiling():
+        return
+    if any(forward_ad.unpack_dual(x).tangent is not None for x in tensors):
         raise NotImplementedError("SISA's operators have no forward-mode derivative (jvp)")
 
 
 def without_autocast(device: torch.device) -> contextlib.AbstractContextManager:
-    """Within it autocast is off: it would reach into the operators and run their fp32 products in
-    half precision.
-    """
+    """Within it autocast is off, which would run the operators' fp32 products in half precision."""
     if device.type == "meta" or not torch.is_autocast_enabled(device.type):
         return contextlib.nullcontext()
     return torch.autocast(device.type, enabled=False)
@@ -82,4 +98,5 @@ def say_once(message: str, stacklevel: int = 3) -> None:
         warnings.warn(message, stacklevel=stacklevel)
 
 
-say_once._dynamo_marked_constant = True  # type: ignore[attr-defined]  # torch.compiler.assume_constant_result loads TorchDynamo, 4 s
+# What torch.compiler.assume_constant_result sets, which would load TorchDynamo, 4 s.
+say_once._dynamo_marked_constant = True  # type: ignore[attr-defined]

@@ -1,17 +1,18 @@
-"""The oracles: SISA attention (arXiv 2606.02332, Eq. 2) and its rival's, densely in fp64, with no
-trick of numerics or speed.
+"""The oracles: SISA attention (arXiv 2606.02332, Eq. 2) and forgetting attention, dense, in fp64.
 
-Every other path of this package is measured against this file, and this file is checked by
-``torch.autograd.gradcheck``."""
+No trick of numerics or speed, and no arithmetic shared with what is measured against them; they
+are themselves checked by ``torch.autograd.gradcheck`` and by loops over single scores."""
 
-import functools
 import math
 
 import torch
 from torch import Tensor
 
-from sisa_kernels.checks import Rotary, check_attention, check_forgetting
-from sisa_kernels.rotation import CLAMP, LOWEST_LOG_DECAY, by_document, rotate
+from sisa_kernels.checks import check_attention, check_forgetting
+from sisa_kernels.inputs import Mode, Rotary, SisaInputs
+
+CLAMP = 11.0  # the authors' bound on the exponent g - m
+LOWEST_LOG = -1e3  # exp of it is 0 in fp64, and a running sum of -inf would lose g_i - g_j
 
 
 def sisa_attention(
@@ -25,7 +26,7 @@ def sisa_attention(
     lam: Tensor,
     *,
     rotary: Rotary | None = None,
-    mode: str = "exact",
+    mode: Mode = "exact",
     cu_seqlens: Tensor | None = None,
 ) -> Tensor:
     """SISA attention, Eq. 2 of the paper, O(L^2) memory, computed in fp64 whatever comes in.
@@ -37,16 +38,17 @@ def sisa_attention(
 
     Arguments, shapes and errors are those of :func:`sisa_kernels.sisa_attention`; returns y [B, L,
     H, Dv] in q's dtype."""
-    check_attention(q, k, v, b, c, log_decay, theta, lam, rotary, mode, cu_seqlens)
-    dtype = q.dtype
-    q, k, v, b, c, log_decay, theta, lam = (
-        x.double() for x in (q, k, v, b, c, log_decay, theta, lam)
-    )
-    if rotary is not None:
-        cos, sin = (table.double()[:, None] for table in rotary)
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-    attend = functools.partial(_document, lam=lam, mode=mode)
-    return by_document(attend, cu_seqlens, q, k, v, b, c, log_decay, theta).to(dtype)
+    inputs = SisaInputs(q, k, v, b, c, log_decay, theta, lam, rotary, cu_seqlens)
+    check_attention(inputs, mode)
+    *tokens, lam64 = (x.double() for x in inputs.tensors())
+    tokens[:2] = _with_rotary(tokens[0], tokens[1], rotary)
+    pieces = []
+    for document in _documents(cu_seqlens, tokens):
+        x = SisaInputs._make((*document, lam64, None, None))
+        content, importance = scores(x.q, x.k, x.b, x.c, x.log_decay, x.theta, x.lam, mode)
+        values = x.v.repeat_interleave(q.shape[2] // k.shape[2], 2)
+        pieces.append(torch.einsum("bhij,bjhd->bihd", (content + importance).softmax(-1), values))
+    return torch.cat(pieces, 1).to(q.dtype)
 
 
 def scores(
@@ -57,7 +59,7 @@ def scores(
     log_decay: Tensor,
     theta: Tensor,
     lam: Tensor,
-    mode: str = "exact",
+    mode: Mode = "exact",
 ) -> tuple[Tensor, Tensor]:
     """The two terms of Eq. 2, whose sum is s_ij: ``q_i.k_j / sqrt(Dh)`` and the importance term,
     each fp64 [B, H, L, L].
@@ -66,25 +68,20 @@ def scores(
     :func:`sisa_attention`, with RoPE applied to q, k."""
     q, k, b, c, log_decay, theta, lam = (x.double() for x in (q, k, b, c, log_decay, theta, lam))
     L, H, Dh = q.shape[1:]
-    g = log_decay.clamp(min=LOWEST_LOG_DECAY).cumsum(1)
+    g = log_decay.clamp(min=LOWEST_LOG).cumsum(1)
     phase = theta.cumsum(1)
-    b = rotate(b, phase.cos(), phase.sin())
+    b = _rotated(b, phase.cos(), phase.sin())
     k, b, g, phase = (x.repeat_interleave(H // k.shape[2], 2) for x in (k, b, g, phase))
-    c = rotate(c, phase.cos(), phase.sin())
+    c = _rotated(c, phase.cos(), phase.sin())
     if mode == "clamped":
-        g = (g - (g[:, :1] + g[:, -1:]).detach() / 2).clamp(-CLAMP, CLAMP)
+        middle = (g[:, :1] + g[:, -1:]).detach() / 2
+        g = (g - middle).clamp(-CLAMP, CLAMP)
     above = torch.ones(L, L, dtype=torch.bool, device=q.device).triu(1)
     g = g.transpose(1, 2)
     decay = (g[..., :, None] - g[..., None, :]).masked_fill(above, -math.inf).exp()
     content = torch.einsum("bihd,bjhd->bhij", q, k) / math.sqrt(Dh)
     importance = lam[:, None, None] * decay * torch.einsum("bihd,bjhd->bhij", c, b)
     return content.masked_fill(above, -math.inf), importance
-
-
-def _document(q, k, v, b, c, log_decay, theta, lam: Tensor, mode: str) -> Tensor:
-    content, importance = scores(q, k, b, c, log_decay, theta, lam, mode)
-    v = v.repeat_interleave(q.shape[2] // k.shape[2], 2)
-    return torch.einsum("bhij,bjhd->bihd", (content + importance).softmax(-1), v)
 
 
 def forgetting_attention(
@@ -103,21 +100,40 @@ def forgetting_attention(
     F the running sum of ``log_forget``. Arguments, shapes and errors are those of
     :func:`sisa_kernels.forgetting_attention`; returns y [B, L, H, Dv] in q's dtype."""
     check_forgetting(q, k, v, log_forget, rotary, cu_seqlens)
-    dtype = q.dtype
-    q, k, v, log_forget = (x.double() for x in (q, k, v, log_forget))
-    if rotary is not None:
-        cos, sin = (table.double()[:, None] for table in rotary)
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-    return by_document(_forgetting_document, cu_seqlens, q, k, v, log_forget).to(dtype)
+    tokens = [x.double() for x in (q, k, v, log_forget)]
+    tokens[:2] = _with_rotary(tokens[0], tokens[1], rotary)
+    pieces = [_forgetting_document(*document) for document in _documents(cu_seqlens, tokens)]
+    return torch.cat(pieces, 1).to(q.dtype)
 
 
 def _forgetting_document(q: Tensor, k: Tensor, v: Tensor, log_forget: Tensor) -> Tensor:
     L, H, Dh = q.shape[1:]
-    F = log_forget.clamp(min=LOWEST_LOG_DECAY).cumsum(1).transpose(1, 2)
+    F = log_forget.clamp(min=LOWEST_LOG).cumsum(1).transpose(1, 2)
     k, v = (x.repeat_interleave(H // k.shape[2], 2) for x in (k, v))
     causal = torch.ones(L, L, dtype=torch.bool, device=q.device).tril()
-    score = (
-        torch.einsum("bihd,bjhd->bhij", q, k) / math.sqrt(Dh) + F[..., :, None] - F[..., None, :]
-    )
+    content = torch.einsum("bihd,bjhd->bhij", q, k) / math.sqrt(Dh)
+    score = content + F[..., :, None] - F[..., None, :]
     weight = score.masked_fill(~causal, -math.inf).softmax(-1)
     return torch.einsum("bhij,bjhd->bihd", weight, v)
+
+
+def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """R(phase) x: the channel pairs (2n, 2n+1) of the last axis, rotated."""
+    even = x[..., 0::2]
+    odd = x[..., 1::2]
+    return torch.stack((even * cos - odd * sin, even * sin + odd * cos), -1).flatten(-2)
+
+
+def _with_rotary(q: Tensor, k: Tensor, rotary: Rotary | None) -> tuple[Tensor, Tensor]:
+    if rotary is None:
+        return q, k
+    cos, sin = (table.double()[:, None] for table in rotary)
+    return _rotated(q, cos, sin), _rotated(k, cos, sin)
+
+
+def _documents(cu_seqlens: Tensor | None, tokens: list[Tensor]) -> list[tuple[Tensor, ...]]:
+    """The part of ``tokens`` [1, L, ...] in each packed document; without cu_seqlens, all."""
+    if cu_seqlens is None:
+        return [tuple(tokens)]
+    lengths = cu_seqlens.diff().tolist()
+    return list(zip(*(x.split(lengths, 1) for x in tokens)))

@@ -1,13 +1,12 @@
-"""What every path shares: the running sums of decay and phase, their derivatives, and heads that
-share a key head.
-"""
+"""What every path shares: running sums of decay and phase, and heads that share a key head."""
 
 import math
 
 import torch
 from torch import Tensor
 
-from sisa_kernels.rotation import LOWEST_LOG_DECAY
+# exp of it is 0 in fp64: a bound that changes nothing, but keeps the digits of the running sum
+LOWEST_LOG_DECAY = -1e3
 
 
 def work_dtype(x: Tensor) -> torch.dtype:
@@ -16,16 +15,12 @@ def work_dtype(x: Tensor) -> torch.dtype:
 
 
 def cumulative_decay(log_decay: Tensor) -> Tensor:
-    """g [B, L, G] in fp64: one scalar a token and head, so fp64 costs little and differences of g
-    keep fp32's last digit.
-    """
+    """g [B, L, G] in fp64, whose differences keep fp32's last digit, for one scalar a token."""
     return log_decay.double().clamp(min=LOWEST_LOG_DECAY).cumsum(1)
 
 
 def cumulative_phase(theta: Tensor) -> tuple[Tensor, Tensor]:
-    """Cosine and sine of the phase, each [B, L, G, Ds/2] in theta's dtype; summed and wrapped in
-    fp64, accurate at any length.
-    """
+    """Cosine and sine of the phase, each [B, L, G, Ds/2] in theta's dtype, summed in fp64."""
     phase = theta.double().cumsum(1).remainder(2 * math.pi).to(theta.dtype)
     return phase.cos(), phase.sin()
 
@@ -36,16 +31,12 @@ def to_query_heads(x: Tensor, heads: int) -> Tensor:
 
 
 def to_key_heads(x: Tensor, heads: int) -> Tensor:
-    """Sum over the query heads that share a key head (axis 2): the derivative of
-    :func:`to_query_heads`.
-    """
+    """Sum over the query heads of a key head (axis 2), the derivative of to_query_heads."""
     return x if x.shape[2] == heads else x.unflatten(2, (heads, -1)).sum(3)
 
 
 def segment_middle(g: Tensor, starts: list[int]) -> Tensor:
-    """The middle of g's range in each token's segment, [B, L, G] like g; segments begin at
-    ``starts`` and g never rises.
-    """
+    """The middle of g's range in each token's segment, [B, L, G]; segments begin at ``starts``."""
     L = g.shape[1]
     ends = [*starts[1:], L]
     middle = (g[:, starts] + g[:, [end - 1 for end in ends]]) / 2
@@ -54,8 +45,9 @@ def segment_middle(g: Tensor, starts: list[int]) -> Tensor:
 
 
 def pair_products(du: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
-    """At u = e^x R(phase) c with du = dL/du: (dL/dx summed over the channels, dL/dphase of each
-    channel pair), in fp64.
-    """
-    du0, du1, u0, u1 = du[..., 0::2], du[..., 1::2], u[..., 0::2], u[..., 1::2]
+    """At u = e^x R(phase) c with du = dL/du: (dL/dx, dL/dphase of each channel pair), in fp64."""
+    du0 = du[..., 0::2]
+    du1 = du[..., 1::2]
+    u0 = u[..., 0::2]
+    u1 = u[..., 1::2]
     return (du * u).sum(-1).double(), (u0 * du1 - u1 * du0).double()

@@ -1,6 +1,4 @@
-"""SISA's models and experiments, on the operators of ``sisa_kernels`` (``import sisa_model as
-sm``).
-"""
+"""SISA's models and experiments on ``sisa_kernels``' operators (``import sisa_model as sm``)."""
 
 from sisa_model.interop.authors import load_paper_checkpoint
 from sisa_model.models.checkpoint import load, save

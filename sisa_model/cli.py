@@ -1,62 +1,43 @@
-"""The command ``sisa``: prepare, train, compare, study, eval, plot, inspect, report, generate,
-convert, info, bench-report.
-"""
+"""The command ``sisa``: its commands, settings files, and what it prints."""
 
-import subprocess
+import contextlib
+import dataclasses
+import inspect
+import logging
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, NamedTuple, TextIO, Union
 
 import torch
 import tyro
 
 import sisa_kernels as sk
+from sisa_kernels.inputs import Mode
 from sisa_model.data.prepare import PrepareConfig, prepare
-from sisa_model.evaluation.evaluate import EvalConfig, evaluate
+from sisa_model.evaluation.config import EvalConfig
+from sisa_model.evaluation.evaluate import evaluate
 from sisa_model.evaluation.inspection import InspectConfig, inspect_run
-from sisa_model.evaluation.subject import find_subject
+from sisa_model.evaluation.sample import GenerateConfig, continue_prompt
 from sisa_model.experiments.compare import CompareConfig, compare
 from sisa_model.experiments.plot_runs import PlotConfig, plot_runs
 from sisa_model.experiments.report import ReportConfig, report
 from sisa_model.experiments.study import StudyConfig, run_study
 from sisa_model.interop.authors import load_paper_checkpoint
-from sisa_model.models.checkpoint import load, save
-from sisa_model.models.generate import check_sampling, generate
+from sisa_model.models.checkpoint import save
 from sisa_model.models.language_model import LanguageModel, count_parameters
-from sisa_model.models.presets import preset_config, presets
+from sisa_model.models.presets import find_preset, preset_config, presets
+from sisa_model.models.size import ModelSize, model_size
 from sisa_model.runs.config import TrainConfig
 from sisa_model.runs.folder import is_taken
+from sisa_model.runs.toml import read_settings
 from sisa_model.training.trainer import train
 from sisa_model.utils.files import make_folder_atomically
-from sisa_model.utils.machine import find_device
 
-
-@dataclass(frozen=True, kw_only=True)
-class GenerateConfig:
-    """Continue a prompt with a model that `sisa train` or `sisa convert` made."""
-
-    run: tyro.conf.Positional[Path]
-    """Run folder of `sisa train`, of an unfinished run its newest checkpoint, or with --tokenizer a
-    folder of model weights.
-    """
-    tokenizer: str | None = None
-    """For a folder of model weights: its tokenizer, a `tokenizers` JSON file or the word bytes."""
-    prompt: str = ""
-    """Text to continue. Default: the start of a document."""
-    max_new_tokens: int = 200
-    """Tokens to add."""
-    temperature: float = 0.8
-    """Sampling temperature; 0 takes the likeliest token every time."""
-    top_k: int | None = None
-    """Sample among the k likeliest tokens only."""
-    top_p: float = 1.0
-    """Sample among the likeliest tokens that together reach this probability only."""
-    seed: int = 0
-    """Seed of the sampling."""
-    device: str = "auto"
-    """cpu, cuda, cuda:1 ...; auto: a GPU if there is one."""
+DESCRIPTION = """Exact SISA attention: train, compare and sample its models.
+`sisa COMMAND --help` explains a command and its flags, which a file may hold too
+(--config FILE.toml). `sisa --version` prints the version."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,138 +52,215 @@ class ConvertConfig:
     """Model it holds; `sisa info` lists them."""
     out: Path
     """Folder to make."""
-    mode: str = "clamped"
+    mode: Mode = "clamped"
     """SISA's numerics: clamped, what the authors trained with, or exact."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class InfoConfig:
-    """List the presets with their sizes."""
+    """List the presets, or say what one costs: parameters, FLOPs a token, memory."""
 
-    preset: str | None = None
-    """Show every field of this one."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class BenchReportConfig:
-    """Draw the figures of docs/ from the rows that `pytest bench` and bench/accuracy.py have
-    measured; needs a checkout.
-    """
-
-    results: Path | None = None
-    """Folder of the CSV files. Default: bench/results of the checkout."""
-    out: Path | None = None
-    """Folder of the figures. Default: docs of the checkout."""
-    device: str | None = None
-    """Part of the name of the device whose rows are drawn. Default: that of each file's last row."""
-    only: tuple[Literal["speed", "growth", "accuracy"], ...] = ()
-    """Figures to draw. Default: all; one without rows is an error."""
+    preset: tyro.conf.Positional[str | None] = None
+    """Show every field of this one and its costs."""
 
 
-def run_generate(config: GenerateConfig) -> None:
-    """Print a continuation of the prompt."""
-    check_sampling(config.max_new_tokens, config.temperature, config.top_k, config.top_p)
-    device = find_device(config.device)
-    subject = find_subject(config.run, config.tokenizer)
-    encoder, model = subject.encoder, load(subject.weights, device)
-    prompt = encoder.encode([config.prompt])[:-1].tolist() if config.prompt else []
-    ids = torch.tensor([[encoder.end_of_text, *prompt]], device=device)
-    generator = torch.Generator(device).manual_seed(config.seed)
-    if why := model.cache_refusal():
-        print(f"sisa: every token runs all before it again: {why}", file=sys.stderr)
-    out = generate(
-        model,
-        ids,
-        config.max_new_tokens,
-        config.temperature,
-        why is None,
-        top_k=config.top_k,
-        top_p=config.top_p,
-        generator=generator,
-    )
-    print(encoder.decode(out[0, 1:].tolist()))
+def convert(config: ConvertConfig) -> str:
+    """Write the authors' model as a folder that :func:`sisa_model.load` reads; says what it is.
 
-
-def run_convert(config: ConvertConfig) -> None:
-    """Write the authors' model as a folder that :func:`sisa_model.load` reads."""
+    Raises FileExistsError for a folder that exists, and as
+    :func:`sisa_model.load_paper_checkpoint` does."""
     if is_taken(config.out):
         raise FileExistsError(f"out {config.out} exists; choose another folder")
     model = load_paper_checkpoint(config.checkpoint, config.preset, config.mode)
     make_folder_atomically(config.out, lambda folder: save(model, folder))
-    print(
-        f"{config.preset}, {count_parameters(model):,} parameters, mode {model.config.mode}: {config.out}"
-    )
+    count = count_parameters(model)
+    return f"{config.preset}, {count:,} parameters, mode {model.config.mode}: {config.out}"
 
 
-def run_info(config: InfoConfig) -> None:
-    """Print the presets, or one preset's fields."""
-    if config.preset is not None:
-        for name, value in vars(preset_config(config.preset)).items():
-            print(f"{name:18} {value}")
-        return
-    print(f"sisa {sk.__version__}")
-    columns = (
-        f"{'d_model':>7} {'heads':>5} {'layers':>6} {'d_state':>7} {'mamba_state':>11} {'d_ff':>5}"
-    )
-    print(f"{'preset':30} {'parameters':>12}  {columns}")
+def info(config: InfoConfig) -> str:
+    """The presets, or one preset's fields and costs."""
+    if config.preset is None:
+        return _presets()
+    preset = find_preset(config.preset)
+    fields = [f"{name:18} {value}" for name, value in vars(preset.model).items()]
+    seq_len = preset.training.seq_len
+    costs = _costs(model_size(preset.model, seq_len))
+    about = f"Trained with AdamW on sequences of {seq_len:,} tokens:"
+    return "\n".join([*fields, "", about, *(f"{name:34} {value:>15}" for name, value in costs)])
+
+
+def _costs(size: ModelSize) -> list[tuple[str, str]]:
+    def mib(count: int) -> str:
+        return f"{count / 2**20:,.1f} MiB"
+
+    costs = [
+        ("parameters", f"{size.parameters:,}"),
+        ("FLOPs a token, forward", f"{size.forward_flops:,.0f}"),
+        ("FLOPs a token, with backward", f"{size.training_flops:,.0f}"),
+        ("weights", mib(size.weights)),
+        ("gradients", mib(size.gradients)),
+        ("optimizer's moments", mib(size.optimizer)),
+        ("activations of a sequence, fp32", mib(size.activations)),
+        ("activations of a sequence, bf16", mib(size.activations_bf16)),
+    ]
+    if size.cache_per_token is not None and size.cache_per_sequence is not None:
+        costs.append(("cache in decoding, of a token", f"{size.cache_per_token:,} bytes"))
+        costs.append(("cache in decoding, of a sequence", f"{size.cache_per_sequence:,} bytes"))
+    return costs
+
+
+def _presets() -> str:
+    columns = {
+        "d_model": "d_model",
+        "heads": "n_heads",
+        "layers": "n_layers",
+        "d_state": "d_state",
+        "mamba_state": "mamba_state",
+        "d_ff": "d_ff",
+    }
+    widths = {title: max(5, len(title)) for title in columns}
+    titles = " ".join(f"{title:>{width}}" for title, width in widths.items())
+    lines = [f"sisa {sk.__version__}", f"{'preset':30} {'parameters':>12}  {titles}"]
     for name in presets():
         with torch.device("meta"):
             model = LanguageModel(preset_config(name))
-        c = model.config
-        sizes = f"{c.d_model:7} {c.n_heads:5} {c.n_layers:6} {c.d_state:7} {c.mamba_state:11} {c.d_ff:5}"
-        print(f"{name:30} {count_parameters(model):12,}  {sizes}")
+        values = {title: getattr(model.config, field) for title, field in columns.items()}
+        row = " ".join(f"{value:{widths[title]}}" for title, value in values.items())
+        lines.append(f"{name:30} {count_parameters(model):12,}  {row}")
+    return "\n".join(lines)
 
 
-def run_bench_report(config: BenchReportConfig) -> None:
-    """Run bench/report.py of the checkout that this package stands in: the benches are no part of
-    the package.
-    """
-    script = Path(__file__).resolve().parent.parent / "bench" / "report.py"
-    if not script.is_file():
-        raise FileNotFoundError(
-            f"bench-report needs a checkout of the repository, installed with pip install -e; {script} is absent"
-        )
-    given = {
-        name: value if isinstance(value, tuple) else (value,)
-        for name, value in vars(config).items()
-        if value
-    }
-    options = [str(part) for name, values in given.items() for part in (f"--{name}", *values)]
-    if subprocess.run([sys.executable, str(script), *options]).returncode:
-        raise ValueError("not every figure could be drawn")
+class Command(NamedTuple):
+    """What a command is told, and what it does; a text that it returns is printed."""
+
+    config: type
+    run: Callable[[Any], object]
 
 
-COMMANDS: dict[str, tuple[type, Callable[[Any], object]]] = {
-    "prepare": (PrepareConfig, prepare),
-    "train": (TrainConfig, train),
-    "compare": (CompareConfig, compare),
-    "study": (StudyConfig, run_study),
-    "eval": (EvalConfig, evaluate),
-    "plot": (PlotConfig, plot_runs),
-    "inspect": (InspectConfig, inspect_run),
-    "report": (ReportConfig, report),
-    "generate": (GenerateConfig, run_generate),
-    "convert": (ConvertConfig, run_convert),
-    "info": (InfoConfig, run_info),
-    "bench-report": (BenchReportConfig, run_bench_report),
+COMMANDS = {
+    "prepare": Command(PrepareConfig, prepare),
+    "train": Command(TrainConfig, train),
+    "compare": Command(CompareConfig, compare),
+    "study": Command(StudyConfig, run_study),
+    "eval": Command(EvalConfig, evaluate),
+    "plot": Command(PlotConfig, plot_runs),
+    "inspect": Command(InspectConfig, inspect_run),
+    "report": Command(ReportConfig, report),
+    "generate": Command(GenerateConfig, continue_prompt),
+    "convert": Command(ConvertConfig, convert),
+    "info": Command(InfoConfig, info),
 }
+# What flags were called before, and are still understood as.
+FORMER_FLAGS: dict[str, dict[str, list[str]]] = {
+    "train": {"--tasks": ["--mix"]},
+    "study": {"--tasks": ["--mix"]},
+    "info": {"--preset": []},
+}
+
+
+def parse(args: list[str]) -> tuple[Command, Any]:
+    """The command that ``args`` name, and its settings: of its --config file, and over them those
+    of the flags.
+
+    Raises FileNotFoundError or ValueError for the file, SystemExit for the rest."""
+    name = args[0] if args else ""
+    renamed = FORMER_FLAGS.get(name, {})
+    args = [part for arg in args for part in renamed.get(arg, [arg])]
+    file = _config_file(args)
+    choices = []
+    for known, command in COMMANDS.items():
+        options = _with_config_flag(command.config, whole=known == name)
+        given: dict[str, Any] = {}
+        if known == name and file is not None:
+            settings = _defaults(command.config, file)
+            given["default"] = options(settings=settings, config=file)
+        choices.append(Annotated[options, tyro.conf.subcommand(known, **given)])
+    command_line: Any = Union[tuple(choices)]  # noqa: UP007 - of as many as there are
+    parsed = tyro.cli(
+        command_line,
+        prog="sisa",
+        description=DESCRIPTION,
+        args=args,
+        config=(tyro.conf.FlagCreatePairsOff,),
+    )
+    return COMMANDS[name], parsed.settings
+
+
+def _with_config_flag(config: type, whole: bool) -> Any:
+    """``config`` and the flag --config as one record for tyro, with the ``whole`` description or
+    its first paragraph.
+    """
+    told = tyro.conf.arg(metavar="FILE.toml", help="File of flags; those given here win over it.")
+    unprefixed = tyro.conf.arg(name="")
+    options = dataclasses.make_dataclass(
+        config.__name__,
+        [
+            ("settings", Annotated[config, unprefixed]),  # type: ignore[valid-type]
+            ("config", Annotated[Path | None, told], None),
+        ],
+        kw_only=True,
+    )
+    description = inspect.cleandoc(config.__doc__ or "")
+    options.__doc__ = description if whole else description.split("\n\n")[0]
+    return options
+
+
+def _config_file(args: list[str]) -> Path | None:
+    """The value of the last --config."""
+    found = None
+    for arg, following in zip(args, [*args[1:], None]):
+        name, equals, value = arg.partition("=")
+        if name == "--config" and (equals or following is not None):
+            found = Path(value if equals else str(following))
+    return found
+
+
+def _defaults(config: type, file: Path) -> Any:
+    """``config`` as ``file`` has it; what neither it nor the dataclass says is tyro's to demand."""
+    required = {
+        item.name: tyro.MISSING
+        for item in dataclasses.fields(config)
+        if item.default is item.default_factory is dataclasses.MISSING
+    }
+    return config(**{**required, **read_settings(file, config)})
+
+
+@contextlib.contextmanager
+def messages_on(out: TextIO, err: TextIO) -> Iterator[None]:
+    """Let the packages' messages appear bare on ``out``, their warnings on ``err``."""
+    told = logging.StreamHandler(out)
+    told.setFormatter(logging.Formatter("%(message)s"))
+    told.addFilter(lambda record: record.levelno < logging.WARNING)
+    warned = logging.StreamHandler(err)
+    warned.setFormatter(logging.Formatter("sisa: %(message)s"))
+    warned.setLevel(logging.WARNING)
+    loggers = [logging.getLogger(name) for name in ("sisa_model", "sisa_kernels")]
+    for logger in loggers:
+        logger.setLevel(logging.INFO)
+        logger.addHandler(told)
+        logger.addHandler(warned)
+    try:
+        yield
+    finally:
+        for logger in loggers:
+            logger.removeHandler(told)
+            logger.removeHandler(warned)
 
 
 def main(args: list[str] | None = None) -> int:
     """Run the command line; returns 0, or 1 after one line saying which argument, file or disk was
     at fault.
     """
-    if (sys.argv[1:] if args is None else args) == ["--version"]:
+    args = sys.argv[1:] if args is None else args
+    if args == ["--version"]:
         print(f"sisa {sk.__version__}")
         return 0
-    description = "Exact SISA attention: train, compare and sample its models. `sisa --version` prints the version."
-    configs: dict[str, Any] = {name: config for name, (config, _) in COMMANDS.items()}
-    plain = (tyro.conf.FlagCreatePairsOff,)
-    config: Any = tyro.extras.subcommand_cli_from_dict(
-        configs, prog="sisa", description=description, args=args, config=plain
-    )
     try:
-        dict(COMMANDS.values())[type(config)](config)
+        with messages_on(sys.stdout, sys.stderr):
+            command, settings = parse(args)
+            product = command.run(settings)
+        if isinstance(product, str):
+            print(product)
     except (ValueError, TypeError, OSError, FloatingPointError) as error:
         print(f"sisa: error: {error}", file=sys.stderr)
         return 1

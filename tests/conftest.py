@@ -1,6 +1,4 @@
-"""Fixtures for every test: fresh memory is poisoned, and one problem generator serves all
-operators.
-"""
+"""Fixtures for every test: fresh memory is poisoned, threads are two; texts to train on."""
 
 import os
 import sys
@@ -21,9 +19,7 @@ PACKAGES = tuple(str(ROOT / name) for name in ("sisa_kernels", "sisa_model"))
 
 @pytest.fixture(autouse=True)
 def poisoned_memory(monkeypatch):
-    """Fill what the packages allocate uninitialised with NaN, so that an element nobody writes
-    cannot pass for a result.
-    """
+    """Fill what the packages allocate with NaN: an element nobody writes is no result."""
 
     def poison(function):
         def allocate(*args, **kwargs):
@@ -38,6 +34,26 @@ def poisoned_memory(monkeypatch):
     for name in ("empty", "empty_like", "empty_strided"):
         monkeypatch.setattr(torch, name, poison(getattr(torch, name)))
     monkeypatch.setattr(torch.Tensor, "new_empty", poison(torch.Tensor.new_empty))
+
+
+@pytest.fixture(autouse=True, scope="session")
+def products_of_the_interpreter():
+    """Let Triton's interpreter multiply as PyTorch does, whose error a kernel's is held to: numpy's
+    rounding depends on the processor, and is up to 5 times worse.
+    """
+    try:
+        from triton.runtime import interpreter
+    except ImportError:
+        yield
+        return
+
+    def create_dot(self, a, b, d, input_precision, max_num_imprecise_acc):
+        product = torch.from_numpy(a.data).float() @ torch.from_numpy(b.data).float()
+        return interpreter.TensorHandle(product.numpy() + d.data, d.dtype.scalar)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(interpreter.InterpreterBuilder, "create_dot", create_dot)
+        yield
 
 
 @pytest.fixture(autouse=True)

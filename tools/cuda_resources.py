@@ -16,19 +16,15 @@ from pathlib import Path
 
 SOURCE = Path(__file__).parent.parent / "csrc" / "cuda" / "augment.cu"
 FLAGS = ["-std=c++20", "-O3", "--expt-relaxed-constexpr", "-cubin", "-Xptxas", "-v"]
-THREADS = {
-    80: 2048,
-    86: 1536,
-    89: 1536,
-    90: 2048,
-    100: 2048,
-    120: 1536,
-}  # a multiprocessor runs (CUDA programming guide)
+# That a multiprocessor runs (CUDA programming guide).
+THREADS = {80: 2048, 86: 1536, 89: 1536, 90: 2048, 100: 2048, 120: 1536}
 REGISTERS = 65536  # a multiprocessor has; a warp takes them by eight a thread
 BLOCK = 128  # kThreads
+BRIEF = {"__nv_bfloat16": "bf16", "__half": "fp16", "float": "fp32", ", ": " -> "}
 REPORT = re.compile(
-    r"Compiling entry function '(?P<name>\w+)'.*?(?P<stack>\d+) bytes stack frame, (?P<stores>\d+) bytes spill stores, "
-    r"(?P<loads>\d+) bytes spill loads.*?Used (?P<registers>\d+) registers(?:.*?(?P<shared>\d+) bytes smem)?[^\n]*",
+    r"Compiling entry function '(?P<name>\w+)'.*?(?P<stack>\d+) bytes stack frame, "
+    r"(?P<stores>\d+) bytes spill stores, (?P<loads>\d+) bytes spill loads.*?"
+    r"Used (?P<registers>\d+) registers(?:.*?(?P<shared>\d+) bytes smem)?[^\n]*",
     re.DOTALL,
 )
 
@@ -36,17 +32,11 @@ REPORT = re.compile(
 def short(name: str) -> str:
     """A kernel's name and types, from its mangled name."""
     full = subprocess.run(["c++filt", name], capture_output=True, text=True, check=True).stdout
-    kernel, types = re.search(
-        r"::(\w+)(?:<(.*?)>)?\(", full.replace("(anonymous namespace)", "")
-    ).groups()  # type: ignore[union-attr]
-    for long, brief in (
-        ("__nv_bfloat16", "bf16"),
-        ("__half", "fp16"),
-        ("float", "fp32"),
-        (", ", " -> "),
-    ):
-        types = types and types.replace(long, brief)
-    return f"{kernel} {types}" if types else kernel
+    found = re.search(r"::(\w+)(?:<(.*?)>)?\(", full.replace("(anonymous namespace)", ""))
+    kernel, types = found.groups(default="")
+    for long, brief in BRIEF.items():
+        types = types.replace(long, brief)
+    return f"{kernel} {types}".strip()
 
 
 def compile_for(arch: int) -> list[tuple[str, int, int, int]]:
@@ -58,15 +48,10 @@ def compile_for(arch: int) -> list[tuple[str, int, int, int]]:
         done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         sys.exit(done.stderr)
-    found = [
-        (
-            short(x["name"]),
-            int(x["registers"]),
-            int(x["stack"]) + int(x["stores"]) + int(x["loads"]),
-            int(x["shared"] or 0),
-        )
-        for x in REPORT.finditer(done.stderr)
-    ]
+    found = []
+    for x in REPORT.finditer(done.stderr):
+        spilled = int(x["stack"]) + int(x["stores"]) + int(x["loads"])
+        found.append((short(x["name"]), int(x["registers"]), spilled, int(x["shared"] or 0)))
     if not found:
         sys.exit(f"no kernel in what ptxas said:\n{done.stderr}")
     return sorted(found)
@@ -81,19 +66,17 @@ def main() -> None:
     if not shutil.which("nvcc"):
         print("skipped: nvcc is not found")
         return
-    print(
-        f"{'arch':>6} {'kernel':28} {'registers':>9} {'spilled B':>9} {'shared B':>8} {'threads':>7}"
-    )
+    counts = f"{'registers':>9} {'spilled B':>9} {'shared B':>8} {'threads':>7}"
+    print(f"{'arch':>6} {'kernel':28} {counts}")
     faults = 0
     for arch in args.arch:
         for name, registers, spilled, shared in compile_for(arch):
-            threads = min(THREADS[arch], REGISTERS // (-(-registers // 8) * 8 * BLOCK) * BLOCK)
+            held = -(-registers // 8) * 8 * BLOCK  # by a block
+            threads = min(THREADS[arch], REGISTERS // held * BLOCK)
             faults += spilled > 0
             fault = "  FAULT" if spilled else ""
-            print(
-                f"{f'sm_{arch}':>6} {name:28} {registers:9} {spilled:9} {shared:8} {threads:7}{fault}",
-                flush=True,
-            )
+            counts = f"{registers:9} {spilled:9} {shared:8} {threads:7}"
+            print(f"{f'sm_{arch}':>6} {name:28} {counts}{fault}", flush=True)
     sys.exit(f"{faults} faults" if faults else 0)
 
 

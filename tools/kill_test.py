@@ -1,10 +1,10 @@
 """Kills a training run with SIGKILL at random moments, resumes it each time, and compares its end
 with a run left alone.
 
-Usage: python tools/kill_test.py [kills, default 20] [seed of the moments, default 0]. One process,
-on the CPU; about a minute. Exits 0 if the final weights are bit for bit the same, and every step is
-logged once."""
+One process, on the CPU; about a minute. Exits 0 if the final weights are bit for bit the same, and
+every step is logged once."""
 
+import argparse
 import os
 import random
 import signal
@@ -36,11 +36,8 @@ def launch(config: TrainConfig) -> int:
         os.dup2(output, 2)
         status = 1
         try:
-            train(
-                TrainConfig(out=config.out, resume=True)
-                if (config.out / "run.json").is_file()
-                else config
-            )
+            begun = (config.out / "run.json").is_file()
+            train(TrainConfig(out=config.out, resume=True) if begun else config)
             status = 0
         except Exception:
             traceback.print_exc()
@@ -51,58 +48,61 @@ def launch(config: TrainConfig) -> int:
 
 
 def finish(config: TrainConfig) -> dict[str, torch.Tensor]:
-    """Let the run end; its weights. AssertionError with what it printed if it fails or has not
-    logged every step once.
-    """
+    """Let the run end; its weights. AssertionError: it fails, or has not logged every step once."""
     status = os.waitpid(launch(config), 0)[1]
     assert status == 0, config.out.with_suffix(".txt").read_text()
-    assert [row["step"] for row in read_rows(config.out / "train.jsonl")] == list(
-        range(1, STEPS + 1)
-    )
+    steps = [row["step"] for row in read_rows(config.out / "train.jsonl")]
+    assert steps == list(range(1, STEPS + 1))
     return load_file(newest_weights(config.out) / "model.safetensors")
 
 
-def main(kills: int, seed: int) -> int:
+def run_config(scratch: Path, name: str) -> TrainConfig:
+    """A short run of a folder of this name, on a text beside it."""
+    text = scratch / "text.txt"
+    sentences = [f"{n} the quick brown fox jumps over {n * n} lazy dogs; " for n in range(2000)]
+    text.write_text("".join(sentences))
+    return TrainConfig(
+        data=(text,),
+        out=scratch / name,
+        steps=STEPS,
+        seq_len=32,
+        batch_size=2,
+        val_every=50,
+        val_blocks=2,
+        save_every=3,
+        sample_tokens=0,
+    )
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("kills", type=int, nargs="?", default=20)
+    parser.add_argument("seed", type=int, nargs="?", default=0, help="of the moments")
+    args = parser.parse_args()
     torch.set_num_threads(1)  # a forked process has no other threads of OpenMP's
-    moment = random.Random(seed)
+    moment = random.Random(args.seed)
     with tempfile.TemporaryDirectory() as scratch:
-        text = Path(scratch, "text.txt")
-        text.write_text(
-            "".join(f"{n} the quick brown fox jumps over {n * n} lazy dogs; " for n in range(2000))
-        )
-        settings = {
-            "data": (text,),
-            "steps": STEPS,
-            "seq_len": 32,
-            "batch_size": 2,
-            "val_every": 50,
-            "val_blocks": 2,
-            "save_every": 3,
-        }
-        alone, killed = (
-            TrainConfig(out=Path(scratch, name), sample_tokens=0, **settings)
-            for name in ("alone", "killed")
-        )
+        alone = run_config(Path(scratch), "alone")
+        killed = run_config(Path(scratch), "killed")
         start = time.time()
         wanted = finish(alone)
-        longest = 3 * (time.time() - start) / kills
-        for count in range(1, kills + 1):
+        longest = 3 * (time.time() - start) / args.kills
+        for count in range(1, args.kills + 1):
             pid = launch(killed)
             time.sleep(moment.uniform(0, longest))
             os.kill(pid, signal.SIGKILL)
             os.waitpid(pid, 0)
-            names = sorted(p.name for p in (killed.out / "checkpoints").glob("*"))
-            print(
-                f"kill {count}: {len(read_rows(killed.out / 'train.jsonl'))} steps logged, on the disk {', '.join(names)}",
-                flush=True,
-            )
+            steps = len(read_rows(killed.out / "train.jsonl"))
+            names = ", ".join(sorted(p.name for p in (killed.out / "checkpoints").glob("*")))
+            print(f"kill {count}: {steps} steps logged, on the disk {names}", flush=True)
         found = finish(killed)
         same = all(torch.equal(wanted[name], found[name]) for name in wanted)
-        print(
-            f"after {kills} kills: weights {'the same, every step logged once' if same else 'DIFFER'}"
-        )
-        return 0 if same else 1
+    verdict = "the same, every step logged once" if same else "DIFFER"
+    print(f"after {args.kills} kills: weights {verdict}")
+    return 0 if same else 1
 
 
 if __name__ == "__main__":
-    sys.exit(main(*map(int, (sys.argv[1:] + ["20", "0"][len(sys.argv) - 1 :]))))
+    sys.exit(main())

@@ -18,5 +18,5 @@ grep -q __asan_report sisa_kernels/_C.*.so || { cat build.log; exit 1; }
 # torch.compile's tests are left out: the code it compiles would be loaded under the sanitizer too, to no purpose.
 LD_PRELOAD="$("${CXX:-g++}" -print-file-name=libasan.so) $("${CXX:-g++}" -print-file-name=libstdc++.so)" \
 ASAN_OPTIONS=detect_leaks=0:abort_on_error=1 UBSAN_OPTIONS=print_stacktrace=1 \
-PYTHONPATH=$PWD "$python" -m pytest -p no:cacheprovider -q $(grep -lE 'torch\.ops\.sisa' tests/test_*.py) \
+PYTHONPATH=$PWD "$python" -m pytest -p no:cacheprovider -q $(grep -rlE --include='test_*.py' 'torch\.ops\.sisa' tests) \
   -k "not compile_fullgraph and not another_torch and not switched_off" "$@"

@@ -1,1 +1,1 @@
-"""TODO"""
+"""The ways to compute SISA attention on stock kernels; the choice among them is not made here."""

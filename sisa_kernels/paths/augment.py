@@ -4,20 +4,20 @@ attention call.
 ``Qhat_i = [q_i ; s exp(g_i - m) R(Phi_i) c_i]``, ``Khat_j = [k_j ; s exp(m - g_j) R(Phi_j) b_j]``,
 ``s = Dh^(1/4) sqrt(lam)`` (paper, Proposition 1). The ops ``sisa::augment`` and
 ``sisa::augment_backward`` are compiled (csrc/) where the extension is loaded: for the CPU, and for
-CUDA if it was built so. Their PyTorch implementation here serves everywhere else, fp64 included.
-"""
+CUDA if it was built so. Their PyTorch implementation here serves everywhere else, fp64 included."""
 
 import functools
 import math
-import warnings
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from sisa_kernels import _extension, selfcheck
-from sisa_kernels.checks import DTYPES, Rotary, check_operands, check_shapes, check_tensor
-from sisa_kernels.ops import library, no_second_derivative, refuse_forward_mode, register
+from sisa_kernels.checks import DTYPES, check_operands, check_shapes, check_tensor
+from sisa_kernels.inputs import Rotary, ScoreInputs, as_rotary
+from sisa_kernels.ops import no_second_derivative, refuse_forward_mode, register, say_once
 from sisa_kernels.rotation import CLAMP, rotate
 from sisa_kernels.scans import (
     cumulative_decay,
@@ -28,112 +28,77 @@ from sisa_kernels.scans import (
     to_query_heads,
     work_dtype,
 )
+from sisa_kernels.testing import relative
 
 
 class _Factors:
-    """What forward and backward share: the factors exp(+-(g - m)) s and the cosines and sines of
-    the phases.
-    """
+    """The factors exp(+-(g - m)) s and the phases' cosines and sines, for forward and backward."""
 
-    def __init__(
-        self,
-        q: Tensor,
-        k: Tensor,
-        log_decay: Tensor,
-        theta: Tensor,
-        lam: Tensor,
-        starts: list[int],
-        clamp: float,
-    ):
-        H, G, Dh = q.shape[2], k.shape[2], q.shape[3]
-        dtype = work_dtype(q)
-        g = cumulative_decay(log_decay)
-        x = g - segment_middle(g, starts)
-        self.unclamped = x.abs() <= clamp
-        x = x.clamp(-clamp, clamp)
-        s = math.sqrt(Dh) * lam.to(dtype)[:, None]
+    def __init__(self, x: ScoreInputs, starts: list[int], clamp: float):
+        H = x.q.shape[2]
+        G = x.k.shape[2]
+        dtype = work_dtype(x.q)
+        g = cumulative_decay(x.log_decay)
+        exponent = g - segment_middle(g, starts)
+        self.unclamped = exponent.abs() <= clamp
+        exponent = exponent.clamp(-clamp, clamp)
+        s2 = math.sqrt(x.q.shape[3]) * x.lam.to(dtype)[:, None]
         # With shared key heads all of s^2 = sqrt(Dh) lam rides on the query, since lam differs
         # among the heads of one key.
-        s_q, s_k = (s.sqrt(), s.sqrt()) if H == G else (s, 1.0)
-        self.factor_q = to_query_heads(x.exp().to(dtype)[..., None], H) * s_q
-        self.factor_k = x.neg().exp().to(dtype)[..., None] * s_k
-        self.cos_k, self.sin_k = cumulative_phase(theta)
-        self.cos_q, self.sin_q = to_query_heads(self.cos_k, H), to_query_heads(self.sin_k, H)
+        s_q, s_k = (s2.sqrt(), s2.sqrt()) if H == G else (s2, 1.0)
+        self.q = to_query_heads(exponent.exp().to(dtype)[..., None], H) * s_q
+        self.k = exponent.neg().exp().to(dtype)[..., None] * s_k
+        self.cos_k, self.sin_k = cumulative_phase(x.theta)
+        self.cos_q = to_query_heads(self.cos_k, H)
+        self.sin_q = to_query_heads(self.sin_k, H)
 
 
-def _check(
-    q: Tensor,
-    k: Tensor,
-    b: Tensor,
-    c: Tensor,
-    log_decay: Tensor,
-    theta: Tensor,
-    lam: Tensor,
-    cos: Tensor | None,
-    sin: Tensor | None,
-    starts: list[int],
-    clamp: float,
-) -> None:
-    """Refuse what csrc/sisa.cpp refuses: every wrong shape, dtype, device or range of a direct call
-    of the ops.
-    """
-    if (cos is None) != (sin is None):
-        raise ValueError("cos and sin must be given together")
-    check_shapes(
-        q, k, b, c, log_decay, theta, lam, None if cos is None or sin is None else (cos, sin)
-    )
+# ---- The ops; like csrc they refuse every wrong shape, dtype, device or range of a direct call ---
+
+
+def _pack(*operands: Any) -> tuple[ScoreInputs, list[int], float]:
+    """The checked (record, starts, clamp) of what both ops take."""
+    *tensors, cos, sin, starts, clamp = operands
+    x = ScoreInputs._make((*tensors, as_rotary(cos, sin)))
+    check_shapes(x)
     if not clamp >= 0:
         raise ValueError(f"clamp must be >= 0, got {clamp}")
-    if (
-        not starts
-        or starts[0] != 0
-        or any(lo >= hi for lo, hi in zip(starts, [*starts[1:], q.shape[1]]))
-    ):
-        raise ValueError(
-            f"starts must rise from 0 and stay below the length {q.shape[1]}, got {starts}"
-        )
+    L = x.q.shape[1]
+    rises = all(lo < hi for lo, hi in zip(starts, [*starts[1:], L]))
+    if not starts or starts[0] != 0 or not rises:
+        raise ValueError(f"starts must rise from 0 and stay below the length {L}, got {starts}")
+    return x, starts, clamp
 
 
-def _check_forward(
-    q, k, b, c, log_decay, theta, lam, cos, sin, starts, clamp, width, dtype
-) -> None:
-    _check(q, k, b, c, log_decay, theta, lam, cos, sin, starts, clamp)
-    if width < q.shape[3] + b.shape[3]:
-        raise ValueError(f"width must be at least Dh + Ds = {q.shape[3] + b.shape[3]}, got {width}")
+def _check_results(x: ScoreInputs, width: int, dtype: torch.dtype) -> None:
+    least = x.q.shape[3] + x.b.shape[3]
+    if width < least:
+        raise ValueError(f"width must be at least Dh + Ds = {least}, got {width}")
     if dtype not in DTYPES:
         raise TypeError(f"dtype must be one of {', '.join(map(str, DTYPES))}, got {dtype}")
 
 
-def _check_backward(
-    dq_aug,
-    dk_aug,
-    q,
-    k,
-    b,
-    c,
-    log_decay,
-    theta,
-    lam,
-    cos,
-    sin,
-    starts,
-    clamp,
-    decay_flux,
-    phase_flux,
+def _check_gradients(
+    x: ScoreInputs,
+    segments: int,
+    dq_aug: Tensor,
+    dk_aug: Tensor,
+    decay_flux: Tensor | None,
+    phase_flux: Tensor | None,
 ) -> None:
-    _check(q, k, b, c, log_decay, theta, lam, cos, sin, starts, clamp)
-    used = q.shape[3] + b.shape[3]
-    if dq_aug.ndim != 4 or dq_aug.shape[3] < used:
-        raise ValueError(
-            f"dq_aug must have at least Dh + Ds = {used} channels, got {list(dq_aug.shape)}"
-        )
-    check_tensor("dq_aug", dq_aug, (*q.shape[:3], dq_aug.shape[3]), DTYPES, q.device)
-    check_tensor("dk_aug", dk_aug, (*k.shape[:3], dq_aug.shape[3]), (dq_aug.dtype,), q.device)
-    flux = (q.shape[0], len(starts), k.shape[2])
+    least = x.q.shape[3] + x.b.shape[3]
+    if dq_aug.ndim != 4 or dq_aug.shape[3] < least:
+        given = list(dq_aug.shape)
+        raise ValueError(f"dq_aug must have at least Dh + Ds = {least} channels, got {given}")
+    check_tensor("dq_aug", dq_aug, (*x.q.shape[:3], dq_aug.shape[3]), DTYPES, x.q.device)
+    check_tensor("dk_aug", dk_aug, (*x.k.shape[:3], dq_aug.shape[3]), (dq_aug.dtype,), x.q.device)
+    per_segment = (x.q.shape[0], segments, x.k.shape[2])
+    double = (torch.float64,)
     if decay_flux is not None:
-        check_tensor("decay_flux", decay_flux, flux, (torch.float64,), q.device)
+        check_tensor("decay_flux", decay_flux, per_segment, double, x.q.device)
     if phase_flux is not None:
-        check_tensor("phase_flux", phase_flux, (*flux, b.shape[3] // 2), (torch.float64,), q.device)
+        shape = (*per_segment, x.b.shape[3] // 2)
+        check_tensor("phase_flux", phase_flux, shape, double, x.q.device)
 
 
 def augment_eager(
@@ -151,32 +116,30 @@ def augment_eager(
     width: int,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
-    """Augmented queries [B, L, H, width] and keys [B, L, G, width] in ``dtype``, zero past the
-    first Dh + Ds channels.
-
-    The exponents are taken about the middle m of g's range in each segment (segments begin at
-    ``starts``, the first at 0) and clamped to +-``clamp`` (inf: not clamped); m is a constant of
-    the backward. ``cos`` and ``sin`` are the rotary tables. The phase runs on over segments. The
-    other arguments are those of :func:`augment_qk`. Differentiable."""
-    _check_forward(q, k, b, c, log_decay, theta, lam, cos, sin, starts, clamp, width, dtype)
-    Dh, Ds = q.shape[3], b.shape[3]
-    x = _Factors(q, k, log_decay, theta, lam, starts, clamp)
-    work = x.cos_k.dtype
+    """:func:`augment` as the op takes it. Differentiable."""
+    x, starts, clamp = _pack(q, k, b, c, log_decay, theta, lam, cos, sin, starts, clamp)
+    _check_results(x, width, dtype)
+    Dh = q.shape[3]
+    importance = slice(Dh, Dh + b.shape[3])
+    factors = _Factors(x, starts, clamp)
+    work = factors.cos_k.dtype
     q_aug, k_aug = (t.new_zeros(*t.shape[:3], width, dtype=dtype) for t in (q, k))
-    if cos is None or sin is None:
-        q_aug[..., :Dh], k_aug[..., :Dh] = q, k
-    else:
-        q_aug[..., :Dh], k_aug[..., :Dh] = (
-            rotate(t.to(work), cos[:, None], sin[:, None]) for t in (q, k)
-        )
-    q_aug[..., Dh : Dh + Ds] = x.factor_q * rotate(c.to(work), x.cos_q, x.sin_q)
-    k_aug[..., Dh : Dh + Ds] = x.factor_k * rotate(b.to(work), x.cos_k, x.sin_k)
+    if x.rotary is not None:
+        cos, sin = (table[:, None] for table in x.rotary)
+        q, k = (rotate(t.to(work), cos, sin) for t in (q, k))
+    q_aug[..., :Dh] = q
+    k_aug[..., :Dh] = k
+    q_aug[..., importance] = factors.q * rotate(c.to(work), factors.cos_q, factors.sin_q)
+    k_aug[..., importance] = factors.k * rotate(b.to(work), factors.cos_k, factors.sin_k)
     return q_aug, k_aug
 
 
-def _augment_fake(q, k, b, c, log_decay, theta, lam, cos, sin, starts, clamp, width, dtype):
-    _check_forward(q, k, b, c, log_decay, theta, lam, cos, sin, starts, clamp, width, dtype)
-    return tuple(t.new_empty(*t.shape[:3], width, dtype=dtype) for t in (q, k))
+def _augment_fake(*arguments: Any) -> tuple[Tensor, Tensor]:
+    *operands, width, dtype = arguments
+    x, _, _ = _pack(*operands)
+    _check_results(x, width, dtype)
+    q_aug, k_aug = (t.new_empty(*t.shape[:3], width, dtype=dtype) for t in (x.q, x.k))
+    return q_aug, k_aug
 
 
 def augment_backward_eager(
@@ -196,175 +159,177 @@ def augment_backward_eager(
     decay_flux: Tensor | None,
     phase_flux: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of :func:`augment_eager` for q, k, b, c, log_decay, theta and lam (SISA's
-    gradients: dg, dPhi, reverse sums).
-
-    The reverse running sums restart at each segment, so that rounding errors end where they were
-    made. What they carry over from later segments is given: ``decay_flux`` [B, segments, G] and
-    ``phase_flux`` [B, segments, G, Ds/2], fp64, are dL/dg and dL/dPhi summed over all tokens past
-    the segment (None: no attention across segments, nothing to carry)."""
-    _check_backward(
-        dq_aug,
-        dk_aug,
-        q,
-        k,
-        b,
-        c,
-        log_decay,
-        theta,
-        lam,
-        cos,
-        sin,
-        starts,
-        clamp,
-        decay_flux,
-        phase_flux,
-    )
-    Dh, Ds, G = q.shape[3], b.shape[3], k.shape[2]
-    x = _Factors(q, k, log_decay, theta, lam, starts, clamp)
-    work = x.cos_k.dtype
-    dq, dk = dq_aug[..., :Dh].to(work), dk_aug[..., :Dh].to(work)
-    if cos is not None and sin is not None:
-        dq, dk = rotate(dq, cos[:, None], -sin[:, None]), rotate(dk, cos[:, None], -sin[:, None])
-    dc, db = x.factor_q * dq_aug[..., Dh : Dh + Ds], x.factor_k * dk_aug[..., Dh : Dh + Ds]
-    row, dphase_q = pair_products(dc, rotate(c.to(work), x.cos_q, x.sin_q))
-    col, dphase_k = pair_products(db, rotate(b.to(work), x.cos_k, x.sin_k))
+    """:func:`augment_backward` as the op takes it; the fluxes are its carries."""
+    x, starts, clamp = _pack(q, k, b, c, log_decay, theta, lam, cos, sin, starts, clamp)
+    _check_gradients(x, len(starts), dq_aug, dk_aug, decay_flux, phase_flux)
+    Dh = q.shape[3]
+    G = k.shape[2]
+    importance = slice(Dh, Dh + b.shape[3])
+    factors = _Factors(x, starts, clamp)
+    work = factors.cos_k.dtype
+    dq, dk = _derotated(dq_aug[..., :Dh], dk_aug[..., :Dh], x, work)
+    dc = factors.q * dq_aug[..., importance]
+    db = factors.k * dk_aug[..., importance]
+    row, dphase_q = pair_products(dc, rotate(c.to(work), factors.cos_q, factors.sin_q))
+    col, dphase_k = pair_products(db, rotate(b.to(work), factors.cos_k, factors.sin_k))
     # s^2 = sqrt(Dh) lam, split evenly between query and key or all on the query (see _Factors).
-    dlam = (
-        (row.sum((0, 1)) + col.sum((0, 1))) / (2 * lam)
-        if q.shape[2] == G
-        else row.sum((0, 1)) / lam
-    )
-    dg = (to_key_heads(row, G) - col) * x.unclamped
+    if q.shape[2] == G:
+        dlam = (row.sum((0, 1)) + col.sum((0, 1))) / (2 * lam)
+    else:
+        dlam = row.sum((0, 1)) / lam
+    dg = (to_key_heads(row, G) - col) * factors.unclamped
+    dphase = to_key_heads(dphase_q, G) + dphase_k
     dlog_decay = _segment_reverse_cumsum(dg, starts, decay_flux)
-    dtheta = _segment_reverse_cumsum(to_key_heads(dphase_q, G) + dphase_k, starts, phase_flux)
-    dc, db = rotate(dc, x.cos_q, -x.sin_q), rotate(db, x.cos_k, -x.sin_k)
+    dtheta = _segment_reverse_cumsum(dphase, starts, phase_flux)
+    dc = rotate(dc, factors.cos_q, -factors.sin_q)
+    db = rotate(db, factors.cos_k, -factors.sin_k)
+    grads = (dq, dk, db, dc, dlog_decay, dtheta, dlam)
     # contiguous() also copies dq and dk out of dq_aug and dk_aug: an op's results may not alias its
     # inputs.
-    return (
-        dq.to(q.dtype).contiguous(),
-        dk.to(k.dtype).contiguous(),
-        db.to(b.dtype),
-        dc.to(c.dtype),
-        dlog_decay.to(log_decay.dtype),
-        dtheta.to(theta.dtype),
-        dlam.to(lam.dtype),
+    dq, dk, db, dc, dlog_decay, dtheta, dlam = (
+        grad.to(t.dtype).contiguous() for grad, t in zip(grads, x.tensors())
     )
+    return dq, dk, db, dc, dlog_decay, dtheta, dlam
 
 
-def _augment_backward_fake(
-    dq_aug,
-    dk_aug,
-    q,
-    k,
-    b,
-    c,
-    log_decay,
-    theta,
-    lam,
-    cos,
-    sin,
-    starts,
-    clamp,
-    decay_flux,
-    phase_flux,
-):
-    _check_backward(
-        dq_aug,
-        dk_aug,
-        q,
-        k,
-        b,
-        c,
-        log_decay,
-        theta,
-        lam,
-        cos,
-        sin,
-        starts,
-        clamp,
-        decay_flux,
-        phase_flux,
-    )
-    return tuple(t.new_empty(t.shape) for t in (q, k, b, c, log_decay, theta, lam))
+def _augment_backward_fake(*arguments: Any) -> tuple[Tensor, ...]:
+    dq_aug, dk_aug, *operands, decay_flux, phase_flux = arguments
+    x, starts, _ = _pack(*operands)
+    _check_gradients(x, len(starts), dq_aug, dk_aug, decay_flux, phase_flux)
+    return tuple(t.new_empty(t.shape) for t in x.tensors())
 
 
-def _segment_reverse_cumsum(x: Tensor, starts: list[int], flux: Tensor | None) -> Tensor:
-    """Sum over u >= t within each segment of axis 1, plus the segment's ``flux`` where given."""
+def _derotated(dq: Tensor, dk: Tensor, x: ScoreInputs, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """dL/dq and dL/dk before RoPE, in ``dtype``."""
+    dq = dq.to(dtype)
+    dk = dk.to(dtype)
+    if x.rotary is None:
+        return dq, dk
+    cos, sin = (table[:, None] for table in x.rotary)
+    return rotate(dq, cos, -sin), rotate(dk, cos, -sin)
+
+
+def _segment_reverse_cumsum(x: Tensor, starts: list[int], carry_in: Tensor | None) -> Tensor:
+    """Sum over u >= t within each segment of axis 1, plus what is carried into the segment."""
     pieces = []
     for n, piece in enumerate(x.tensor_split(starts[1:], 1)):
         total = piece.flip(1).cumsum(1).flip(1)
-        pieces.append(total if flux is None else total + flux[:, n : n + 1])
+        pieces.append(total if carry_in is None else total + carry_in[:, n : n + 1])
     return torch.cat(pieces, 1)
 
 
-def _save(ctx, inputs, output):
-    *tensors, starts, clamp, _, _ = inputs
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    *tensors, ctx.starts, ctx.clamp, _, _ = inputs
     ctx.save_for_backward(*tensors)
-    ctx.starts, ctx.clamp = starts, clamp
 
 
-def _backward(ctx, dq_aug, dk_aug):
-    grads = augment_backward(dq_aug, dk_aug, *ctx.saved_tensors, ctx.starts, ctx.clamp, None, None)
+def _backward(ctx: Any, dq_aug: Tensor, dk_aug: Tensor) -> tuple[Tensor | None, ...]:
+    op = _in_service("augment_backward", dq_aug.device)
+    grads = op(dq_aug, dk_aug, *ctx.saved_tensors, ctx.starts, ctx.clamp, None, None)
     return *grads, None, None, None, None, None, None
 
 
-augment = register("augment", augment_eager, _augment_fake, _backward, _save)
-augment_backward = register(
-    "augment_backward", augment_backward_eager, _augment_backward_fake, no_second_derivative
+register("augment", augment_eager, _augment_fake, _backward, _save, in_extension=True)
+register(
+    "augment_backward",
+    augment_backward_eager,
+    _augment_backward_fake,
+    no_second_derivative,
+    in_extension=True,
 )
 
 
-_out: set[str] = set()  # kinds of device whose compiled augmentation was found wrong
+# ---- The compiled ops, and plain PyTorch in their place where they are wrong --------------------
 
 
-def guard_compiled(q: Tensor, b: Tensor) -> None:
+def _in_service(name: str, device: torch.device) -> Callable[..., Any]:
+    """The op of this name: compiled where it is, unless it has been found wrong on such devices."""
+    if selfcheck.ruled_out("augment", device.type):
+        name = f"{name}_eager"
+    return getattr(torch.ops.sisa, name).default
+
+
+def augment(
+    x: ScoreInputs, starts: list[int], clamp: float, width: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Augmented queries [B, L, H, width] and keys [B, L, G, width] in ``dtype``, zero past the
+    first Dh + Ds channels.
+
+    The exponents are taken about the middle m of g's range in each segment (segments begin at
+    ``starts``, the first at 0) and clamped to +-``clamp`` (inf: not clamped); m is a constant of
+    the backward. The phase runs on over segments."""
+    return _in_service("augment", x.q.device)(*x.flat(), starts, clamp, width, dtype)
+
+
+def augment_backward(
+    dq_aug: Tensor,
+    dk_aug: Tensor,
+    x: ScoreInputs,
+    starts: list[int],
+    clamp: float,
+    decay_carry: Tensor | None = None,
+    phase_carry: Tensor | None = None,
+) -> tuple[Tensor, ...]:
+    """Gradients of :func:`augment` for q, k, b, c, log_decay, theta and lam.
+
+    Those of log_decay and theta are reverse running sums of dL/dg and dL/dPhi, which restart at
+    each segment, so that rounding errors end where they were made. What they carry in from later
+    segments is given: ``decay_carry`` [B, segments, G] and ``phase_carry`` [B, segments, G, Ds/2],
+    fp64, are dL/dg and dL/dPhi summed over all tokens past the segment (None: no attention across
+    segments, nothing to carry)."""
+    op = _in_service("augment_backward", x.q.device)
+    return op(dq_aug, dk_aug, *x.flat(), starts, clamp, decay_carry, phase_carry)
+
+
+def guard_compiled(x: ScoreInputs) -> None:
     """Check the compiled augmentation on the first use of a device, dtype and widths; plain PyTorch
     takes a wrong one's place.
     """
-    if _extension.LOADED and q.dtype != torch.float64 and selfcheck.possible(q.device):
-        _guard_compiled(q.device, q.dtype, q.shape[3], b.shape[3])
-
-
-@functools.cache
-def _guard_compiled(device: torch.device, dtype: torch.dtype, Dh: int, Ds: int) -> None:
-    if device.type in _out:
+    device = x.q.device
+    dtype = x.q.dtype
+    if not _extension.LOADED or dtype == torch.float64:
         return
-    (q, k, _, *rest), dq = selfcheck.problem(
-        device, dtype, Dh=Dh, Ds=Ds, Dv=Dh + Ds, decay=selfcheck.DECAY
+    if selfcheck.ruled_out("augment", device.type):
+        return
+    key = ("augment", str(device), str(dtype), x.q.shape[3], x.b.shape[3])
+    find = functools.partial(_compiled_fault, device, dtype, *key[3:])
+    why = selfcheck.verdict(key, device, find)
+    if why is None:
+        return
+    selfcheck.rule_out("augment", device.type, why)
+    say_once(
+        f"the compiled augmentation is out on {device.type}, and plain PyTorch runs instead: {why}"
     )
-    inputs = [q, k, *rest]
-    angle = torch.arange(q.shape[1] * (Dh // 2), device=device).view(q.shape[1], Dh // 2).float()
-    tables = (None, None) if Dh % 2 else (angle.cos(), angle.sin())
 
-    def outcome(forward: Callable, backward: Callable, work: torch.dtype | None) -> list[Tensor]:
-        x = [t.detach().to(work or t.dtype) for t in inputs]
-        # Two segments and a clamp that binds: every branch of the kernels.
-        shared: tuple = (*tables, [0, q.shape[1] // 2], 1.0)
-        grads = backward(dq.to(x[0].dtype), dq.to(x[0].dtype), *x, *shared, None, None)
-        return [*forward(*x, *shared, Dh + Ds, x[0].dtype), *grads]
+
+def _compiled_fault(device: torch.device, dtype: torch.dtype, Dh: int, Ds: int) -> str | None:
+    """What the compiled ops do otherwise than plain PyTorch in fp64, in every branch of theirs."""
+    inputs, dq = selfcheck.small_problem(device, dtype, Dh=Dh, Ds=Ds, Dv=Dh + Ds)
+    L = inputs.q.shape[1]
+    angle = torch.arange(L * (Dh // 2), device=device).view(L, Dh // 2).float()
+    rotary = None if Dh % 2 else (angle.cos(), angle.sin())
+    operands = [t.detach() for t in inputs.scores().tensors()]
+
+    def outcome(forward: Callable, backward: Callable, tensors: list[Tensor]) -> list[Tensor]:
+        x = ScoreInputs._make((*tensors, rotary))
+        # Two segments and a clamp that binds.
+        shared = (*x.flat(), [0, L // 2], 1.0)
+        out = x.q.dtype
+        grads = backward(dq.to(out), dq.to(out), *shared, None, None)
+        return [*forward(*shared, Dh + Ds, out), *grads]
 
     try:
-        right = outcome(augment_eager, augment_backward_eager, torch.float64)
-        worst = max(selfcheck.relative_errors(outcome(augment, augment_backward, None), right))
-        if worst <= selfcheck.ALLOWED[dtype]:
-            return
-        why = f"off by {worst:.1e}, relative, on a small problem (Dh {Dh}, Ds {Ds}, {dtype}) against plain PyTorch in fp64"
+        right = outcome(augment_eager, augment_backward_eager, [t.double() for t in operands])
+        ops = torch.ops.sisa
+        found = outcome(ops.augment.default, ops.augment_backward.default, operands)
+        worst = max(relative(x, r) for x, r in zip(found, right))
     except Exception as error:  # whatever keeps a kernel from launching there
-        why = f"{type(error).__name__}: {error}"
-    _out.add(device.type)
-    with warnings.catch_warnings():
-        warnings.filterwarnings(
-            "ignore", "Warning only once for all operators"
-        )  # that a kernel is replaced is what is wanted
-        for name, eager in (
-            ("augment", augment_eager),
-            ("augment_backward", augment_backward_eager),
-        ):
-            library.impl(name, eager, device.type.upper(), allow_override=True)
-    warnings.warn(
-        f"the compiled augmentation is out on {device.type}, and plain PyTorch runs instead: {why}",
-        stacklevel=4,
+        return f"{type(error).__name__}: {error}"
+    if worst <= selfcheck.ALLOWED[dtype]:
+        return None
+    return (
+        f"off by {worst:.1e}, relative, on a small problem (Dh {Dh}, Ds {Ds}, {dtype}) "
+        "against plain PyTorch in fp64"
     )
 
 
@@ -404,12 +369,10 @@ def augment_qk(
 
     Raises:
         TypeError, ValueError: an argument of the wrong type, shape, dtype, device or range; the
-        message names it.
+            message names it.
     """
-    check_operands(q, k, b, c, log_decay, theta, lam, rotary)
-    refuse_forward_mode(q, k, b, c, log_decay, theta, lam)
-    guard_compiled(q, b)
-    cos, sin = rotary or (None, None)
-    return augment(
-        q, k, b, c, log_decay, theta, lam, cos, sin, [0], CLAMP, q.shape[3] + b.shape[3], q.dtype
-    )
+    x = ScoreInputs(q, k, b, c, log_decay, theta, lam, rotary)
+    check_operands(x)
+    refuse_forward_mode(*x.tensors())
+    guard_compiled(x)
+    return augment(x, [0], CLAMP, q.shape[3] + b.shape[3], q.dtype)

@@ -1,5 +1,4 @@
-"""Exact SISA attention from stock attention kernels: any length, any decay, memory linear in the
-length.
+"""Exact SISA attention on stock kernels by chunks: any length and decay, memory linear in length.
 
 The queries are cut into chunks over which g falls by at most ``MAX_RANGE`` (usually one chunk, the
 whole sequence). Inside a chunk the decay is taken about the middle of the chunk's range. From a
@@ -9,12 +8,15 @@ partial softmaxes are merged by their log-sum-exp; given the merged one, each pa
 exact share."""
 
 import math
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sisa_kernels.ops import no_second_derivative
+from sisa_kernels.inputs import SisaInputs, as_rotary
+from sisa_kernels.ops import no_second_derivative, register
 from sisa_kernels.paths.augment import augment, augment_backward
 from sisa_kernels.scans import (
     cumulative_decay,
@@ -32,25 +34,26 @@ MAX_DENSE_CHUNK = 512
 
 
 def chunk_bounds(g: Tensor, max_length: int) -> list[tuple[int, int]]:
-    """Cut [0, L) greedily into (start, end) pieces over which no head's g [B, L, G] falls by more
-    than ``MAX_RANGE``.
+    """Cut [0, L) greedily into (start, end), each of at most ``max_length`` tokens, over which no
+    head's g [B, L, G] falls by more than ``MAX_RANGE``.
     """
     L = g.shape[1]
-    fall = g.transpose(1, 2).reshape(-1, L).neg().contiguous()
-    bounds, start = [], 0
+    fallen = g.transpose(1, 2).reshape(-1, L).neg().contiguous()
+    bounds: list[tuple[int, int]] = []
+    start = 0
     while start < L:
-        end = int(
-            torch.searchsorted(fall, fall[:, start : start + 1] + MAX_RANGE, right=True).min()
-        )
-        bounds.append((start, min(end, start + max_length)))
-        start = bounds[-1][1]
+        furthest = fallen[:, start : start + 1] + MAX_RANGE
+        end = int(torch.searchsorted(fallen, furthest, right=True).min())
+        end = min(end, start + max_length)
+        bounds.append((start, end))
+        start = end
     return bounds
 
 
 def has_flash(device: torch.device) -> bool:
-    """Whether stock flash attention here takes any width and dtype and returns its log-sum-exp;
-    elsewhere scores are dense.
-    """
+    """Whether stock flash attention here takes any width and dtype and returns its log-sum-exp.
+
+    Elsewhere scores are dense."""
     return device.type == "cpu"
 
 
@@ -78,87 +81,107 @@ def attend_backward(
     lse: Tensor,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(dq, dk, dv) of :func:`attend`; out and lse may come from a softmax over more keys, which
-    gives these keys' share.
-    """
+    """(dq, dk, dv) of :func:`attend`; out and lse may come from a softmax over more keys.
+
+    Then it is these keys' share."""
     if has_flash(q.device):
         dout, q, k, v, out = (x.transpose(1, 2) for x in (dout, q, k, v, out))
         backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
         dq, dk, dv = backward(dout, q, k, v, out, lse, 0.0, causal, scale=scale)
         return dq.transpose(1, 2), dk.transpose(1, 2), dv.transpose(1, 2)
-    split = (k.shape[2], -1)
-    weight = (_dense_score(q, k, causal, scale) - lse.unflatten(1, split)[..., None]).exp()
-    delta = (dout * out).sum(-1).transpose(1, 2).unflatten(1, split)[..., None]
-    dout, q = dout.unflatten(2, split), q.unflatten(2, split)
+    by_key_head = (k.shape[2], -1)
+    weight = (_dense_score(q, k, causal, scale) - lse.unflatten(1, by_key_head)[..., None]).exp()
+    delta = (dout * out).sum(-1).transpose(1, 2).unflatten(1, by_key_head)[..., None]
+    dout = dout.unflatten(2, by_key_head)
+    q = q.unflatten(2, by_key_head)
     dscore = weight * (torch.einsum("bigrw,bjgw->bgrij", dout, v) - delta) * scale
     dq = torch.einsum("bgrij,bjgw->bigrw", dscore, k).flatten(2, 3)
-    return (
-        dq,
-        torch.einsum("bgrij,bigrw->bjgw", dscore, q),
-        torch.einsum("bgrij,bigrw->bjgw", weight, dout),
-    )
+    dk = torch.einsum("bgrij,bigrw->bjgw", dscore, q)
+    dv = torch.einsum("bgrij,bigrw->bjgw", weight, dout)
+    return dq, dk, dv
 
 
 def padded(x: Tensor, width: int) -> Tensor:
-    """x [B, L, heads, channels] with zeros up to ``width`` channels, which lie side by side, as
-    flash kernels take for granted.
-    """
-    return F.pad(
-        x, (0, width - x.shape[3])
-    ).contiguous()  # a pad keeps the order of strides that x has
+    """x [B, L, heads, channels] with zeros up to ``width`` channels.
+
+    They lie side by side, as flash kernels take for granted: a pad alone keeps x's strides."""
+    return F.pad(x, (0, width - x.shape[3])).contiguous()
 
 
 def merge(part: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
     """The attention over two sets of keys from that over each, all as :func:`attend` returns it."""
-    total = torch.logaddexp(part[1], other[1])
-    share, share_other = (
-        (lse - total).exp().transpose(1, 2)[..., None] for lse in (part[1], other[1])
-    )
-    return part[0] * share + other[0] * share_other, total
+    out, lse = part
+    other_out, other_lse = other
+    total = torch.logaddexp(lse, other_lse)
+    share = (lse - total).exp().transpose(1, 2)[..., None]
+    other_share = (other_lse - total).exp().transpose(1, 2)[..., None]
+    return out * share + other_out * other_share, total
 
 
 def _dense_score(q: Tensor, k: Tensor, causal: bool, scale: float) -> Tensor:
     score = torch.einsum("bigrw,bjgw->bgrij", q.unflatten(2, (k.shape[2], -1)), k) * scale
     if causal:
-        score.masked_fill_(
-            torch.ones(score.shape[-2:], dtype=torch.bool, device=q.device).triu(1), -math.inf
-        )
+        above = torch.ones(score.shape[-2:], dtype=torch.bool, device=q.device).triu(1)
+        score.masked_fill_(above, -math.inf)
     return score
 
 
-def _chunks(
-    k_aug: Tensor, g: Tensor, middle: Tensor, bounds: list[tuple[int, int]], importance: slice
-):
-    """Yield (start, end, keys before the chunk relative to its start, their scale, the chunk's
-    queries' scale) for each chunk.
+class _Operands(NamedTuple):
+    """What forward and backward share."""
+
+    q_aug: Tensor
+    k_aug: Tensor
+    value: Tensor
+    """v, padded to the width of the others, all in the working dtype."""
+    g: Tensor
+    middle: Tensor
+    """Of g in each token's chunk, like g."""
+    bounds: list[tuple[int, int]]
+    importance: slice
+    """The channels of the importance term."""
+    scale: float
+
+
+class _Chunk(NamedTuple):
+    """A chunk of queries over the keys before it.
 
     :func:`augment` leaves each chunk's operands relative to the chunk's middle m. Between a chunk I
     and an earlier key j, ``exp(g_i - g_j) = [exp(m_I - g_start) e^(g_i - m_I)] [exp(g_start - m_j)
     e^(m_j - g_j)]``: one scale a side, both <= 1."""
-    past = k_aug.clone() if len(bounds) > 1 else k_aug
-    for start, end in bounds:
-        scale_k = (g[:, start : start + 1] - middle[:, :start]).exp().to(k_aug.dtype)[..., None]
-        scale_q = (
-            (middle[:, start : start + 1] - g[:, start : start + 1])
-            .exp()
-            .to(k_aug.dtype)[..., None]
-        )
-        torch.mul(k_aug[:, :start, :, importance], scale_k, out=past[:, :start, :, importance])
-        yield start, end, past[:, :start], scale_k, scale_q
+
+    rows: slice
+    before: slice
+    past: Tensor
+    """The keys before, relative to the chunk's first token."""
+    scale_k: Tensor
+    scale_q: Tensor
 
 
-def _operands(q, k, v, b, c, log_decay, theta, lam, cos, sin):
-    """Augmented q and k and padded v of one width in the working dtype, the chunk bounds, g and the
-    middle of each chunk.
-    """
-    dtype, width = work_dtype(q), max(q.shape[3] + b.shape[3], v.shape[3])
-    g = cumulative_decay(log_decay)
-    bounds = chunk_bounds(g, g.shape[1] if has_flash(q.device) else MAX_DENSE_CHUNK)
+def _prepare(inputs: SisaInputs) -> _Operands:
+    Dh = inputs.q.shape[3]
+    Ds = inputs.b.shape[3]
+    dtype = work_dtype(inputs.q)
+    width = max(Dh + Ds, inputs.v.shape[3])
+    g = cumulative_decay(inputs.log_decay)
+    bounds = chunk_bounds(g, g.shape[1] if has_flash(g.device) else MAX_DENSE_CHUNK)
     starts = [start for start, _ in bounds]
-    q_aug, k_aug = augment(
-        q, k, b, c, log_decay, theta, lam, cos, sin, starts, math.inf, width, dtype
-    )
-    return q_aug, k_aug, padded(v.to(dtype), width), bounds, g, segment_middle(g, starts)
+    q_aug, k_aug = augment(inputs.scores(), starts, math.inf, width, dtype)
+    value = padded(inputs.v.to(dtype), width)
+    middle = segment_middle(g, starts)
+    return _Operands(q_aug, k_aug, value, g, middle, bounds, slice(Dh, Dh + Ds), Dh**-0.5)
+
+
+def _chunks(x: _Operands) -> Iterator[_Chunk]:
+    dtype = x.k_aug.dtype
+    past = x.k_aug.clone() if len(x.bounds) > 1 else x.k_aug
+    for start, end in x.bounds:
+        before = slice(0, start)
+        first = slice(start, start + 1)
+        scale_k = (x.g[:, first] - x.middle[:, before]).exp().to(dtype)[..., None]
+        scale_q = (x.middle[:, first] - x.g[:, first]).exp().to(dtype)[..., None]
+        keys = x.k_aug[:, before, :, x.importance]
+        torch.mul(keys, scale_k, out=past[:, before, :, x.importance])
+        yield _Chunk(slice(start, end), before, past[:, before], scale_k, scale_q)
 
 
 def _scaled(x: Tensor, scale: Tensor, importance: slice) -> Tensor:
@@ -168,8 +191,7 @@ def _scaled(x: Tensor, scale: Tensor, importance: slice) -> Tensor:
     return x
 
 
-@torch.library.custom_op("sisa::sdpa_exact", mutates_args=())
-def sdpa_exact(
+def chunked_eager(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -188,32 +210,32 @@ def sdpa_exact(
     precision is computed in fp32, and y stays fp32 for the backward: augmented operands rounded to
     bf16 would cost up to 2.7e-3 of y (1e-2 of a row), and bf16 flash is slow on CPUs without bf16
     matrix hardware."""
-    Dh, scale, Dv = q.shape[3], q.shape[3] ** -0.5, v.shape[3]
-    importance = slice(Dh, Dh + b.shape[3])
-    q_aug, k_aug, value, bounds, g, middle = _operands(
-        q, k, v, b, c, log_decay, theta, lam, cos, sin
-    )
-    y = torch.empty(*q.shape[:3], Dv, dtype=q_aug.dtype, device=q.device)
-    lse = torch.empty(q.shape[0], q.shape[2], q.shape[1], dtype=q_aug.dtype, device=q.device)
-    for start, end, past, _, scale_q in _chunks(k_aug, g, middle, bounds, importance):
-        chunk = slice(start, end)
-        part = attend(q_aug[:, chunk], k_aug[:, chunk], value[:, chunk], True, scale)
-        if start:
-            q_past = _scaled(q_aug[:, chunk], scale_q, importance)
-            part = merge(part, attend(q_past, past, value[:, :start], False, scale))
-        y[:, chunk], lse[..., chunk] = part[0][..., :Dv], part[1]
+    inputs = SisaInputs(q, k, v, b, c, log_decay, theta, lam, as_rotary(cos, sin))
+    x = _prepare(inputs)
+    B, L, H, _ = q.shape
+    Dv = v.shape[3]
+    y = x.q_aug.new_empty(B, L, H, Dv)
+    lse = x.q_aug.new_empty(B, H, L)
+    for chunk in _chunks(x):
+        rows = chunk.rows
+        query = x.q_aug[:, rows]
+        part = attend(query, x.k_aug[:, rows], x.value[:, rows], True, x.scale)
+        if rows.start:
+            query = _scaled(query, chunk.scale_q, x.importance)
+            older = attend(query, chunk.past, x.value[:, chunk.before], False, x.scale)
+            part = merge(part, older)
+        y[:, rows] = part[0][..., :Dv]
+        lse[..., rows] = part[1]
     return y, lse
 
 
-@sdpa_exact.register_fake
-def _(q, k, v, b, c, log_decay, theta, lam, cos, sin):
+def _chunked_fake(q: Tensor, k: Tensor, v: Tensor, *rest: Tensor | None) -> tuple[Tensor, Tensor]:
     B, L, H, _ = q.shape
     dtype = work_dtype(q)
     return q.new_empty(B, L, H, v.shape[3], dtype=dtype), q.new_empty(B, H, L, dtype=dtype)
 
 
-@torch.library.custom_op("sisa::sdpa_exact_backward", mutates_args=())
-def sdpa_exact_backward(
+def chunked_backward_eager(
     dy: Tensor,
     y: Tensor,
     lse: Tensor,
@@ -228,76 +250,95 @@ def sdpa_exact_backward(
     cos: Tensor | None,
     sin: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of :func:`sdpa_exact` for q, k, v, b, c, log_decay, theta, lam, from its inputs and
-    outputs alone.
-    """
-    Dh, scale, Dv = q.shape[3], q.shape[3] ** -0.5, v.shape[3]
-    importance = slice(Dh, Dh + b.shape[3])
-    q_aug, k_aug, value, bounds, g, middle = _operands(
-        q, k, v, b, c, log_decay, theta, lam, cos, sin
-    )
-    dout, out = (padded(t, value.shape[3]) for t in (dy, y))
-    decay_flux = g.new_zeros(g.shape[0], len(bounds), g.shape[2])
-    phase_flux = g.new_zeros(*decay_flux.shape, b.shape[3] // 2)
-    lasts = [end - 1 for _, end in bounds]
-    if len(bounds) == 1:
-        dq_aug, dk_aug, dv = attend_backward(q_aug, k_aug, value, True, dout, out, lse, scale)
+    """Gradients of :func:`chunked_eager`, from its inputs and outputs alone."""
+    inputs = SisaInputs(q, k, v, b, c, log_decay, theta, lam, as_rotary(cos, sin))
+    x = _prepare(inputs)
+    dout, out = (padded(t, x.value.shape[3]) for t in (dy, y))
+    carries = _Carries.of(x)
+    if len(x.bounds) == 1:
+        grads = attend_backward(x.q_aug, x.k_aug, x.value, True, dout, out, lse, x.scale)
     else:
-        dq_aug, dk_aug, dv = (torch.zeros_like(t) for t in (q_aug, k_aug, value))
-        for n, (start, end, past, scale_k, scale_q) in enumerate(
-            _chunks(k_aug, g, middle, bounds, importance)
-        ):
-            chunk, before = slice(start, end), slice(0, start)
-            softmax = dout[:, chunk], out[:, chunk], lse[..., chunk], scale
-            grads = attend_backward(
-                q_aug[:, chunk], k_aug[:, chunk], value[:, chunk], True, *softmax
-            )
-            for total, grad in zip((dq_aug[:, chunk], dk_aug[:, chunk], dv[:, chunk]), grads):
-                total += grad
-            if start:
-                q_past = _scaled(q_aug[:, chunk], scale_q, importance)
-                dq, dk, dv_past = attend_backward(q_past, past, value[:, before], False, *softmax)
-                col, dphase = pair_products(dk[..., importance], past[..., importance])
-                decay_flux[:, :n] += col.cumsum(1)[:, lasts[:n]]
-                phase_flux[:, :n] -= dphase.cumsum(1)[:, lasts[:n]]
-                dq_aug[:, chunk] += _scaled(dq, scale_q, importance)
-                dk_aug[:, before] += _scaled(dk, scale_k, importance)
-                dv[:, before] += dv_past
-    starts = [start for start, _ in bounds]
+        grads = _backward_by_chunks(x, (dout, out, lse), carries)
+    dq_aug, dk_aug, dv = grads
+    starts = [start for start, _ in x.bounds]
     dq, dk, db, dc, dlog_decay, dtheta, dlam = augment_backward(
-        dq_aug,
-        dk_aug,
-        q,
-        k,
-        b,
-        c,
-        log_decay,
-        theta,
-        lam,
-        cos,
-        sin,
-        starts,
-        math.inf,
-        decay_flux,
-        phase_flux,
+        dq_aug, dk_aug, inputs.scores(), starts, math.inf, carries.decay, carries.phase
     )
-    return dq, dk, dv[..., :Dv].to(v.dtype).contiguous(), db, dc, dlog_decay, dtheta, dlam
+    dv = dv[..., : v.shape[3]].to(v.dtype).contiguous()
+    return dq, dk, dv, db, dc, dlog_decay, dtheta, dlam
 
 
-@sdpa_exact_backward.register_fake
-def _(dy, y, lse, q, k, v, b, c, log_decay, theta, lam, cos, sin):
-    return tuple(t.new_empty(t.shape) for t in (q, k, v, b, c, log_decay, theta, lam))
+class _Carries(NamedTuple):
+    """dL/dg and dL/dPhi of the keys before each chunk, through later chunks, summed (fp64)."""
+
+    decay: Tensor
+    """[B, chunks, G]."""
+    phase: Tensor
+    """[B, chunks, G, Ds / 2]."""
+
+    @classmethod
+    def of(cls, x: _Operands) -> "_Carries":
+        B, _, G = x.g.shape
+        pairs = (x.importance.stop - x.importance.start) // 2
+        chunks = len(x.bounds)
+        return cls(x.g.new_zeros(B, chunks, G), x.g.new_zeros(B, chunks, G, pairs))
+
+    def add(self, dk: Tensor, keys: Tensor, n: int, bounds: list[tuple[int, int]]) -> None:
+        """What chunk ``n`` adds, of the importance channels of the keys before it."""
+        lasts = [end - 1 for _, end in bounds[:n]]
+        dg, dphase = pair_products(dk, keys)
+        self.decay[:, :n] += dg.cumsum(1)[:, lasts]
+        self.phase[:, :n] -= dphase.cumsum(1)[:, lasts]
 
 
-def _save(ctx, inputs, output):
+def _backward_by_chunks(
+    x: _Operands, softmax: tuple[Tensor, Tensor, Tensor], carries: _Carries
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(dq_aug, dk_aug, dv) given (dL/dout, out, log-sum-exp) of all; adds to the carries."""
+    dout, out, lse = softmax
+    dq_aug, dk_aug, dv = (torch.zeros_like(t) for t in (x.q_aug, x.k_aug, x.value))
+    for n, chunk in enumerate(_chunks(x)):
+        rows = chunk.rows
+        before = chunk.before
+        of_rows = (dout[:, rows], out[:, rows], lse[..., rows], x.scale)
+        query = x.q_aug[:, rows]
+        grads = attend_backward(query, x.k_aug[:, rows], x.value[:, rows], True, *of_rows)
+        for total, grad in zip((dq_aug, dk_aug, dv), grads):
+            total[:, rows] += grad
+        if rows.start:
+            query = _scaled(query, chunk.scale_q, x.importance)
+            dq, dk, dv_past = attend_backward(
+                query, chunk.past, x.value[:, before], False, *of_rows
+            )
+            carries.add(dk[..., x.importance], chunk.past[..., x.importance], n, x.bounds)
+            dq_aug[:, rows] += _scaled(dq, chunk.scale_q, x.importance)
+            dk_aug[:, before] += _scaled(dk, chunk.scale_k, x.importance)
+            dv[:, before] += dv_past
+    return dq_aug, dk_aug, dv
+
+
+def _chunked_backward_fake(
+    dy: Tensor, y: Tensor, lse: Tensor, *inputs: Tensor | None
+) -> tuple[Tensor, ...]:
+    return tuple(x.new_empty(x.shape) for x in inputs[:8] if x is not None)
+
+
+def _save(ctx: Any, inputs: tuple[Tensor | None, ...], output: tuple[Tensor, Tensor]) -> None:
     ctx.save_for_backward(*output, *inputs)
     ctx.mark_non_differentiable(output[1])
 
 
-def _backward(ctx, dy, _dlse):
+def _backward(ctx: Any, dy: Tensor, _dlse: Tensor) -> tuple[Tensor | None, ...]:
     y, lse, *inputs = ctx.saved_tensors
-    return *sdpa_exact_backward(dy, y, lse, *inputs), None, None
+    return *chunked_backward(dy, y, lse, *inputs), None, None
 
 
-sdpa_exact.register_autograd(_backward, setup_context=_save)
-sdpa_exact_backward.register_autograd(no_second_derivative)
+chunked_op = register("chunked", chunked_eager, _chunked_fake, _backward, _save)
+chunked_backward = register(
+    "chunked_backward", chunked_backward_eager, _chunked_backward_fake, no_second_derivative
+)
+
+
+def chunked(inputs: SisaInputs) -> Tensor:
+    """Exact SISA attention of one document: y [B, L, H, Dv] in q's dtype."""
+    return chunked_op(*inputs.flat())[0].to(inputs.q.dtype)

@@ -1,5 +1,5 @@
-"""``backend="flash"``: SISA as one stock attention call on augmented operands, by a table of stock
-kernels, each checked.
+"""``backend="one_call"``: SISA as one stock attention call on augmented operands, by a table of
+stock kernels, each checked.
 
 SDPA's own choice is never taken. With value heads narrower than the augmented queries and keys it
 leaves its flash kernels without a word: for a kernel without Hopper's instructions on Ampere, for
@@ -20,13 +20,14 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from sisa_kernels import selfcheck
+from sisa_kernels.inputs import Mode, SisaInputs
 from sisa_kernels.ops import say_once
 from sisa_kernels.paths.augment import augment
 from sisa_kernels.paths.chunked import padded
 from sisa_kernels.rotation import CLAMP
 from sisa_kernels.scans import cumulative_decay, work_dtype
 
-# A single call may span this fall of g: exp(+-range/2) must leave room in the format for the
+# By how much g may fall in a single call: exp(+-range/2) must leave room in the format for the
 # operands themselves.
 ONE_CALL_RANGE = {
     torch.float64: 1000.0,
@@ -68,9 +69,7 @@ class Kernel:
     reason: str
     """Why it stands where it stands."""
     legal: Callable[[Call], Widths | str]
-    """The verifier: the widths that the kernel needs the operands padded to, or why it cannot run
-    the call.
-    """
+    """The widths that the kernel needs the operands padded to, or why it cannot run the call."""
     attend: Callable[[Tensor, Tensor, Tensor, float, bool], Tensor]
     """(q, k, v [B, L, heads, width], scale, deterministic) -> y [B, L, H, width of v]."""
 
@@ -84,9 +83,8 @@ def _sdpa(backend: SDPBackend) -> Callable[[Tensor, Tensor, Tensor, float, bool]
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         gqa = q.shape[1] != k.shape[1]
         with sdpa_kernel(backend):
-            return F.scaled_dot_product_attention(
-                q, k, v, is_causal=True, scale=scale, enable_gqa=gqa
-            ).transpose(1, 2)
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=gqa)
+        return y.transpose(1, 2)
 
     return attend
 
@@ -101,9 +99,8 @@ def _flash_attn_4(q: Tensor, k: Tensor, v: Tensor, scale: float, deterministic: 
     from flash_attn.cute import flash_attn_func
 
     found = flash_attn_func(q, k, v, softmax_scale=scale, causal=True)
-    return (
-        found[0] if isinstance(found, tuple) else found
-    )  # some releases return the log-sum-exp too
+    # Some releases return the log-sum-exp too.
+    return found[0] if isinstance(found, tuple) else found
 
 
 @functools.cache
@@ -119,7 +116,8 @@ def _half_on_cuda(call: Call, capabilities: str, ok: bool) -> str | None:
     if call.device.type != "cuda":
         return "needs a CUDA device"
     if not ok:
-        return f"needs compute capability {capabilities}, this is {call.capability[0]}.{call.capability[1]}"
+        major, minor = call.capability
+        return f"needs compute capability {capabilities}, this is {major}.{minor}"
     return None if call.dtype in HALF else f"takes bfloat16 and float16, not {str(call.dtype)[6:]}"
 
 
@@ -127,11 +125,9 @@ def _to_128(width: int, value: int) -> Widths | str:
     """The sizes that cuDNN, and flash-attn 4 on Blackwell, have kernels for."""
     if max(width, value) <= 128:
         return width, value
-    return (
-        (192, 128)
-        if width <= 192 and value <= 128
-        else f"takes widths to 128 each, or 192 and 128, not {width} and {value}"
-    )
+    if width <= 192 and value <= 128:
+        return 192, 128
+    return f"takes widths to 128 each, or 192 and 128, not {width} and {value}"
 
 
 def _on_cpu(call: Call) -> Widths | str:
@@ -158,16 +154,15 @@ def _cute(call: Call) -> Widths | str:
         return "is not installed (pip install flash-attn-4)"
     if call.deterministic:
         return "is not deterministic"
-    width, value = _up(call.width, 8), _up(call.value_width, 8)
-    if call.capability[0] == 9:
-        if call.grouped and call.grad:  # its backward with shared key heads knows one width
-            width = value = max(width, value)
-        return (
-            (width, value)
-            if max(width, value) <= 256
-            else f"takes widths to 256, not {width} and {value}"
-        )
-    return _to_128(width, value)
+    width = _up(call.width, 8)
+    value = _up(call.value_width, 8)
+    if call.capability[0] != 9:
+        return _to_128(width, value)
+    if call.grouped and call.grad:  # its backward with shared key heads knows one width
+        width = value = max(width, value)
+    if max(width, value) > 256:
+        return f"takes widths to 256, not {width} and {value}"
+    return width, value
 
 
 def _one_width(call: Call) -> Widths | str:
@@ -178,21 +173,18 @@ def _one_width(call: Call) -> Widths | str:
     width = _up(max(call.width, call.value_width), 8)
     if width > 256:
         return f"takes widths to 256, not {width}"
-    if (
-        width > 192
-        and call.grad
-        and (call.capability in ((8, 6), (8, 9)) or call.capability[0] == 12)
-    ):
-        return f"has no backward of width {width} on compute capability {call.capability[0]}.{call.capability[1]}, only to 192"
+    major, minor = call.capability
+    if width > 192 and call.grad and ((major, minor) in ((8, 6), (8, 9)) or major == 12):
+        return (
+            f"has no backward of width {width} on compute capability {major}.{minor}, only to 192"
+        )
     return width, width
 
 
 def _package_2(call: Call) -> Widths | str:
-    return (
-        _one_width(call)
-        if _installed("flash_attn_2_cuda")
-        else "is not installed (pip install flash-attn)"
-    )
+    if not _installed("flash_attn_2_cuda"):
+        return "is not installed (pip install flash-attn)"
+    return _one_width(call)
 
 
 def _efficient(call: Call) -> Widths | str:
@@ -209,20 +201,23 @@ def _efficient(call: Call) -> Widths | str:
 TABLE = (
     Kernel(
         "cpu",
-        "The only fused kernel of a CPU, in fp32: its bf16 backward takes 4 to 5 times as long without bf16 hardware.",
+        "The only fused kernel of a CPU, in fp32: its bf16 backward takes 4 to 5 times as long "
+        "without bf16 hardware.",
         _on_cpu,
         _sdpa(SDPBackend.FLASH_ATTENTION),
     ),
     Kernel(
         "cudnn",
-        "On Hopper 1.7 to 2.3 times as fast as FlashAttention 2 (Hugging Face transformers pull request 48163), and it "
-        "takes values narrower than keys; on Ampere 0.8 times, so not there.",
+        "On Hopper 1.7 to 2.3 times as fast as FlashAttention 2 (Hugging Face transformers pull "
+        "request 48163), and it takes values narrower than keys; on Ampere 0.8 times, so not "
+        "there.",
         _cudnn,
         _sdpa(SDPBackend.CUDNN_ATTENTION),
     ),
     Kernel(
         "flash-attn-4",
-        "Written for Hopper and Blackwell, exact widths; second to cuDNN until measured side by side.",
+        "Written for Hopper and Blackwell, exact widths; second to cuDNN until measured side by "
+        "side.",
         _cute,
         _flash_attn_4,
     ),
@@ -268,97 +263,103 @@ def state(call: Call) -> dict[str, str]:
 
 
 def kernel_fault(
-    kernel: Kernel, call: Call, mode: str, Dh: int, input_dtype: torch.dtype
+    kernel: Kernel, call: Call, mode: Mode, Dh: int, input_dtype: torch.dtype
 ) -> str | None:
-    """What :func:`selfcheck.fault` knows of :func:`one_call` by one kernel, on a small problem of
-    ``call``'s kind.
-    """
-    attend = functools.partial(one_call, cos=None, sin=None, mode=mode, kernel=kernel)
-    widths = Dh, call.width - Dh, call.value_width
-    return selfcheck.fault(
-        kernel.name, attend, call.device, input_dtype, *widths, mode, call.grouped, call.grad
+    """What is known to be wrong with :func:`one_call` by one kernel, in such a call."""
+    use = selfcheck.Use(
+        path=kernel.name,
+        device=call.device,
+        dtype=input_dtype,
+        Dh=Dh,
+        Ds=call.width - Dh,
+        Dv=call.value_width,
+        mode=mode,
+        grouped=call.grouped,
+        backward=call.grad,
     )
+    return selfcheck.fault(use, functools.partial(one_call, mode=mode, kernel=kernel))
 
 
-def choose(call: Call, mode: str, Dh: int, input_dtype: torch.dtype) -> tuple[Kernel, Widths]:
+def choose(call: Call, mode: Mode, Dh: int, input_dtype: torch.dtype) -> tuple[Kernel, Widths]:
     """The first row of the table that is legal for ``call`` and right on its first use; each wrong
     one is said once.
     """
-    legal = [
-        (kernel, widths) for kernel in TABLE if not isinstance(widths := kernel.legal(call), str)
-    ]
-    out: list[tuple[str, str]] = []
-    while len(legal) > 1:
-        kernel = legal[0][0]
+    kernel, widths, faults = _first_right(call, mode, Dh, input_dtype)
+    for name, fault in faults.items():
+        say_once(
+            f"backend 'one_call' leaves its kernel {name!r} out and runs {kernel.name!r}: {fault}"
+        )
+    return kernel, widths
+
+
+def _first_right(
+    call: Call, mode: Mode, Dh: int, input_dtype: torch.dtype
+) -> tuple[Kernel, Widths, dict[str, str]]:
+    """A row of the table, its widths, and the faults of the legal rows before it, by name."""
+    asked = [(kernel, kernel.legal(call)) for kernel in TABLE]
+    legal = [(kernel, widths) for kernel, widths in asked if not isinstance(widths, str)]
+    faults: dict[str, str] = {}
+    for kernel, widths in legal[:-1]:
         fault = kernel_fault(kernel, call, mode, Dh, input_dtype)
         if fault is None:
-            break
-        out.append((kernel.name, fault))
-        del legal[0]
-    for name, fault in out:
-        say_once(
-            f"backend 'flash' leaves its kernel {name!r} out and runs {legal[0][0].name!r}: {fault}"
-        )
-    return legal[0]
+            return kernel, widths, faults
+        faults[kernel.name] = fault
+    kernel, widths = legal[-1]  # dense scores: what is left, unchecked
+    return kernel, widths, faults
 
 
-def one_call(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    b: Tensor,
-    c: Tensor,
-    log_decay: Tensor,
-    theta: Tensor,
-    lam: Tensor,
-    cos: Tensor | None,
-    sin: Tensor | None,
-    mode: str,
-    kernel: Kernel | None = None,
-) -> Tensor:
+def one_call(inputs: SisaInputs, mode: Mode, kernel: Kernel | None = None) -> Tensor:
     """SISA as one attention call on augmented operands, padded with zeros to the widths of the
-    kernel that runs it.
+    kernel that runs it: y [B, L, H, Dv] in q's dtype.
 
     In mode "clamped" this is the authors' formulation. In mode "exact" it is legal while the range
-    of g fits the dtype's exponents, and a ValueError past that. Shapes as in
-    :func:`sisa_kernels.sisa_attention`; on a CPU half precision runs in fp32. ``kernel``: a row of
-    the table to run unchecked, a ValueError if it is not legal; None: as :func:`choose` finds."""
+    of g fits the dtype's exponents, and a ValueError past that. On a CPU half precision runs in
+    fp32. ``kernel``: a row of the table to run unchecked, a ValueError if it is not legal; None: as
+    :func:`choose` finds."""
+    q = inputs.q
+    Dh = q.shape[3]
     dtype = work_dtype(q) if q.device.type == "cpu" else q.dtype
-    clamp, Dh, Ds = CLAMP, q.shape[3], b.shape[3]
+    clamp = CLAMP
     if mode == "exact":
-        clamp, limit = math.inf, ONE_CALL_RANGE[dtype]
-        fall = -cumulative_decay(log_decay.detach())[:, -1].min().item()
-        if fall > limit:
-            raise ValueError(
-                f"backend 'flash' is one call, exact in {dtype} while log_decay sums to at least {-limit:g}, got {-fall:.4g}; "
-                "use backend 'sdpa'"
-            )
-    grad = torch.is_grad_enabled() and any(
-        x.requires_grad for x in (q, k, v, b, c, log_decay, theta, lam)
-    )
-    deterministic = (
-        torch.are_deterministic_algorithms_enabled()
-        and not torch.is_deterministic_algorithms_warn_only_enabled()
-    )
-    grouped = q.shape[2] != k.shape[2]
-    call = Call(
-        q.device,
-        capability(q.device),
-        dtype,
-        q.shape[1],
-        Dh + Ds,
-        v.shape[3],
-        grouped,
-        grad,
-        deterministic,
-    )
+        clamp = math.inf
+        _check_range(inputs.log_decay, dtype)
+    call = _call_for(inputs, dtype)
     if kernel is None:
-        kernel, (width, value_width) = choose(call, mode, Dh, q.dtype)
+        kernel, widths = choose(call, mode, Dh, q.dtype)
     else:
         legal = kernel.legal(call)
         if isinstance(legal, str):
-            raise ValueError(f"kernel {kernel.name!r} of backend 'flash' {legal}")
-        width, value_width = legal
-    q_aug, k_aug = augment(q, k, b, c, log_decay, theta, lam, cos, sin, [0], clamp, width, dtype)
-    y = kernel.attend(q_aug, k_aug, padded(v.to(dtype), value_width), Dh**-0.5, deterministic)
-    return y[..., : v.shape[3]].to(q.dtype)
+            raise ValueError(f"kernel {kernel.name!r} of backend 'one_call' {legal}")
+        widths = legal
+    width, value_width = widths
+    q_aug, k_aug = augment(inputs.scores(), [0], clamp, width, dtype)
+    value = padded(inputs.v.to(dtype), value_width)
+    y = kernel.attend(q_aug, k_aug, value, Dh**-0.5, call.deterministic)
+    return y[..., : inputs.v.shape[3]].to(q.dtype)
+
+
+def _check_range(log_decay: Tensor, dtype: torch.dtype) -> None:
+    """ValueError where g falls by more than one call holds."""
+    limit = ONE_CALL_RANGE[dtype]
+    range_of_g = -cumulative_decay(log_decay.detach())[:, -1].min().item()
+    if range_of_g > limit:
+        raise ValueError(
+            f"backend 'one_call' is exact in {dtype} while log_decay sums to at least {-limit:g}, "
+            f"got {-range_of_g:.4g}; use backend 'chunked'"
+        )
+
+
+def _call_for(inputs: SisaInputs, dtype: torch.dtype) -> Call:
+    q = inputs.q
+    return Call(
+        device=q.device,
+        capability=capability(q.device),
+        dtype=dtype,
+        length=q.shape[1],
+        width=q.shape[3] + inputs.b.shape[3],
+        value_width=inputs.v.shape[3],
+        grouped=q.shape[2] != inputs.k.shape[2],
+        grad=torch.is_grad_enabled() and any(x.requires_grad for x in inputs.tensors()),
+        deterministic=torch.are_deterministic_algorithms_enabled()
+        and not torch.is_deterministic_algorithms_warn_only_enabled(),
+    )

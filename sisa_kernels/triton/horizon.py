@@ -1,4 +1,4 @@
-"""TODO sisa_kernels.triton.horizon"""
+"""The horizon: the tile past which no importance product moves a logit by more than a tolerance."""
 
 import math
 
@@ -9,15 +9,13 @@ from torch import Tensor
 from sisa_kernels.triton.prologue import Importance
 from sisa_kernels.triton.tiles import Tile
 
-# ---- The horizon ---------------------------------------------------------------------------------
-
 
 def _tile_maxima(x: Tensor, size: int) -> Tensor:
     """[B, heads, L] >= 0 -> the largest of each tile of ``size`` tokens, [B, heads, tiles]."""
     return F.pad(x, (0, -x.shape[2] % size)).unflatten(2, (-1, size)).amax(-1)
 
 
-def _bounds(x: Importance, tile: Tile, tolerance: float) -> tuple[Tensor, Tensor]:
+def bounds(x: Importance, tile: Tile, tolerance: float) -> tuple[Tensor, Tensor]:
     """(need [B, H, query tiles], reach [B, H, key tiles]): the tiles I and J < I are past the
     horizon where reach_J <= need_I.
 
@@ -27,14 +25,16 @@ def _bounds(x: Importance, tile: Tile, tolerance: float) -> tuple[Tensor, Tensor
     its derivative in lam, or in c_i or b_j over lam: operands that are small, or 0 as at the start
     of training, keep their gradients. In base-2 logarithms: ``log2 |b_J| - g_J <= log2 tolerance -
     log2 lam - log2 |c_I| - g_I``."""
-    H, (_, G, L) = x.lam.shape[0], x.g_hi.shape
+    H = x.lam.shape[0]
+    _, G, L = x.g_hi.shape
     g = x.g_hi.double() + x.g_lo
     last = (torch.arange(tile.n, L + tile.n, tile.n, device=g.device) - 1).clamp(max=L - 1)
-    reach = _tile_maxima(x.size_b, tile.n).clamp(min=1).double().log2() - g[:, :, last]
-    largest = (
-        _tile_maxima(x.size_c, tile.m).clamp(min=1).double() * x.lam.double().clamp(min=1)[:, None]
-    )
-    need = math.log2(tolerance) - largest.log2() - g[:, :, :: tile.m].repeat_interleave(H // G, 1)
+    largest_b = _tile_maxima(x.norm_b, tile.n).clamp(min=1).double()
+    reach = largest_b.log2() - g[:, :, last]
+    largest_c = _tile_maxima(x.norm_c, tile.m).clamp(min=1).double()
+    largest = largest_c * x.lam.double().clamp(min=1)[:, None]
+    first = g[:, :, :: tile.m].repeat_interleave(H // G, 1)
+    need = math.log2(tolerance) - largest.log2() - first
     return need, reach.repeat_interleave(H // G, 1)
 
 
@@ -43,25 +43,26 @@ def horizon_starts(x: Importance, tile: Tile, tolerance: float | None) -> Tensor
     multiple of ``tile.n``.
 
     All key tiles before it are past the horizon: leaving their product out changes no logit by more
-    than ``tolerance`` (:func:`_bounds`). None: there is no horizon."""
-    (B, H, L) = x.size_c.shape
+    than ``tolerance`` (:func:`bounds`). None: there is no horizon."""
+    B, H, L = x.norm_c.shape
     if tolerance is None:
         return torch.zeros(B, H, -(-L // tile.m), dtype=torch.int32, device=x.lam.device)
-    need, reach = _bounds(x, tile, tolerance)
-    return (torch.searchsorted(reach.cummax(2).values, need, right=True) * tile.n).int()
+    need, reach = bounds(x, tile, tolerance)
+    tiles = torch.searchsorted(reach.cummax(2).values, need, right=True)
+    return (tiles * tile.n).int()
 
 
 def horizon_ends(x: Importance, tile: Tile, tolerance: float | None) -> Tensor:
     """For each key tile the query from which on none needs the importance product, [B, H, tiles]
-    int32, a multiple of ``tile.m``; otherwise as :func:`horizon_starts`. Kernels of other tiles may
-    leave out other pairs: each stays within the tolerance."""
-    (B, H, L) = x.size_c.shape
+    int32, a multiple of ``tile.m``.
+
+    Otherwise as :func:`horizon_starts`. Kernels of other tiles may leave out other pairs: each
+    stays within the tolerance."""
+    B, H, L = x.norm_c.shape
     if tolerance is None:
-        return torch.full(
-            (B, H, -(-L // tile.n)),
-            -(-L // tile.m) * tile.m,
-            dtype=torch.int32,
-            device=x.lam.device,
-        )
-    need, reach = _bounds(x, tile, tolerance)
-    return (torch.searchsorted(need.flip(2).cummin(2).values.flip(2), reach) * tile.m).int()
+        end = -(-L // tile.m) * tile.m
+        shape = (B, H, -(-L // tile.n))
+        return torch.full(shape, end, dtype=torch.int32, device=x.lam.device)
+    need, reach = bounds(x, tile, tolerance)
+    least_behind = need.flip(2).cummin(2).values.flip(2)
+    return (torch.searchsorted(least_behind, reach) * tile.m).int()

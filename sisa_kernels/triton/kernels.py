@@ -1,16 +1,14 @@
-"""TODO sisa_kernels.triton.kernels"""
+"""The Triton kernels: the forward and the backward's query side (dq, dc) and key side (dk, dv, db).
+
+Suffixes: _m rows of a query tile, _n rows of a key tile. Logarithms are base 2: exp2 is the GPU's
+own. Each walks the other side's tiles in up to three phases: FAR (past the horizon, no importance
+product), NEAR, and DIAGONAL (masked). Every program owns the rows it writes: there are no atomics,
+and two runs give the same bits."""
 
 import math
 
 import triton
 import triton.language as tl
-
-# ---- Kernels -------------------------------------------------------------------------------------
-#
-# Suffixes: _m rows of a query tile, _n rows of a key tile. Logarithms are base 2: exp2 is the GPU's
-# own. Each walks the other side's tiles in up to three phases: FAR (past the horizon, no importance
-# product), NEAR, and DIAGONAL (masked). Every program owns the rows it writes: there are no
-# atomics, and two runs give the same bits.
 
 FAR: tl.constexpr = tl.constexpr(0)
 NEAR: tl.constexpr = tl.constexpr(1)
@@ -54,13 +52,13 @@ def _store_rows(
 
 
 @triton.jit
-def _decay(g_hi, g_lo, o, L):
+def _load_g(g_hi, g_lo, o, L):
     """g of the tokens o as its two halves; past L it is so low that such a query weighs nothing."""
     return tl.load(g_hi + o, mask=o < L, other=-1e30), tl.load(g_lo + o, mask=o < L, other=0.0)
 
 
 @triton.jit
-def _fall(hi_m, lo_m, hi_n, lo_n):
+def _decay_between(hi_m, lo_m, hi_n, lo_n):
     """2^(g_m - g_n) for g = hi + lo, 1 where g would rise (in pairs that the causal mask removes,
     and rows past L).
     """
@@ -97,13 +95,13 @@ def _weights(
     """lam_h exp(g_i - g_j) of a query tile and a key tile whose last token is ``last``; weight_m:
     the tile's own share of it.
     """
-    hi_n, lo_n = _decay(g_hi, g_lo, o_n, L)
+    hi_n, lo_n = _load_g(g_hi, g_lo, o_n, L)
     if ON_DIAGONAL:
-        return lam_h * _fall(hi_m[:, None], lo_m[:, None], hi_n[None, :], lo_n[None, :])
+        return lam_h * _decay_between(hi_m[:, None], lo_m[:, None], hi_n[None, :], lo_n[None, :])
     else:
         hi_last, lo_last = tl.load(g_hi + last), tl.load(g_lo + last)
-        between = _fall(hi_first, lo_first, hi_last, lo_last)
-        return (weight_m * between)[:, None] * _fall(hi_last, lo_last, hi_n, lo_n)[None, :]
+        between = _decay_between(hi_first, lo_first, hi_last, lo_last)
+        return (weight_m * between)[:, None] * _decay_between(hi_last, lo_last, hi_n, lo_n)[None, :]
 
 
 @triton.jit
@@ -116,7 +114,7 @@ def forward_kernel(
     g_hi,
     g_lo,
     lam,
-    near,
+    horizon_start,
     first,
     y,
     lse,
@@ -145,11 +143,10 @@ def forward_kernel(
     BN: tl.constexpr,
     BD: tl.constexpr,
 ):
-    """y [B, L, H, DV] and the base-2 logarithm of each softmax's sum, lse [B, H, L]; one program a
-    query tile and head.
+    """y [B, L, H, DV] and the base-2 logarithm of each softmax's sum, lse [B, H, L].
 
-    q, k, v are strided; c [B, L, H, DS], b [B, L, G, DS], g [B, G, L] (base 2, in halves), near [B,
-    H, tiles], first [L] are not."""
+    One program a query tile and head. q, k, v are strided; c [B, L, H, DS], b [B, L, G, DS], g
+    [B, G, L] (base 2, in halves), horizon_start [B, H, tiles], first [L] are not."""
     STEP: tl.constexpr = (BN, BN, BD)
     tiles = tl.cdiv(L, BM)
     tile = tiles - 1 - tl.program_id(0) % tiles  # the longest rows first
@@ -166,7 +163,7 @@ def forward_kernel(
     top = tl.full([BM], float("-inf"), tl.float32)
     begin, first_m = 0, None
     whole = start_m // BN * BN  # the keys before it are seen by every row
-    near_from = whole
+    horizon = whole
     if PACKED:
         first_m = tl.load(first + tl.minimum(o_m, L - 1))[:, None]
         begin = tl.load(first + start_m) // BN * BN
@@ -177,14 +174,14 @@ def forward_kernel(
         c_m = _rows(c + (i_b * L * H + i_h) * DS, start_m, H * DS, L, DS, BS, BM, False)
         lam_h = tl.load(lam + i_h) / (scale * LN2)
         hi_first, lo_first = tl.load(g_hi + start_m), tl.load(g_lo + start_m)
-        hi_m, lo_m = _decay(g_hi, g_lo, o_m, L)
-        weight_m = lam_h * _fall(hi_m, lo_m, hi_first, lo_first)
-        near_from = tl.minimum(tl.maximum(tl.load(near + i_bh * tiles + tile), begin), whole)
+        hi_m, lo_m = _load_g(g_hi, g_lo, o_m, L)
+        weight_m = lam_h * _decay_between(hi_m, lo_m, hi_first, lo_first)
+        horizon = tl.minimum(tl.maximum(tl.load(horizon_start + i_bh * tiles + tile), begin), whole)
     for phase in tl.static_range(3):
         if phase == FAR:
-            lo, hi = begin, near_from
+            lo, hi = begin, horizon
         elif phase == NEAR:
-            lo, hi = near_from, whole
+            lo, hi = horizon, whole
         else:
             lo, hi = whole, tl.minimum(start_m + BM, L)
         for start_n in tl.range(lo, hi, STEP[phase]):
@@ -235,14 +232,14 @@ def backward_query_kernel(
     g_hi,
     g_lo,
     lam,
-    near,
+    horizon_start,
     first,
     dy,
     lse,
     delta,
     dq,
     dc,
-    own,
+    d_diagonal,
     q_b,
     q_l,
     q_h,
@@ -268,8 +265,8 @@ def backward_query_kernel(
     BN: tl.constexpr,
     BD: tl.constexpr,
 ):
-    """dq [B, L, H, DH], dc [B, L, H, DS] without the pairs i = j, and own [B, H, L], dL/ds_ii, in
-    fp32.
+    """dq [B, L, H, DH], dc [B, L, H, DS] without the pairs i = j, and d_diagonal = dL/ds_ii [B, H,
+    L], in fp32.
 
     One program a query tile and head. dy [B, L, H, DV], delta [B, H, L] = <dy, y> and the rest as
     in the forward. The pairs i = j do not depend on decay and phase; kept apart, their rounding
@@ -292,7 +289,7 @@ def backward_query_kernel(
     dq_m = tl.zeros([BM, BH], tl.float32)
     begin, first_m = 0, None
     whole = start_m // BN * BN
-    near_from = whole
+    horizon = whole
     if PACKED:
         first_m = tl.load(first + tl.minimum(o_m, L - 1))[:, None]
         begin = tl.load(first + start_m) // BN * BN
@@ -303,16 +300,16 @@ def backward_query_kernel(
         c_m = _rows(c + (i_b * L * H + i_h) * DS, start_m, H * DS, L, DS, BS, BM, False)
         lam_h = tl.load(lam + i_h) / (scale * LN2)
         hi_first, lo_first = tl.load(g_hi + start_m), tl.load(g_lo + start_m)
-        hi_m, lo_m = _decay(g_hi, g_lo, o_m, L)
-        weight_m = lam_h * _fall(hi_m, lo_m, hi_first, lo_first)
-        near_from = tl.minimum(tl.maximum(tl.load(near + i_bh * tiles + tile), begin), whole)
+        hi_m, lo_m = _load_g(g_hi, g_lo, o_m, L)
+        weight_m = lam_h * _decay_between(hi_m, lo_m, hi_first, lo_first)
+        horizon = tl.minimum(tl.maximum(tl.load(horizon_start + i_bh * tiles + tile), begin), whole)
         dc_m = tl.zeros([BM, BS], tl.float32)
-        own_m = tl.zeros([BM], tl.float32)
+        diagonal_m = tl.zeros([BM], tl.float32)
     for phase in tl.static_range(3):
         if phase == FAR:
-            lo, hi = begin, near_from
+            lo, hi = begin, horizon
         elif phase == NEAR:
-            lo, hi = near_from, whole
+            lo, hi = horizon, whole
         else:
             lo, hi = whole, tl.minimum(start_m + BM, L)
         for start_n in tl.range(lo, hi, STEP[phase]):
@@ -347,7 +344,7 @@ def backward_query_kernel(
             if IMPORTANCE and phase != FAR:
                 if phase == DIAGONAL:
                     same = o_m[:, None] == o_n[None, :]
-                    own_m += tl.sum(tl.where(same, ds, 0.0), 1)
+                    diagonal_m += tl.sum(tl.where(same, ds, 0.0), 1)
                     ds = tl.where(same, 0.0, ds)
                 dc_m = tl.dot((ds * weight).to(b_n.dtype), b_n, dc_m, input_precision="ieee")
     _store_rows(dq + (i_b * L * H + i_h) * DH, dq_m * (scale * LN2), start_m, H * DH, L, DH, BH, BM)
@@ -355,7 +352,7 @@ def backward_query_kernel(
         _store_rows(
             dc + (i_b * L * H + i_h) * DS, dc_m * (scale * LN2), start_m, H * DS, L, DS, BS, BM
         )
-        tl.store(own + row, own_m, mask=o_m < L)
+        tl.store(d_diagonal + row, diagonal_m, mask=o_m < L)
 
 
 @triton.jit
@@ -368,7 +365,7 @@ def backward_key_kernel(
     g_hi,
     g_lo,
     lam,
-    near,
+    horizon_end,
     first,
     last,
     dy,
@@ -402,12 +399,12 @@ def backward_key_kernel(
     BN: tl.constexpr,
     BD: tl.constexpr,
 ):
-    """dk [B, L, G, DH], dv [B, L, G, DV], and db [B, L, G, DS] without the pairs i = j; one program
-    a key tile and key head.
+    """dk [B, L, G, DH], dv [B, L, G, DV], and db [B, L, G, DS] without the pairs i = j.
 
-    near [B, H, tiles] is here the first query past the horizon, last [L] the end of each token's
-    document. Scores are formed transposed, keys down: transposing a product in registers gave wrong
-    gradients on Hopper (flash-linear-attention issue 640)."""
+    One program a key tile and key head. horizon_end [B, H, tiles] is the first query past the
+    horizon, last [L] the end of each token's document. Scores are formed transposed, keys down:
+    transposing a product in registers gave wrong gradients on Hopper (flash-linear-attention issue
+    640)."""
     STEP: tl.constexpr = (BM, BM, BD)
     tiles = tl.cdiv(L, BN)
     tile = tl.program_id(0) % tiles
@@ -431,23 +428,23 @@ def backward_key_kernel(
         g_lo += (i_b * G + i_g) * L
         end_n = tl.minimum(start_n + BN, L) - 1
         hi_last, lo_last = tl.load(g_hi + end_n), tl.load(g_lo + end_n)
-        hi_n, lo_n = _decay(g_hi, g_lo, o_n, L)
-        weight_n = _fall(hi_last, lo_last, hi_n, lo_n)
+        hi_n, lo_n = _load_g(g_hi, g_lo, o_n, L)
+        weight_n = _decay_between(hi_last, lo_last, hi_n, lo_n)
     for i_r in tl.range(REPEAT):
         i_h = i_g * REPEAT + i_r
         i_bh = i_b * H + i_h
         q_h0 = q + i_b * q_b + i_h * q_h
         dy_h0 = dy + (i_b * L * H + i_h) * DV
-        near_to = below
+        horizon = below
         if IMPORTANCE:
             c_h0 = c + (i_b * L * H + i_h) * DS
             lam_h = tl.load(lam + i_h) / (scale * LN2)
-            near_to = tl.minimum(tl.maximum(tl.load(near + i_bh * tiles + tile), below), end)
+            horizon = tl.minimum(tl.maximum(tl.load(horizon_end + i_bh * tiles + tile), below), end)
         for phase in tl.static_range(3):
             if phase == FAR:
-                lo, hi = near_to, end
+                lo, hi = horizon, end
             elif phase == NEAR:
-                lo, hi = below, near_to
+                lo, hi = below, horizon
             else:
                 lo, hi = start_n // BM * BM, tl.minimum(below, end)
             for start_m in tl.range(lo, hi, STEP[phase]):
@@ -459,15 +456,15 @@ def backward_key_kernel(
                 s = tl.zeros([BN, STEP[phase]], tl.float32)
                 if IMPORTANCE and phase != FAR:
                     c_m = _rows(c_h0, start_m, H * DS, L, DS, BS, STEP[phase], False)
-                    hi_m, lo_m = _decay(g_hi, g_lo, o_m, L)
+                    hi_m, lo_m = _load_g(g_hi, g_lo, o_m, L)
                     if phase == DIAGONAL:
-                        weight = lam_h * _fall(
+                        weight = lam_h * _decay_between(
                             hi_m[None, :], lo_m[None, :], hi_n[:, None], lo_n[:, None]
                         )
                     else:
-                        weight = (lam_h * _fall(hi_m, lo_m, hi_last, lo_last))[None, :] * weight_n[
-                            :, None
-                        ]
+                        weight = (lam_h * _decay_between(hi_m, lo_m, hi_last, lo_last))[
+                            None, :
+                        ] * weight_n[:, None]
                     s = tl.dot(b_n, tl.trans(c_m), input_precision="ieee") * weight
                 s = tl.dot(k_n, tl.trans(q_m), s, input_precision="ieee")
                 first_m = None

@@ -1,5 +1,4 @@
-"""Exact SISA attention in Triton: one FlashAttention over two products, ``q.k`` and the decayed
-importance product.
+"""Exact SISA attention in Triton: FlashAttention over ``q.k`` and the decayed importance product.
 
 The score of Eq. 2 is formed tile by tile from the *undecayed* operands ``R(Phi_i) c_i`` and
 ``R(Phi_j) b_j``; the decay ``exp(g_i - g_j)`` multiplies their product in fp32. Off the diagonal it
@@ -16,6 +15,7 @@ Written for the GPU; ``TRITON_INTERPRET=1`` runs the same source on the CPU (fp3
 tests."""
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -23,14 +23,14 @@ import triton
 from torch import Tensor
 
 from sisa_kernels.checks import (
-    Rotary,
     check_attention,
     check_documents,
     check_qk,
     check_rotary,
     check_values,
 )
-from sisa_kernels.ops import no_second_derivative, refuse_forward_mode
+from sisa_kernels.inputs import Rotary, ScoreInputs, SisaInputs, as_rotary
+from sisa_kernels.ops import no_second_derivative, refuse_forward_mode, register
 from sisa_kernels.triton.horizon import horizon_ends, horizon_starts
 from sisa_kernels.triton.kernels import (
     INTERPRETED,
@@ -44,6 +44,7 @@ from sisa_kernels.triton.prologue import (
     fused,
     importance_gradients,
     prologue,
+    rotate_qk,
     row_products,
     unrotate,
 )
@@ -51,9 +52,6 @@ from sisa_kernels.triton.tiles import Tile, choose_tiles
 
 MAX_WIDTH = 128
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-
-
-# ---- Operators -----------------------------------------------------------------------------------
 
 
 def padded_width(width: int) -> int:
@@ -74,54 +72,59 @@ def _documents(
     if cu_seqlens is None:
         return None, None
     bounds = cu_seqlens.to(device)
-    first, last = (
-        x.repeat_interleave(bounds.diff(), output_size=L) for x in (bounds[:-1], bounds[1:])
-    )
+    lengths = bounds.diff()
+    first = bounds[:-1].repeat_interleave(lengths, output_size=L)
+    last = bounds[1:].repeat_interleave(lengths, output_size=L)
     return first, last
 
 
 class _Launcher:
-    """What the launches of one problem share: sizes, strides, padded widths, tiles, documents."""
+    """What the launches of one problem share: operands, sizes, strides, padded widths, tiles."""
 
     def __init__(
         self,
         q: Tensor,
         k: Tensor,
         v: Tensor,
-        importance: Importance | None,
+        x: Importance | None,
         cu_seqlens: Tensor | None,
     ):
-        (B, self.L, H, Dh), G, Dv = q.shape, k.shape[2], v.shape[3]
-        Ds = 0 if importance is None else importance.b.shape[3]
-        widths = {"DH": Dh, "DV": Dv, "DS": Ds}
+        B, self.L, H, Dh = q.shape
+        G = k.shape[2]
+        Dv = v.shape[3]
+        Ds = 0 if x is None else x.b.shape[3]
+        self.programs_of_queries = B * H
+        self.programs_of_keys = B * G
+        first, self.last = _documents(self.L, cu_seqlens, q.device)
+        importance = dict.fromkeys(("c", "b", "g_hi", "g_lo", "lam"))
+        if x is not None:
+            importance = {name: getattr(x, name) for name in importance}
+        strides = {
+            f"{name}_{axis}": stride
+            for name, t in (("q", q), ("k", k), ("v", v))
+            for axis, stride in zip("blh", t.stride())
+        }
         padded = {"BH": padded_width(Dh), "BV": padded_width(Dv), "BS": padded_width(Ds)}
-        self.flags = {"IMPORTANCE": Ds > 0, "PACKED": cu_seqlens is not None, **widths, **padded}
-        self.sizes = (
-            *(n for t in (q, k, v) for n in t.stride()[:3]),
-            self.L,
-            H,
-            H // G,
-            LOG2E / math.sqrt(Dh),
-        )
-        self.heads, self.key_heads = B * H, B * G
-        self.tiles = choose_tiles(
-            q.device, q.dtype, max(padded["BH"], padded["BV"]), padded["BS"] if Ds else 0
-        )
-        self.first, self.last = _documents(self.L, cu_seqlens, q.device)
+        tensors = {"q": q, "k": k, "v": v, "first": first, **importance}
+        sizes = {"L": self.L, "H": H, "REPEAT": H // G, "scale": LOG2E / math.sqrt(Dh)}
+        flags = {"IMPORTANCE": Ds > 0, "PACKED": cu_seqlens is not None}
+        widths = {"DH": Dh, "DV": Dv, "DS": Ds, **padded}
+        self.shared: dict[str, Any] = {**tensors, **strides, **sizes, **flags, **widths}
+        width = max(padded["BH"], padded["BV"])
+        self.tiles = choose_tiles(q.device, q.dtype, width, padded["BS"] if Ds else 0)
 
     def __call__(
-        self, kernel: Any, tile: Tile, rows: int, heads: int, *tensors: Tensor | None
+        self, kernel: Any, tile: Tile, rows: int, heads: int, **tensors: Tensor | None
     ) -> None:
+        """Run ``kernel``, a program for every ``rows`` tokens of every head."""
         programs = -(-self.L // rows) * heads
-        blocks = {"BM": tile.m, "BN": tile.n, "BD": tile.diagonal}
-        with torch.cuda.device_of(
-            tensors[0]
-        ):  # Triton launches on the current device, whatever the tensors are on
+        with torch.cuda.device_of(self.shared["q"]):  # Triton launches on the current device
             kernel[(programs,)](
-                *tensors,
-                *self.sizes,
-                **self.flags,
-                **blocks,
+                **self.shared,
+                **tensors,
+                BM=tile.m,
+                BN=tile.n,
+                BD=tile.diagonal,
                 num_warps=tile.warps,
                 num_stages=tile.stages,
             )
@@ -134,22 +137,20 @@ def _readable(x: Tensor) -> Tensor:
     return x if x.stride(3) == 1 and x.stride(1) < 2**24 else x.contiguous()
 
 
-def _operands(
-    q, k, v, b, c, log_decay, theta, lam, cos, sin, backward
-) -> tuple[Tensor, Tensor, Tensor, Importance | None]:
-    q, k, importance = fused(q.device, prologue)(
-        q, k, b, c, log_decay, theta, lam, cos, sin, backward
-    )
-    return _readable(q), _readable(k), _readable(v), importance
+def _prepared(
+    q: Tensor, k: Tensor, rotary: Rotary | None, terms: tuple[Tensor | None, ...], backward: bool
+) -> tuple[Tensor, Tensor, Importance | None]:
+    """q and k with RoPE, and the importance operands of (b, c, log_decay, theta, lam)."""
+    given = [x for x in terms if x is not None]
+    if not given:
+        q, k = fused(q.device, rotate_qk)(q, k, rotary)
+        return _readable(q), _readable(k), None
+    x = ScoreInputs._make((q, k, *given, rotary))
+    q, k, importance = fused(q.device, prologue)(x, backward)
+    return _readable(q), _readable(k), importance
 
 
-def _arguments(x: Importance | None) -> tuple[Tensor | None, ...]:
-    """The kernels' (c, b, g_hi, g_lo, lam)."""
-    return (None,) * 5 if x is None else (x.c, x.b, x.g_hi, x.g_lo, x.lam)
-
-
-@torch.library.custom_op("sisa::triton_exact", mutates_args=())
-def triton_exact(
+def triton_exact_eager(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -166,37 +167,31 @@ def triton_exact(
     """y [B, L, H, Dv] in q's dtype and the base-2 logarithm of each softmax's sum, [B, H, L] fp32;
     without b: plain attention.
     """
-    q, k, v, x = _operands(q, k, v, b, c, log_decay, theta, lam, cos, sin, False)
-    launch = _Launcher(q, k, v, x, cu_seqlens)
+    terms = (b, c, log_decay, theta, lam)
+    q, k, x = _prepared(q, k, as_rotary(cos, sin), terms, False)
+    launch = _Launcher(q, k, _readable(v), x, cu_seqlens)
     B, L, H, _ = q.shape
-    y, lse = q.new_empty(B, L, H, v.shape[3]), q.new_empty(B, H, L, dtype=torch.float32)
+    y = q.new_empty(B, L, H, v.shape[3])
+    lse = q.new_empty(B, H, L, dtype=torch.float32)
     tile = launch.tiles.forward
-    starts = None if x is None else horizon_starts(x, tile, horizon)
     launch(
         forward_kernel,
         tile,
-        tile.m,
-        launch.heads,
-        q,
-        k,
-        v,
-        *_arguments(x),
-        starts,
-        launch.first,
-        y,
-        lse,
+        rows=tile.m,
+        heads=launch.programs_of_queries,
+        horizon_start=None if x is None else horizon_starts(x, tile, horizon),
+        y=y,
+        lse=lse,
     )
     return y, lse
 
 
-@triton_exact.register_fake
-def _(q, k, v, b, c, log_decay, theta, lam, cos, sin, cu_seqlens, horizon):
+def _triton_exact_fake(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     B, L, H, _ = q.shape
     return q.new_empty(B, L, H, v.shape[3]), q.new_empty(B, H, L, dtype=torch.float32)
 
 
-@torch.library.custom_op("sisa::triton_exact_backward", mutates_args=())
-def triton_exact_backward(
+def triton_exact_backward_eager(
     dy: Tensor,
     y: Tensor,
     lse: Tensor,
@@ -216,93 +211,112 @@ def triton_exact_backward(
     """Gradients for q, k, v, and where given for b, c, log_decay, theta, lam, from the forward's
     inputs and results alone.
     """
-    q, k, v, x = _operands(q, k, v, b, c, log_decay, theta, lam, cos, sin, True)
-    launch, dy = _Launcher(q, k, v, x, cu_seqlens), dy.contiguous()
-    dq, dk, dv = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (q, k, v))
-    dc, db, own, starts, ends = None, None, None, None, None
-    query, key = launch.tiles.query, launch.tiles.key
-    if x is not None:
-        dc, db = (torch.empty(t.shape, dtype=torch.float32, device=t.device) for t in (x.c, x.b))
-        own = torch.empty_like(lse)
-        starts, ends = horizon_starts(x, query, horizon), horizon_ends(x, key, horizon)
-    delta = fused(q.device, row_products)(dy, y)
-    operands, saved = (q, k, v, *_arguments(x)), (dy, lse, delta)
-    launch(
-        backward_query_kernel,
-        query,
-        query.m,
-        launch.heads,
-        *operands,
-        starts,
-        launch.first,
-        *saved,
-        dq,
-        dc,
-        own,
-    )
-    launch(
-        backward_key_kernel,
-        key,
-        key.n,
-        launch.key_heads,
-        *operands,
-        ends,
-        launch.first,
-        launch.last,
-        *saved,
-        dk,
-        dv,
-        db,
-    )
-    if cos is not None:
-        dq, dk = fused(q.device, unrotate)(dq, dk, cos, sin)
+    rotary = as_rotary(cos, sin)
+    q, k, x = _prepared(q, k, rotary, (b, c, log_decay, theta, lam), True)
+    launch = _Launcher(q, k, _readable(v), x, cu_seqlens)
+    dy = dy.contiguous()
+    saved = {"dy": dy, "lse": lse, "delta": fused(q.device, row_products)(dy, y)}
+    dq, dc, d_diagonal = _backward_of_queries(launch, x, horizon, saved)
+    dk, dv, db = _backward_of_keys(launch, x, horizon, saved)
+    if rotary is not None:
+        dq, dk = fused(q.device, unrotate)(dq, dk, *rotary)
     if x is None:
         return [dq, dk, dv]
-    return [
-        dq,
-        dk,
-        dv,
-        *fused(q.device, importance_gradients)(
-            dc, db, own, x.b, x.c, x.lam, x.cos, x.sin, launch.last
-        ),
-    ]
+    gradients = fused(q.device, importance_gradients)
+    return [dq, dk, dv, *gradients(dc, db, d_diagonal, x, launch.last)]
 
 
-@triton_exact_backward.register_fake
-def _(dy, y, lse, q, k, v, b, c, log_decay, theta, lam, cos, sin, cu_seqlens, horizon):
-    return [x.new_empty(x.shape) for x in (q, k, v, b, c, log_decay, theta, lam) if x is not None]
+def _backward_of_queries(
+    launch: _Launcher, x: Importance | None, horizon: float | None, saved: dict[str, Tensor]
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """(dq, dc without the pairs i = j, dL/ds_ii), the last two where there is importance."""
+    tile = launch.tiles.query
+    dq = _empty(launch.shared["q"])
+    dc = d_diagonal = horizon_start = None
+    if x is not None:
+        dc = _empty(x.c, torch.float32)
+        d_diagonal = torch.empty_like(saved["lse"])
+        horizon_start = horizon_starts(x, tile, horizon)
+    launch(
+        backward_query_kernel,
+        tile,
+        rows=tile.m,
+        heads=launch.programs_of_queries,
+        horizon_start=horizon_start,
+        dq=dq,
+        dc=dc,
+        d_diagonal=d_diagonal,
+        **saved,
+    )
+    return dq, dc, d_diagonal
 
 
-def _save(ctx, inputs, output):
+def _backward_of_keys(
+    launch: _Launcher, x: Importance | None, horizon: float | None, saved: dict[str, Tensor]
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """(dk, dv, db without the pairs i = j), the last where there is importance."""
+    tile = launch.tiles.key
+    dk = _empty(launch.shared["k"])
+    dv = _empty(launch.shared["v"])
+    db = horizon_end = None
+    if x is not None:
+        db = _empty(x.b, torch.float32)
+        horizon_end = horizon_ends(x, tile, horizon)
+    launch(
+        backward_key_kernel,
+        tile,
+        rows=tile.n,
+        heads=launch.programs_of_keys,
+        horizon_end=horizon_end,
+        last=launch.last,
+        dk=dk,
+        dv=dv,
+        db=db,
+        **saved,
+    )
+    return dk, dv, db
+
+
+def _empty(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """Contiguous, of x's shape and device, whatever x's strides are."""
+    return torch.empty(x.shape, dtype=dtype or x.dtype, device=x.device)
+
+
+def _triton_exact_backward_fake(dy: Tensor, y: Tensor, lse: Tensor, *inputs: Any) -> list[Tensor]:
+    return [x.new_empty(x.shape) for x in inputs[:8] if x is not None]
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     *tensors, ctx.horizon = inputs
     ctx.save_for_backward(*output, *tensors)
     ctx.mark_non_differentiable(output[1])
 
 
-def _backward(ctx, dy, _dlse):
+def _backward(ctx: Any, dy: Tensor, _dlse: Tensor) -> tuple[Tensor | None, ...]:
     y, lse, *tensors = ctx.saved_tensors
-    grads = iter(triton_exact_backward(dy, y, lse, *tensors, ctx.horizon))
-    return *(next(grads) if x is not None else None for x in tensors[:8]), None, None, None, None
+    grads: Iterator[Tensor] = iter(triton_exact_backward(dy, y, lse, *tensors, ctx.horizon))
+    found = (next(grads) if x is not None else None for x in tensors[:8])
+    return *found, None, None, None, None
 
 
-triton_exact.register_autograd(_backward, setup_context=_save)
-triton_exact_backward.register_autograd(no_second_derivative)
-
-
-# ---- Functions -----------------------------------------------------------------------------------
+triton_exact = register("triton_exact", triton_exact_eager, _triton_exact_fake, _backward, _save)
+triton_exact_backward = register(
+    "triton_exact_backward",
+    triton_exact_backward_eager,
+    _triton_exact_backward_fake,
+    no_second_derivative,
+)
 
 
 def refusal(q: Tensor, v: Tensor, b: Tensor | None) -> str | None:
-    """Why the kernels cannot run on operands of these dtypes, widths and device; None where they
-    can.
-    """
+    """Why the kernels cannot run on operands of these dtypes, widths and device; None: they can."""
     if q.device.type == "cpu" and not INTERPRETED:
         return "its kernels run on a GPU (TRITON_INTERPRET=1 runs them on the CPU, for tests)"
-    taken = (
-        DTYPES[:2] if INTERPRETED else DTYPES
-    )  # Triton interprets bf16 wrongly: it multiplies the raw bits
+    # Triton interprets bf16 wrongly: it multiplies the raw bits.
+    taken = DTYPES[:2] if INTERPRETED else DTYPES
     if q.dtype not in taken:
-        return f"its kernels take {', '.join(map(str, taken))}{' in the interpreter' if INTERPRETED else ''}, not {q.dtype}"
+        where = " in the interpreter" if INTERPRETED else ""
+        return f"its kernels take {', '.join(map(str, taken))}{where}, not {q.dtype}"
     widths = {"Dh": q.shape[3], "Dv": v.shape[3], "Ds": 16 if b is None else b.shape[3]}
     wide = [f"{name} = {width}" for name, width in widths.items() if width > MAX_WIDTH]
     return f"its kernels take widths up to {MAX_WIDTH}, not {', '.join(wide)}" if wide else None
@@ -313,6 +327,12 @@ def default_horizon(dtype: torch.dtype) -> float:
     2^-11 in fp16, 2^-8 in bf16.
     """
     return torch.finfo(dtype).eps / 2
+
+
+def attend(inputs: SisaInputs) -> Tensor:
+    """Exact SISA attention by the kernels, of operands that they take, to their dtype's horizon."""
+    horizon = default_horizon(inputs.q.dtype)
+    return triton_exact(*inputs.flat(), inputs.cu_seqlens, horizon)[0]
 
 
 def exact_attention(
@@ -342,16 +362,15 @@ def exact_attention(
         TypeError, ValueError: as there, and for operands that the kernels do not take or a horizon
         that is not > 0.
     """
-    check_attention(q, k, v, b, c, log_decay, theta, lam, rotary, "exact", cu_seqlens)
+    inputs = SisaInputs(q, k, v, b, c, log_decay, theta, lam, rotary, cu_seqlens)
+    check_attention(inputs, "exact")
     _refuse(q, v, b)
     if horizon == "auto":
         horizon = default_horizon(q.dtype)
     if horizon is not None and not (isinstance(horizon, float) and horizon > 0):
         raise ValueError(f'horizon must be "auto", None or a float > 0, got {horizon!r}')
-    refuse_forward_mode(q, k, v, b, c, log_decay, theta, lam)
-    return triton_exact(
-        q, k, v, b, c, log_decay, theta, lam, *(rotary or (None, None)), cu_seqlens, horizon
-    )[0]
+    refuse_forward_mode(*inputs.tensors())
+    return triton_exact(*inputs.flat(), cu_seqlens, horizon)[0]
 
 
 def causal_attention(
@@ -376,7 +395,7 @@ def causal_attention(
 
     Raises:
         TypeError, ValueError: an argument of the wrong type, shape, dtype or device; the message
-        names it.
+            names it.
     """
     check_qk(q, k)
     check_values(v, k)
@@ -384,7 +403,9 @@ def causal_attention(
     check_documents(cu_seqlens, q)
     _refuse(q, v, None)
     refuse_forward_mode(q, k, v)
-    return triton_exact(q, k, v, *(None,) * 5, *(rotary or (None, None)), cu_seqlens, None)[0]
+    no_importance = (None,) * 5
+    tables = rotary or (None, None)
+    return triton_exact(q, k, v, *no_importance, *tables, cu_seqlens, None)[0]
 
 
 def _refuse(q: Tensor, v: Tensor, b: Tensor | None) -> None:

@@ -1,4 +1,4 @@
-"""TODO sisa_kernels.triton.prologue"""
+"""What is done in PyTorch before and after the Triton kernels, compiled by Inductor on a GPU."""
 
 import functools
 import math
@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sisa_kernels.inputs import Rotary, ScoreInputs
 from sisa_kernels.rotation import rotate
 from sisa_kernels.scans import (
     cumulative_decay,
@@ -21,78 +22,99 @@ from sisa_kernels.scans import (
 LOG2E = 1 / math.log(2)
 
 
-# ---- Prologue and epilogue -----------------------------------------------------------------------
-
-
 class Importance(NamedTuple):
     """The kernels' importance operands: b and c at their phase in their own dtype, and what belongs
     to them.
     """
 
-    b: Tensor  # [B, L, G, Ds]
-    c: Tensor  # [B, L, H, Ds]
-    # [B, G, L] fp32: the cumulative log2-decay is g_hi + g_lo, whose differences keep fp32's
-    # precision
+    b: Tensor
+    """[B, L, G, Ds]."""
+    c: Tensor
+    """[B, L, H, Ds]."""
     g_hi: Tensor
+    """[B, G, L] fp32: the cumulative log2-decay is g_hi + g_lo, whose differences keep fp32's
+    precision.
+    """
     g_lo: Tensor
-    lam: Tensor  # [H] fp32
-    size_b: Tensor  # [B, G, L] fp32: the norm of each row of b
-    size_c: Tensor  # [B, H, L]
-    cos: Tensor | None  # [B, L, G, Ds / 2] fp32, of the phase; for the backward only
+    lam: Tensor
+    """[H] fp32."""
+    norm_b: Tensor
+    """[B, G, L] fp32, of each row of b."""
+    norm_c: Tensor
+    """[B, H, L] fp32."""
+    cos: Tensor | None
+    """[B, L, G, Ds / 2] fp32, of the phase; for the backward only."""
     sin: Tensor | None
 
 
-def prologue(
-    q, k, b, c, log_decay, theta, lam, cos, sin, backward: bool
-) -> tuple[Tensor, Tensor, Importance | None]:
-    """q and k with RoPE, where given, and the importance operands, where given."""
-    if cos is not None:
-        q, k = (rotate(x.float(), cos[:, None], sin[:, None]).to(x.dtype) for x in (q, k))
-    if b is None:
-        return q, k, None
-    g = (cumulative_decay(log_decay) * LOG2E).transpose(1, 2).contiguous()
+def rotate_qk(q: Tensor, k: Tensor, rotary: Rotary | None) -> tuple[Tensor, Tensor]:
+    """q and k with RoPE, where given, in their dtype."""
+    if rotary is None:
+        return q, k
+    cos, sin = (table[:, None] for table in rotary)
+    q, k = (rotate(x.float(), cos, sin).to(x.dtype) for x in (q, k))
+    return q, k
+
+
+def prologue(x: ScoreInputs, backward: bool) -> tuple[Tensor, Tensor, Importance]:
+    """q and k with RoPE, where given, and the importance operands."""
+    q, k = rotate_qk(x.q, x.k, x.rotary)
+    g = (cumulative_decay(x.log_decay) * LOG2E).transpose(1, 2).contiguous()
     g_hi = g.float()
-    cos_k, sin_k = cumulative_phase(theta)
-    cos_q, sin_q = (to_query_heads(x, q.shape[2]) for x in (cos_k, sin_k))
-    b = rotate(b.float(), cos_k, sin_k).to(b.dtype)
-    c = rotate(c.float(), cos_q, sin_q).to(c.dtype)
-    size_b, size_c = (x.float().square().sum(3).sqrt().transpose(1, 2).contiguous() for x in (b, c))
-    tables = (cos_k, sin_k) if backward else (None, None)
-    return (
-        q,
-        k,
-        Importance(b, c, g_hi, (g - g_hi).float(), lam.contiguous(), size_b, size_c, *tables),
-    )
+    g_lo = (g - g_hi).float()
+    cos_k, sin_k = cumulative_phase(x.theta)
+    cos_q, sin_q = (to_query_heads(table, q.shape[2]) for table in (cos_k, sin_k))
+    b = rotate(x.b.float(), cos_k, sin_k).to(x.b.dtype)
+    c = rotate(x.c.float(), cos_q, sin_q).to(x.c.dtype)
+    lam = x.lam.contiguous()
+    cos, sin = (cos_k, sin_k) if backward else (None, None)
+    return q, k, Importance(b, c, g_hi, g_lo, lam, _row_norms(b), _row_norms(c), cos, sin)
 
 
-def row_products(dy, y):
+def _row_norms(x: Tensor) -> Tensor:
+    """[B, L, heads, width] -> [B, heads, L] fp32."""
+    return x.float().square().sum(3).sqrt().transpose(1, 2).contiguous()
+
+
+def row_products(dy: Tensor, y: Tensor) -> Tensor:
     """<dy, y> of each row in fp32, [B, H, L]."""
     return (dy.float() * y.float()).sum(3).transpose(1, 2).contiguous()
 
 
-def unrotate(dq, dk, cos, sin):
+def unrotate(dq: Tensor, dk: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
     """dL/dq and dL/dk before RoPE, in the operands' dtype."""
-    return tuple(rotate(x.float(), cos[:, None], -sin[:, None]).to(x.dtype) for x in (dq, dk))
+    dq, dk = (rotate(x.float(), cos[:, None], -sin[:, None]).to(x.dtype) for x in (dq, dk))
+    return dq, dk
 
 
-def importance_gradients(dc, db, own, b, c, lam, cos_k, sin_k, last):
-    """Gradients for b, c, log_decay, theta and lam from those of the rotated operands without the
-    pairs i = j (``own``: dL/ds_ii).
+def importance_gradients(
+    dc: Tensor, db: Tensor, d_diagonal: Tensor, x: Importance, last: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients for b, c, log_decay, theta and lam.
 
-    ``last`` [L] int32: the end of each token's document, where the reverse running sums of dL/dg
-    and dL/dPhi begin anew; None: one document."""
-    H, G = c.shape[2], b.shape[2]
-    b_float, c_float = b.float(), c.float()
-    row, phase_q = pair_products(dc, c_float)
-    col, phase_k = pair_products(db, b_float)
+    Args:
+        dc, db: those of the rotated operands, fp32, without the pairs i = j.
+        d_diagonal: dL/ds_ii [B, H, L].
+        last: the end of each token's document [L] int32, where the reverse running sums of dL/dg
+            and dL/dPhi begin anew; None: one document.
+    """
+    assert x.cos is not None
+    assert x.sin is not None
+    H = x.c.shape[2]
+    G = x.b.shape[2]
+    b = x.b.float()
+    c = x.c.float()
+    row, phase_q = pair_products(dc, c)
+    col, phase_k = pair_products(db, b)
     dlog_decay = _reverse_sums(to_key_heads(row, G) - col, last)
     dtheta = _reverse_sums(to_key_heads(phase_q, G) + phase_k, last)
-    b_all, own = to_query_heads(b_float, H), own.transpose(1, 2)[..., None]
-    dlam = (row / lam + (own * c_float * b_all).sum(3)).sum((0, 1))
-    own = own * lam[:, None]
-    dc = rotate(dc + own * b_all, to_query_heads(cos_k, H), -to_query_heads(sin_k, H))
-    db = rotate(db + to_key_heads(own * c_float, G), cos_k, -sin_k)
-    return db.to(b.dtype), dc.to(c.dtype), dlog_decay, dtheta, dlam.float()
+    b_all = to_query_heads(b, H)
+    d_diagonal = d_diagonal.transpose(1, 2)[..., None]
+    dlam = (row / x.lam + (d_diagonal * c * b_all).sum(3)).sum((0, 1))
+    d_diagonal = d_diagonal * x.lam[:, None]
+    dc = rotate(dc + d_diagonal * b_all, to_query_heads(x.cos, H), -to_query_heads(x.sin, H))
+    db = rotate(db + to_key_heads(d_diagonal * c, G), x.cos, -x.sin)
+    return db.to(x.b.dtype), dc.to(x.c.dtype), dlog_decay, dtheta, dlam.float()
 
 
 def _reverse_sums(x: Tensor, last: Tensor | None) -> Tensor:

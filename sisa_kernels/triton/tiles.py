@@ -29,20 +29,18 @@ class Tile:
 
     def __post_init__(self) -> None:
         sizes = (self.m, self.n, self.diagonal)
+        odd = any(size < 16 or size & (size - 1) for size in sizes)
         # A diagonal step past the tile would take rows that the next phase takes too.
-        if any(size < 16 or size & (size - 1) for size in sizes) or self.diagonal > min(
-            self.m, self.n
-        ):
+        if odd or self.diagonal > min(self.m, self.n):
             raise ValueError(
-                f"a tile's m, n and diagonal must be powers of two from 16, diagonal at most m and n, got {sizes}"
+                "a tile's m, n and diagonal must be powers of two from 16, diagonal at most m and "
+                f"n, got {sizes}"
             )
 
 
 @dataclass(frozen=True)
 class Tiles:
-    """The tiles of the forward kernel and of the backward's query kernel (dq, dc) and key kernel
-    (dk, dv, db).
-    """
+    """Of the forward kernel, and of the backward's query (dq, dc) and key (dk, dv, db) kernels."""
 
     forward: Tile
     query: Tile
@@ -52,7 +50,7 @@ class Tiles:
 # By (largest of Dh and Dv, Ds), both padded: the first row that both fit in. Ds 0 is plain
 # attention. Tiles were taken from 128 x 128 down until a kernel compiled without spilling a
 # register, for one document and one query head a key head, within the chip's shared memory:
-# tools/resources.py checks both. What made them smaller stands beside the row. None has been timed
+# tools/resources.py checks both. What made them smaller stands above the row. None has been timed
 # yet.
 Rows = tuple[tuple[int, int, Tiles], ...]
 
@@ -61,125 +59,68 @@ Rows = tuple[tuple[int, int, Tiles], ...]
 # there is an importance product.
 HOPPER: Rows = (
     (64, 0, Tiles(Tile(128, 128, 8, 2), Tile(128, 64, 8, 3), Tile(64, 128, 8, 2))),
-    (
-        64,
-        64,
-        Tiles(Tile(128, 128, 8, 2), Tile(128, 64, 8, 3), Tile(32, 128, 8, 3)),
-    ),  # key: its third accumulator, db
-    (
-        64,
-        128,
-        Tiles(Tile(128, 128, 8, 2), Tile(128, 32, 8, 3), Tile(32, 64, 8, 3)),
-    ),  # dc, db as wide as two heads
-    (
-        128,
-        0,
-        Tiles(Tile(128, 128, 8, 2), Tile(128, 64, 8, 3), Tile(32, 128, 8, 3)),
-    ),  # key: dk and dv of 128
-    (
-        128,
-        64,
-        Tiles(Tile(128, 64, 8, 3), Tile(128, 32, 8, 3), Tile(32, 64, 8, 3)),
-    ),  # accumulators of 128 and the decay's weights
-    (
-        128,
-        128,
-        Tiles(Tile(128, 64, 8, 3), Tile(64, 32, 8, 3), Tile(16, 64, 8, 2, 16)),
-    ),  # three accumulators of 128
+    # Key: its third accumulator, db.
+    (64, 64, Tiles(Tile(128, 128, 8, 2), Tile(128, 64, 8, 3), Tile(32, 128, 8, 3))),
+    # dc, db as wide as two heads.
+    (64, 128, Tiles(Tile(128, 128, 8, 2), Tile(128, 32, 8, 3), Tile(32, 64, 8, 3))),
+    # Key: dk and dv of 128.
+    (128, 0, Tiles(Tile(128, 128, 8, 2), Tile(128, 64, 8, 3), Tile(32, 128, 8, 3))),
+    # Accumulators of 128 and the decay's weights.
+    (128, 64, Tiles(Tile(128, 64, 8, 3), Tile(128, 32, 8, 3), Tile(32, 64, 8, 3))),
+    # Three accumulators of 128.
+    (128, 128, Tiles(Tile(128, 64, 8, 3), Tile(64, 32, 8, 3), Tile(16, 64, 8, 2, 16))),
 )
 
 # The operands of a product pass through registers: less fits, and past 64 channels much less.
 AMPERE: Rows = (
     (64, 0, Tiles(Tile(128, 128, 8, 2), Tile(128, 64, 8, 3), Tile(64, 128, 8, 2))),
-    (
-        64,
-        32,
-        Tiles(Tile(128, 64, 8, 2), Tile(128, 32, 8, 3), Tile(32, 128, 8, 3)),
-    ),  # forward: Dh 16 spills with 3 stages
+    # Forward: Dh 16 spills with 3 stages.
+    (64, 32, Tiles(Tile(128, 64, 8, 2), Tile(128, 32, 8, 3), Tile(32, 128, 8, 3))),
     (64, 64, Tiles(Tile(128, 64, 8, 3), Tile(128, 32, 8, 3), Tile(32, 128, 8, 3))),
-    (
-        64,
-        128,
-        Tiles(Tile(128, 64, 8, 3), Tile(64, 32, 8, 3), Tile(64, 64, 8, 2)),
-    ),  # dc, db as wide as two heads
-    (
-        128,
-        0,
-        Tiles(Tile(128, 32, 8, 3), Tile(128, 32, 8, 3), Tile(64, 64, 8, 2)),
-    ),  # operands of 128 in registers
-    (
-        128,
-        16,
-        Tiles(Tile(128, 64, 8, 3), Tile(64, 32, 8, 2), Tile(16, 64, 4, 2, 16)),
-    ),  # and the decay's weights
+    # dc, db as wide as two heads.
+    (64, 128, Tiles(Tile(128, 64, 8, 3), Tile(64, 32, 8, 3), Tile(64, 64, 8, 2))),
+    # Operands of 128 in registers.
+    (128, 0, Tiles(Tile(128, 32, 8, 3), Tile(128, 32, 8, 3), Tile(64, 64, 8, 2))),
+    # The same, and the decay's weights.
+    (128, 16, Tiles(Tile(128, 64, 8, 3), Tile(64, 32, 8, 2), Tile(16, 64, 4, 2, 16))),
     (128, 32, Tiles(Tile(128, 64, 8, 3), Tile(64, 16, 4, 2, 16), Tile(16, 64, 4, 2, 16))),
     (128, 64, Tiles(Tile(128, 64, 8, 3), Tile(32, 32, 4, 3), Tile(32, 32, 4, 3))),
-    (
-        128,
-        128,
-        Tiles(Tile(128, 32, 8, 3), Tile(32, 32, 4, 2), Tile(32, 32, 4, 3)),
-    ),  # three accumulators of 128
+    # Three accumulators of 128.
+    (128, 128, Tiles(Tile(128, 32, 8, 3), Tile(32, 32, 4, 2), Tile(32, 32, 4, 3))),
 )
 
 # Ampere's registers with 99 KiB of shared memory instead of 163: fewer loads in flight where those
 # do not fit.
 ADA: Rows = (
     (64, 0, Tiles(Tile(128, 128, 8, 2), Tile(128, 64, 8, 3), Tile(64, 128, 8, 2))),
-    (
-        32,
-        32,
-        Tiles(Tile(128, 32, 8, 3), Tile(128, 32, 8, 3), Tile(32, 128, 8, 3)),
-    ),  # forward: narrow heads spill at 64 keys
+    # Forward: narrow heads spill at 64 keys.
+    (32, 32, Tiles(Tile(128, 32, 8, 3), Tile(128, 32, 8, 3), Tile(32, 128, 8, 3))),
     (64, 64, Tiles(Tile(128, 64, 8, 3), Tile(128, 32, 8, 3), Tile(32, 128, 8, 3))),
-    (
-        64,
-        128,
-        Tiles(Tile(128, 64, 8, 2), Tile(64, 32, 8, 3), Tile(64, 64, 8, 2)),
-    ),  # forward: 3 stages are 112 KiB
-    (
-        128,
-        0,
-        Tiles(Tile(128, 32, 8, 3), Tile(128, 32, 8, 3), Tile(64, 64, 8, 2)),
-    ),  # operands of 128 in registers
-    (
-        128,
-        16,
-        Tiles(Tile(128, 32, 8, 3), Tile(64, 16, 4, 2, 16), Tile(16, 64, 4, 2, 16)),
-    ),  # and the decay's weights
+    # Forward: 3 stages are 112 KiB.
+    (64, 128, Tiles(Tile(128, 64, 8, 2), Tile(64, 32, 8, 3), Tile(64, 64, 8, 2))),
+    # Operands of 128 in registers.
+    (128, 0, Tiles(Tile(128, 32, 8, 3), Tile(128, 32, 8, 3), Tile(64, 64, 8, 2))),
+    # The same, and the decay's weights.
+    (128, 16, Tiles(Tile(128, 32, 8, 3), Tile(64, 16, 4, 2, 16), Tile(16, 64, 4, 2, 16))),
     (128, 32, Tiles(Tile(128, 32, 8, 3), Tile(64, 16, 4, 2, 16), Tile(16, 32, 8, 2, 16))),
     (128, 64, Tiles(Tile(128, 32, 8, 3), Tile(32, 32, 4, 3), Tile(32, 32, 4, 3))),
-    (
-        128,
-        128,
-        Tiles(Tile(128, 32, 8, 2), Tile(64, 32, 8, 2), Tile(16, 32, 4, 3, 16)),
-    ),  # three accumulators of 128
+    # Three accumulators of 128.
+    (128, 128, Tiles(Tile(128, 32, 8, 2), Tile(64, 32, 8, 2), Tile(16, 32, 4, 3, 16))),
 )
 
 # Accumulators live in tensor memory. One stage: deeper pipelines silently corrupted a kernel like
 # these (Triton 3.5 to 3.7, mamba pull request 997).
 BLACKWELL: Rows = (
     (64, 0, Tiles(Tile(128, 128, 8, 1), Tile(128, 64, 8, 1), Tile(64, 128, 8, 1))),
-    (
-        64,
-        64,
-        Tiles(Tile(128, 128, 8, 1), Tile(128, 64, 8, 1), Tile(32, 128, 8, 1)),
-    ),  # key: as on Hopper
-    (
-        64,
-        128,
-        Tiles(Tile(128, 64, 8, 1), Tile(128, 32, 8, 1), Tile(32, 64, 8, 1)),
-    ),  # forward: 128 keys spill at Dh 16
+    # Key: as on Hopper.
+    (64, 64, Tiles(Tile(128, 128, 8, 1), Tile(128, 64, 8, 1), Tile(32, 128, 8, 1))),
+    # Forward: 128 keys spill at Dh 16.
+    (64, 128, Tiles(Tile(128, 64, 8, 1), Tile(128, 32, 8, 1), Tile(32, 64, 8, 1))),
     (128, 0, Tiles(Tile(128, 128, 8, 1), Tile(128, 64, 8, 1), Tile(64, 128, 8, 1))),
-    (
-        128,
-        64,
-        Tiles(Tile(128, 64, 8, 1), Tile(128, 64, 8, 1), Tile(32, 128, 8, 1)),
-    ),  # the decay's weights, in registers
-    (
-        128,
-        128,
-        Tiles(Tile(128, 64, 8, 1), Tile(64, 64, 8, 1), Tile(32, 64, 8, 1)),
-    ),  # three accumulators of 128
+    # The decay's weights, in registers.
+    (128, 64, Tiles(Tile(128, 64, 8, 1), Tile(128, 64, 8, 1), Tile(32, 128, 8, 1))),
+    # Three accumulators of 128.
+    (128, 128, Tiles(Tile(128, 64, 8, 1), Tile(64, 64, 8, 1), Tile(32, 64, 8, 1))),
 )
 
 # Any other part, and fp32, whose products run on the ordinary cores: within 99 KiB of shared
@@ -200,48 +141,47 @@ TABLE = {
 _tuned: dict[str, Tiles] | None = None
 
 
-def table_tiles(
-    capability: tuple[int, int], dtype: torch.dtype, width: int, state_width: int
-) -> Tiles:
+def table_tiles(capability: tuple[int, int], dtype: torch.dtype, width: int, d_state: int) -> Tiles:
     """The table's row for a compute capability and widths padded as the kernels pad them; one of
     ``SAFE`` where it has none.
     """
     rows = SAFE if dtype == torch.float32 else TABLE.get(capability, SAFE)
-    return next(tiles for w, s, tiles in rows if width <= w and state_width <= s)
+    return next(tiles for w, s, tiles in rows if width <= w and d_state <= s)
 
 
-def choose_tiles(device: torch.device, dtype: torch.dtype, width: int, state_width: int) -> Tiles:
+def choose_tiles(device: torch.device, dtype: torch.dtype, width: int, d_state: int) -> Tiles:
     """The tiles for this device, dtype and padded widths (the larger of Dh and Dv; Ds, 0 for plain
     attention).
 
     What :func:`sisa_kernels.triton.tune.autotune` has found for them, else the table's row; a part
     that is not in the table is said once."""
-    tuned = tuned_tiles().get(tile_key(device, dtype, width, state_width))
-    return tuned or _table_row(device, dtype, width, state_width)
+    tuned = tuned_tiles().get(tile_key(device, dtype, width, d_state))
+    return tuned or _table_row(device, dtype, width, d_state)
 
 
 @functools.cache
-def _table_row(device: torch.device, dtype: torch.dtype, width: int, state_width: int) -> Tiles:
+def _table_row(device: torch.device, dtype: torch.dtype, width: int, d_state: int) -> Tiles:
     if device.type != "cuda":
-        return table_tiles((0, 0), dtype, width, state_width)
+        return table_tiles((0, 0), dtype, width, d_state)
     capability = torch.cuda.get_device_capability(device)
     if capability not in TABLE:
         name = f"{torch.cuda.get_device_name(device)} (sm_{capability[0]}{capability[1]})"
         warnings.warn(f"sisa_kernels has no tiles for {name}: safe, slow ones run", stacklevel=2)
-    return table_tiles(capability, dtype, width, state_width)
+    return table_tiles(capability, dtype, width, d_state)
 
 
-# ---- What autotuning has found -------------------------------------------------------------------
+# ---- What autotuning has found --------------------------------------------------------------
 
 
-def tile_key(device: torch.device, dtype: torch.dtype, width: int, state_width: int) -> str:
+def tile_key(device: torch.device, dtype: torch.dtype, width: int, d_state: int) -> str:
     """What a tuned choice holds for: the device's name, the versions that compile for it, dtype and
     padded widths.
     """
     import triton  # here: without it there is nothing to compile, but the table to read
 
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    return f"{name}, torch {torch.__version__}, triton {triton.__version__}, {str(dtype)[6:]}, width {width}, state {state_width}"
+    versions = f"torch {torch.__version__}, triton {triton.__version__}"
+    return f"{name}, {versions}, {str(dtype)[6:]}, width {width}, state {d_state}"
 
 
 def cache_path() -> Path:
@@ -250,7 +190,7 @@ def cache_path() -> Path:
 
 
 def tuned_tiles() -> dict[str, Tiles]:
-    """The tuned tiles by key, read from the cache once; an unreadable cache is said and left alone."""
+    """The tuned tiles by key, read from the cache once; an unreadable one is said and left."""
     global _tuned
     if _tuned is None:
         _tuned = _read_cache()

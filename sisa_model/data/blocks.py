@@ -1,4 +1,4 @@
-"""TODO sisa_model.data.blocks"""
+"""Blocks: tokens cut to training's length, in an order that is a function of the seed alone."""
 
 import numpy as np
 import torch
@@ -23,9 +23,12 @@ class Blocks:
         self.count = (len(tokens) - 1) // seq_len
         if self.count < 1:
             raise ValueError(
-                f"the {name} corpus must hold at least one block of {seq_len + 1} tokens, got {len(tokens)}"
+                f"the {name} corpus must hold at least one block of {seq_len + 1} tokens, "
+                f"got {len(tokens)}"
             )
-        self.tokens, self.seq_len, self.seed = tokens, seq_len, seed
+        self.tokens = tokens
+        self.seq_len = seq_len
+        self.seed = seed
 
     def ids(self, first: int, count: int) -> list[int]:
         """Which blocks are the samples ``first`` to ``first + count`` of the run."""
@@ -42,12 +45,9 @@ class Blocks:
         Raises FileNotFoundError or ValueError, naming the shard, for one that vanished or was cut
         since it was opened."""
         starts = (i * self.seq_len for i in ids)
-        windows = torch.from_numpy(
-            np.stack([self.tokens[start : start + self.seq_len + 1] for start in starts]).astype(
-                np.int64
-            )
-        )
-        return windows[:, :-1], windows[:, 1:]
+        windows = [self.tokens[start : start + self.seq_len + 1] for start in starts]
+        tokens = torch.from_numpy(np.stack(windows).astype(np.int64))
+        return tokens[:, :-1], tokens[:, 1:]
 
 
 def pack(inputs: Tensor, targets: Tensor, end_of_text: int) -> tuple[Tensor, Tensor, Tensor]:

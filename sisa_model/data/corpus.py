@@ -1,8 +1,13 @@
-"""Text or shards in, blocks of tokens out: corpora, the held-out split, the order of training."""
+"""What a run reads: text, which is split and encoded here, or the shards of `sisa prepare`.
+
+The way of a text: its files are found and read (text.py), split into what is trained on and what is
+held out, encoded document by document (tokenizer.py), and cut into blocks (blocks.py), whose order
+is a shuffle (shuffle.py). Of a large one `sisa prepare` (prepare.py) makes shards (shards.py)."""
 
 import hashlib
 import io
 import math
+from collections.abc import Iterable, Sized
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,9 +20,8 @@ from sisa_model.data.tokenizer import Encoder
 
 HELD_OUT_PERCENT = 5
 MIN_UNITS = 20  # fewer files (or documents) than this cannot be split with 5 % held out
-SAMPLE_TOKENS = (
-    2**22
-)  # of shards, the first tokens that n-gram models are counted on and needles are hidden in
+# Of shards, the first tokens that n-gram models are counted on and needles are hidden in.
+SAMPLE_TOKENS = 2**22
 
 
 @dataclass
@@ -48,47 +52,45 @@ def load_corpus(data: list[Path], val_data: list[Path], encoder: Encoder) -> Cor
         where = ", ".join(map(str, data)) or "the standard library"
         raise ValueError(f"data holds no text in {len(files)} files: {where}")
     if val_data:
-        held_out = [
-            d for path in find_files(val_data) for d in documents(io.StringIO(read_text(path)))
-        ]
+        held_out = _documents(map(read_text, find_files(val_data)))
         return _without(held_out, texts, encoder, "held-out files as given")
-    units, name = texts, "files"
-    if len(units) < MIN_UNITS:
-        units, name = [d for text in texts for d in documents(io.StringIO(text))], "documents"
-    if len(units) < MIN_UNITS:
-        tokens = encoder.encode(units)
-        cut = len(tokens) * (100 - HELD_OUT_PERCENT) // 100
-        return Corpus(
-            tokens[:cut],
-            tokens[cut:],
-            f"the last {HELD_OUT_PERCENT} % of {len(units)} {name} held out",
-        )
-    distinct = sorted(
-        {unit.strip() for unit in units}, key=lambda unit: hashlib.sha256(unit.encode()).digest()
-    )
-    chosen = set(distinct[: math.ceil(len(distinct) * HELD_OUT_PERCENT / 100)])
-    held_out = [d for unit in distinct if unit in chosen for d in documents(io.StringIO(unit))]
-    rest = [unit for unit in units if unit.strip() not in chosen]
-    return _without(
-        held_out,
-        rest,
-        encoder,
-        f"{len(chosen)} of {len(distinct)} distinct {name} held out, the first by hash",
-    )
+    if len(texts) >= MIN_UNITS:
+        return _split_by_hash(texts, "files", encoder)
+    units = _documents(texts)
+    if len(units) >= MIN_UNITS:
+        return _split_by_hash(units, "documents", encoder)
+    tokens = encoder.encode(units)
+    cut = len(tokens) * (100 - HELD_OUT_PERCENT) // 100
+    split = f"the last {HELD_OUT_PERCENT} % of {len(units)} documents held out"
+    return Corpus(tokens[:cut], tokens[cut:], split)
+
+
+def _documents(texts: Iterable[str]) -> list[str]:
+    return [document for text in texts for document in documents(io.StringIO(text))]
+
+
+def _split_by_hash(units: list[str], name: str, encoder: Encoder) -> Corpus:
+    """Hold out the distinct ``units`` whose hashes come first; a unit's copies are on its side."""
+    distinct = {unit.strip() for unit in units}
+    ordered = sorted(distinct, key=lambda unit: hashlib.sha256(unit.encode()).digest())
+    chosen = ordered[: math.ceil(len(ordered) * HELD_OUT_PERCENT / 100)]
+    known = set(chosen)
+    rest = [unit for unit in units if unit.strip() not in known]
+    split = f"{len(chosen)} of {len(ordered)} distinct {name} held out, the first by hash"
+    return _without(_documents(chosen), rest, encoder, split)
 
 
 def _without(held_out: list[str], texts: list[str], encoder: Encoder, split: str) -> Corpus:
     """The corpus that trains on the documents of ``texts``, less those held out."""
     known = set(held_out)
-    train = [d for text in texts for d in documents(io.StringIO(text)) if d not in known]
+    train = [document for document in _documents(texts) if document not in known]
     return Corpus(encoder.encode(train), encoder.encode(held_out), split)
 
 
-@dataclass
+@dataclass(frozen=True)
 class Data:
     """What a run reads, from text or from shards."""
 
-    encoder: Encoder
     train: Blocks
     val: Blocks
     train_text: np.ndarray
@@ -109,9 +111,8 @@ def prepared(data: tuple[Path, ...]) -> Path | None:
     """
     folders = [path for path in data if (path / INDEX).is_file()]
     if folders and len(data) > 1:
-        raise ValueError(
-            f"data must be one folder of sisa prepare alone, or text; got {', '.join(map(str, data))}"
-        )
+        given = ", ".join(map(str, data))
+        raise ValueError(f"data must be one folder of sisa prepare alone, or text; got {given}")
     return folders[0] if folders else None
 
 
@@ -130,7 +131,8 @@ def find_tokenizer(data: tuple[Path, ...], tokenizer: Path | None) -> Path | Non
         raise FileNotFoundError(f"tokenizer {path} does not exist")
     if known["sha256"] != (None if path is None else file_sha256(path)):
         raise ValueError(
-            f"tokenizer must be the one that {folder} was prepared with ({known['name']}), got another in {path}"
+            f"tokenizer must be the one that {folder} was prepared with ({known['name']}), "
+            f"got another in {path}"
         )
     return path
 
@@ -138,7 +140,7 @@ def find_tokenizer(data: tuple[Path, ...], tokenizer: Path | None) -> Path | Non
 def open_data(
     data: tuple[Path, ...],
     val_data: tuple[Path, ...],
-    tokenizer: Path | None,
+    encoder: Encoder,
     seq_len: int,
     seed: int,
     *,
@@ -148,18 +150,12 @@ def open_data(
 ) -> Data:
     """Open text files, the default corpus (no ``data``) or one folder of `sisa prepare`.
 
-    ``verify`` reads a folder through once and compares the checksums of its shards, process
-    ``rank`` of ``size`` its share of them. Raises FileNotFoundError or ValueError naming the file,
-    the shard or the argument at fault."""
-    encoder, folder = Encoder(find_tokenizer(data, tokenizer)), prepared(data)
+    ``encoder`` is of the file that :func:`find_tokenizer` found. ``verify`` reads a folder through
+    once and compares the checksums of its shards, process ``rank`` of ``size`` its share of them.
+    Raises FileNotFoundError or ValueError naming the file, the shard or the argument at fault."""
+    folder = prepared(data)
     if folder is None:
-        corpus = load_corpus([*data], [*val_data], encoder)
-        train, val = (
-            Blocks(corpus.train, seq_len, seed, "training"),
-            Blocks(corpus.val, seq_len, 0, "held-out"),
-        )
-        split = f"{len(corpus.train):,} training and {len(corpus.val):,} held-out tokens ({corpus.split})"
-        return Data(encoder, train, val, corpus.train, corpus.val, corpus.fingerprint(), split)
+        return _of_text(load_corpus([*data], [*val_data], encoder), seq_len, seed)
     if val_data:
         raise ValueError(
             f"val_data must be left out: {folder} brings the documents that sisa prepare held out"
@@ -167,15 +163,37 @@ def open_data(
     shards = Shards(folder)
     if verify:
         shards.verify(rank, size)
-    train, val = (
-        Blocks(shards.train, seq_len, seed, "training"),
-        Blocks(shards.val, seq_len, 0, "held-out"),
+    return _of_shards(shards, seq_len, seed)
+
+
+def _of_text(corpus: Corpus, seq_len: int, seed: int) -> Data:
+    return Data(
+        train=Blocks(corpus.train, seq_len, seed, "training"),
+        val=Blocks(corpus.val, seq_len, 0, "held-out"),
+        train_text=corpus.train,
+        val_text=corpus.val,
+        fingerprint=corpus.fingerprint(),
+        split=f"{_amounts(corpus.train, corpus.val)} ({corpus.split})",
     )
-    sample, val_sample = (
+
+
+def _of_shards(shards: Shards, seq_len: int, seed: int) -> Data:
+    train_text, val_text = (
         tokens[:SAMPLE_TOKENS].astype(np.int32) for tokens in (shards.train, shards.val)
     )
-    split = (
-        f"{len(shards.train):,} training and {len(shards.val):,} held-out tokens of {shards.tokenizer} ({shards.split}; n-gram "
-        f"models and retrieval tasks use the first {len(sample):,} and {len(val_sample):,})"
+    amounts = f"{_amounts(shards.train, shards.val)} of {shards.tokenizer}"
+    used = (
+        f"n-gram models and retrieval tasks use the first {len(train_text):,} and {len(val_text):,}"
     )
-    return Data(encoder, train, val, sample, val_sample, shards.fingerprint(), split)
+    return Data(
+        train=Blocks(shards.train, seq_len, seed, "training"),
+        val=Blocks(shards.val, seq_len, 0, "held-out"),
+        train_text=train_text,
+        val_text=val_text,
+        fingerprint=shards.fingerprint(),
+        split=f"{amounts} ({shards.split}; {used})",
+    )
+
+
+def _amounts(train: Sized, val: Sized) -> str:
+    return f"{len(train):,} training and {len(val):,} held-out tokens"

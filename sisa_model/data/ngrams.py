@@ -1,4 +1,4 @@
-"""TODO sisa_model.data.ngrams"""
+"""What counting alone predicts: the losses that a trained model is seen beside."""
 
 import numpy as np
 
@@ -12,9 +12,8 @@ def ngram_losses(
     The unigram is add-one smoothed; the bigram backs off to it with the weight of ten observations
     a context."""
     unigram = (np.bincount(train, minlength=vocab) + 1.0) / (len(train) + vocab)
-    pairs, pair_counts = np.unique(
-        train[:-1].astype(np.int64) * vocab + train[1:], return_counts=True
-    )
+    followed = train[:-1].astype(np.int64) * vocab + train[1:]
+    pairs, pair_counts = np.unique(followed, return_counts=True)
     wanted = contexts.astype(np.int64) * vocab + targets
     place = np.searchsorted(pairs, wanted).clip(max=len(pairs) - 1)
     seen = np.where(pairs[place] == wanted, pair_counts[place], 0)

@@ -1,12 +1,11 @@
-"""sisa prepare: documents in, shards of tokens out; the same bytes whatever the number of workers,
-and after any kill.
-"""
+"""sisa prepare: documents in, shards of tokens out, the same bytes for any workers and any kill."""
 
 import contextlib
 import errno
 import functools
 import hashlib
 import itertools
+import logging
 import multiprocessing
 import os
 import shutil
@@ -36,17 +35,16 @@ from sisa_model.data.shards import (
     read_index,
     read_record,
 )
-from sisa_model.data.sources import Position, find_sources, read
+from sisa_model.data.sources import Position, Source, find_sources, read
 from sisa_model.data.text import needs
 from sisa_model.data.tokenizer import Encoder
 from sisa_model.utils.files import make_folder_atomically, write_atomically, write_json
 
+log = logging.getLogger(__name__)
+
 BYTES = "bytes"
-LEFTOVERS = (
-    ".shard-?????.*",
-    f".{INDEX}.*.tmp",
-    f".{TOKENIZER}.*.tmp",
-)  # of a run that was killed; what else is hidden stays
+# Of a run that was killed; what else is hidden stays.
+LEFTOVERS = (".shard-?????.*", f".{INDEX}.*.tmp", f".{TOKENIZER}.*.tmp")
 BATCH_CHARACTERS = 2**20  # what a worker encodes at once: about half a second's work
 
 
@@ -82,12 +80,16 @@ class PrepareConfig:
 
 @dataclass
 class _Batch:
+    """Texts of documents, and the place in the sources after them."""
+
     texts: list[str]
     end: Position
 
 
 @dataclass
 class _Encoded:
+    """A batch's tokens and its number of documents, by split."""
+
     tokens: dict[str, np.ndarray]
     documents: dict[str, int]
     end: Position
@@ -99,77 +101,92 @@ def prepare(config: PrepareConfig) -> Shards:
     Raises ValueError, FileNotFoundError or FileExistsError, naming the argument or file, for bad
     settings, sources or tokenizer and for a folder that was begun otherwise; OSError for a full
     disk or a killed worker. Shards that are finished stay."""
-    workers = config.workers if config.workers is not None else _cores()
+    workers = _cores() if config.workers is None else config.workers
     _check(config, workers)
     tokenizer = _find_tokenizer(config.tokenizer)
     encoder = Encoder(tokenizer)
     sources = find_sources(config.sources)
-    for name in ("subset", "split"):
-        value = getattr(config, name)
-        if value != getattr(PrepareConfig, name) and not any(
-            source.kind == "hub" for source in sources
-        ):
-            raise ValueError(
-                f"{name} must be left out, as no source is a dataset of the Hub, got {value!r}"
-            )
+    _check_hub(config, sources)
     dtype = np.dtype("<u2" if encoder.size <= 2**16 else "<u4")
-    options = {
-        "sources": [asdict(source) for source in sources],
-        "tokenizer": {
-            "name": config.tokenizer,
-            "sha256": None if tokenizer is None else file_sha256(tokenizer),
-        },
-        **{
-            name: getattr(config, name)
-            for name in ("text_field", "subset", "split", "held_out", "shard_tokens")
-        },
-    }
-    if _begun(config.out, options):
+    options = _options(config, sources, tokenizer)
+    if _is_finished(config.out, options):
         return _finished(config.out, "is finished already")
     index = {"version": VERSION, "complete": False, "options": options, "dtype": dtype.str}
-    config.out.mkdir(parents=True, exist_ok=True)
-    for leftover in itertools.chain(*map(config.out.glob, LEFTOVERS)):
-        shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
-    write_json(config.out / INDEX, index)
-    if tokenizer is not None:
-        write_atomically(config.out / TOKENIZER, functools.partial(shutil.copyfile, tokenizer))
+    _begin(config.out, index, tokenizer)
 
     shards = list(finished_shards(config.out, dtype))
     start: Position = tuple(shards[-1]["end"]) if shards else (0, 0)
-    batches = _batches(read(sources, start, config.text_field, config.subset, config.split))
-    encoded = _encoded(batches, workers, (tokenizer, config.held_out, dtype))
+    documents = read(sources, start, config.text_field, config.subset, config.split)
+    encoded = _encoded(_batches(documents), workers, (tokenizer, config.held_out, dtype))
     before = sum(shard[split]["tokens"] for shard in shards for split in SPLITS)
-    with (
-        contextlib.closing(encoded),
-        tqdm(initial=before, unit="tok", unit_scale=True, dynamic_ncols=True) as bar,
-    ):
+    bar = tqdm(initial=before, unit="tok", unit_scale=True, dynamic_ncols=True)
+    with contextlib.closing(encoded), bar:
         for first in encoded:
-            folder = config.out / f"shard-{len(shards):05d}"
-            enough = itertools.chain([first], encoded)
-            write = functools.partial(
-                _write_shard,
-                batches=enough,
-                encoder=encoder,
-                shard_tokens=config.shard_tokens,
-                bar=bar,
-            )
-            try:
-                make_folder_atomically(folder, write)
-            except OSError as error:
-                if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-                    raise
-                stay = f"{error.strerror}; the {len(shards)} finished shards stay, and the same command goes on after them"
-                raise OSError(error.errno, stay, str(folder)) from error
-            shards.append({"name": folder.name, **read_record(folder / RECORD)})
+            batches = itertools.chain([first], encoded)
+            shards.append(_add_shard(config, len(shards), batches, encoder.end_of_text, bar))
             bar.set_postfix(shards=len(shards))
     _check_totals(config, shards)
     write_json(config.out / INDEX, {**index, "complete": True, "shards": shards})
     return _finished(config.out, "is finished")
 
 
+def _options(
+    config: PrepareConfig, sources: list[Source], tokenizer: Path | None
+) -> dict[str, Any]:
+    """What decides the bytes of the shards, as the index keeps it."""
+    sha256 = None if tokenizer is None else file_sha256(tokenizer)
+    return {
+        "sources": [asdict(source) for source in sources],
+        "tokenizer": {"name": config.tokenizer, "sha256": sha256},
+        "text_field": config.text_field,
+        "subset": config.subset,
+        "split": config.split,
+        "held_out": config.held_out,
+        "shard_tokens": config.shard_tokens,
+    }
+
+
+def _begin(out: Path, index: dict[str, Any], tokenizer: Path | None) -> None:
+    """Make the folder, or what a kill left of it whole again."""
+    out.mkdir(parents=True, exist_ok=True)
+    for leftover in itertools.chain(*map(out.glob, LEFTOVERS)):
+        if leftover.is_dir():
+            shutil.rmtree(leftover)
+        else:
+            leftover.unlink()
+    write_json(out / INDEX, index)
+    if tokenizer is not None:
+        write_atomically(out / TOKENIZER, functools.partial(shutil.copyfile, tokenizer))
+
+
+def _add_shard(
+    config: PrepareConfig, number: int, batches: Iterator[_Encoded], end_of_text: int, bar: tqdm
+) -> dict[str, Any]:
+    """Write the next shard, and return its record."""
+    folder = config.out / f"shard-{number:05d}"
+    write = functools.partial(
+        _write_shard,
+        batches=batches,
+        end_of_text=end_of_text,
+        shard_tokens=config.shard_tokens,
+        bar=bar,
+    )
+    try:
+        make_folder_atomically(folder, write)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        stay = (
+            f"{error.strerror}; the {number} finished shards stay, "
+            "and the same command goes on after them"
+        )
+        raise OSError(error.errno, stay, str(folder)) from error
+    return {"name": folder.name, **read_record(folder / RECORD)}
+
+
 def _finished(out: Path, how: str) -> Shards:
     shards = Shards(out)
-    print(f"{out} {how}: {len(shards.train):,} training and {len(shards.val):,} held-out tokens")
+    log.info(f"{out} {how}: {len(shards.train):,} training and {len(shards.val):,} held-out tokens")
     return shards
 
 
@@ -187,6 +204,18 @@ def _check(config: PrepareConfig, workers: int) -> None:
         raise ValueError(f"workers must be at least 1, got {workers}")
 
 
+def _check_hub(config: PrepareConfig, sources: list[Source]) -> None:
+    """ValueError for an option of the Hub's datasets where there is none."""
+    if any(source.kind == "hub" for source in sources):
+        return
+    for name in ("subset", "split"):
+        value = getattr(config, name)
+        if value != getattr(PrepareConfig, name):
+            raise ValueError(
+                f"{name} must be left out, as no source is a dataset of the Hub, got {value!r}"
+            )
+
+
 def _find_tokenizer(name: str) -> Path | None:
     """The file of a tokenizer, from the Hub if it is no file here; None for bytes."""
     if name == BYTES:
@@ -202,24 +231,25 @@ def _find_tokenizer(name: str) -> Path | None:
         ) from error
 
 
-def _begun(out: Path, options: dict[str, Any]) -> bool:
-    """Whether ``out`` is finished; ValueError for one begun with other options, FileExistsError for
-    one that holds other things.
+def _is_finished(out: Path, options: dict[str, Any]) -> bool:
+    """Whether ``out`` is; ValueError for one begun with other options, FileExistsError for one that
+    holds other things.
     """
     if not out.exists() or (out.is_dir() and not any(out.glob("[!.]*"))):
         return False
     if not (out / INDEX).is_file():
         raise FileExistsError(f"out {out} exists and is not of sisa prepare; choose another folder")
     index = read_index(out)
-    for name, value in options.items():
-        before = index["options"].get(name)
-        if before != value and (
-            index["complete"] or any(out.glob("shard-*"))
-        ):  # else nothing would be mixed, nor lost
-            before, value = _difference(before, value)
-            raise ValueError(
-                f"{name} must stay {before!r}, as {out} was begun with it, got {value!r}; choose another folder"
-            )
+    # Where no shard is there yet, nothing would be mixed, nor lost.
+    if index["complete"] or any(out.glob("shard-*")):
+        for name, value in options.items():
+            before = index["options"].get(name)
+            if before != value:
+                before, value = _difference(before, value)
+                raise ValueError(
+                    f"{name} must stay {before!r}, as {out} was begun with it, got {value!r}; "
+                    "choose another folder"
+                )
     return index["complete"]
 
 
@@ -233,13 +263,15 @@ def _difference(before: Any, value: Any) -> tuple[Any, Any]:
 def _batches(documents: Iterator[tuple[Position, str]]) -> Iterator[_Batch]:
     """The documents in order, a million characters and more at a time."""
     texts: list[str] = []
-    characters, end = 0, (0, 0)
+    characters = 0
+    end: Position = (0, 0)
     for end, text in documents:
         texts.append(text)
         characters += len(text)
         if characters >= BATCH_CHARACTERS:
             yield _Batch(texts, end)
-            texts, characters = [], 0
+            texts = []
+            characters = 0
     if texts:
         yield _Batch(texts, end)
 
@@ -248,7 +280,9 @@ class _Worker:
     """Encodes batches; which side a document falls on is a function of its text alone."""
 
     def __init__(self, tokenizer: Path | None, held_out: float, dtype: np.dtype):
-        self.encoder, self.bound, self.dtype = Encoder(tokenizer), held_out * 2**64, dtype
+        self.encoder = Encoder(tokenizer)
+        self.bound = held_out * 2**64
+        self.dtype = dtype
 
     def __call__(self, batch: _Batch) -> _Encoded:
         texts: dict[str, list[str]] = {split: [] for split in SPLITS}
@@ -256,7 +290,8 @@ class _Worker:
             number = int.from_bytes(hashlib.sha256(text.strip().encode()).digest()[:8], "big")
             texts["val" if number < self.bound else "train"].append(text)
         tokens = {split: self.encoder.encode(texts[split]).astype(self.dtype) for split in SPLITS}
-        return _Encoded(tokens, {split: len(texts[split]) for split in SPLITS}, batch.end)
+        documents = {split: len(texts[split]) for split in SPLITS}
+        return _Encoded(tokens, documents, batch.end)
 
 
 _worker: _Worker
@@ -311,19 +346,18 @@ def _encoded(
 
 
 def _write_shard(
-    folder: Path, batches: Iterator[_Encoded], encoder: Encoder, shard_tokens: int, bar: tqdm
+    folder: Path, batches: Iterator[_Encoded], end_of_text: int, shard_tokens: int, bar: tqdm
 ) -> None:
     """Fill a shard's folder from as many batches as it takes."""
     counts = {split: {"tokens": 0, "documents": 0} for split in SPLITS}
     hashes = {split: hashlib.sha256() for split in SPLITS}
     end: Position = (0, 0)
     with contextlib.ExitStack() as stack:
-        files = {
-            split: stack.enter_context(open(folder / f"{split}.bin", "wb")) for split in SPLITS
-        }
+        paths = {split: folder / f"{split}.bin" for split in SPLITS}
+        files = {split: stack.enter_context(open(path, "wb")) for split, path in paths.items()}
         for batch in batches:
             for split, tokens in batch.tokens.items():
-                if int((tokens == encoder.end_of_text).sum()) != batch.documents[split]:
+                if int((tokens == end_of_text).sum()) != batch.documents[split]:
                     raise ValueError(
                         "tokenizer must make its end of text nowhere but at the end of a document"
                     )
@@ -346,11 +380,10 @@ def _check_totals(config: PrepareConfig, shards: list[dict[str, Any]]) -> None:
     """ValueError where there is nothing to train on, or nothing to evaluate on."""
     train, val = (sum(shard[split]["documents"] for shard in shards) for split in SPLITS)
     if not train + val:
-        raise ValueError(
-            f"sources must hold text, but there is none in {', '.join(config.sources)}"
-        )
+        sources = ", ".join(config.sources)
+        raise ValueError(f"sources must hold text, but there is none in {sources}")
     if not train or not val:
         raise ValueError(
-            f"held_out {config.held_out} puts {train} documents on the training side and {val} on the other, and neither may be "
-            f"empty; remove {config.out} and choose another share"
+            f"held_out {config.held_out} puts {train} documents on the training side and {val} on "
+            f"the other, and neither may be empty; remove {config.out} and choose another share"
         )

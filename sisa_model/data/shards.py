@@ -1,15 +1,15 @@
-"""A folder of `sisa prepare`: tokens in memory-mapped shards, read-only, with what the index says
-of them checked.
+"""A folder of `sisa prepare`, read-only: tokens in memory-mapped shards, checked by their records.
 
-index.json            options, tokenizer, dtype and counts; every shard's record, once all are there
-tokenizer.json        the tokenizer, as it was given (none for bytes) shard-00000/
-train.bin, val.bin: token ids, little-endian, documents in order, an end-of-text token after each
-and
-                      nowhere else; shard.json: tokens, documents and sha256 of each file, and where
-                      in the sources it ends
+index.json      options, tokenizer, dtype and counts; every shard's record, once all are there
+tokenizer.json  the tokenizer, as it was given (none for bytes)
+shard-00000/
+  train.bin     token ids, little-endian, documents in order, an end-of-text token after each and
+  val.bin       nowhere else; the second those held out
+  shard.json    tokens, documents and sha256 of both, and where in the sources the shard ends
 """
 
 import bisect
+import contextlib
 import hashlib
 import itertools
 import json
@@ -21,7 +21,9 @@ from typing import Any
 
 import numpy as np
 
-INDEX, TOKENIZER, RECORD = "index.json", "tokenizer.json", "shard.json"
+INDEX = "index.json"
+TOKENIZER = "tokenizer.json"
+RECORD = "shard.json"
 VERSION = 1
 SPLITS = ("train", "val")
 
@@ -30,11 +32,9 @@ def read_record(path: Path) -> dict[str, Any]:
     """An index or a shard's record; ValueError naming the file for one that is damaged or of
     another version.
     """
-    try:
+    with _parsing(path):
         record = json.loads(path.read_text(encoding="utf-8"))
         version = record["version"]
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path} is damaged or not of sisa prepare: {error!r}") from error
     if version != VERSION:
         raise ValueError(
             f"{path} must be of version {VERSION} of the format, got version {version!r}"
@@ -49,18 +49,19 @@ def read_index(folder: Path) -> dict[str, Any]:
     if not (folder / INDEX).is_file():
         raise FileNotFoundError(f"{folder} is not a folder of sisa prepare: it has no {INDEX}")
     index = read_record(folder / INDEX)
-    try:
-        _ = (
-            index["complete"],
-            index["dtype"],
-            index["options"]["tokenizer"]["sha256"],
-            index["options"]["tokenizer"]["name"],
-        )
-    except (KeyError, TypeError) as error:
-        raise ValueError(
-            f"{folder / INDEX} is damaged or not of sisa prepare: {error!r}"
-        ) from error
+    with _parsing(folder / INDEX):
+        tokenizer = index["options"]["tokenizer"]
+        _ = index["complete"], index["dtype"], tokenizer["sha256"], tokenizer["name"]
     return index
+
+
+@contextlib.contextmanager
+def _parsing(path: Path) -> Iterator[None]:
+    """ValueError naming ``path`` where what is read of it has another form."""
+    try:
+        yield
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} is damaged or not of sisa prepare: {error!r}") from error
 
 
 class Tokens:
@@ -97,9 +98,10 @@ class Tokens:
             size = os.stat(path).st_size
         except FileNotFoundError as error:
             raise FileNotFoundError(f"shard {path} is gone") from error
-        if size != count * self.dtype.itemsize:
+        expected = count * self.dtype.itemsize
+        if size != expected:
             raise ValueError(
-                f"shard {path} must be {count * self.dtype.itemsize:,} bytes, as its record says, got {size:,}"
+                f"shard {path} must be {expected:,} bytes, as its record says, got {size:,}"
             )
 
 
@@ -114,28 +116,22 @@ class Shards:
         index = read_index(folder)
         if not index["complete"]:
             raise ValueError(
-                f"{folder} is not finished; the sisa prepare that began it, run again, goes on where it stopped"
+                f"{folder} is not finished; the sisa prepare that began it, run again, "
+                "goes on where it stopped"
             )
-        try:
-            self.tokenizer: str = index["options"]["tokenizer"]["name"]
-            self.split = f"{index['options']['held_out']:.3g} of the documents held out, by the hash of their text"
-            dtype, shards = (
-                np.dtype(index["dtype"]),
-                [(folder / shard["name"], shard) for shard in index["shards"]],
-            )
-            files = {
-                split: [(path / f"{split}.bin", shard[split]["tokens"]) for path, shard in shards]
-                for split in SPLITS
-            }
-            self._sha256 = {
-                path / f"{split}.bin": shard[split]["sha256"]
-                for path, shard in shards
-                for split in SPLITS
-            }
-        except (KeyError, TypeError) as error:
-            raise ValueError(
-                f"{folder / INDEX} is damaged or not of sisa prepare: {error!r}"
-            ) from error
+        files: dict[str, list[tuple[Path, int]]] = {split: [] for split in SPLITS}
+        self._sha256: dict[Path, str] = {}
+        with _parsing(folder / INDEX):
+            options = index["options"]
+            self.tokenizer: str = options["tokenizer"]["name"]
+            share = f"{options['held_out']:.3g} of the documents"
+            dtype = np.dtype(index["dtype"])
+            for shard in index["shards"]:
+                for split in SPLITS:
+                    path = folder / shard["name"] / f"{split}.bin"
+                    files[split].append((path, shard[split]["tokens"]))
+                    self._sha256[path] = shard[split]["sha256"]
+        self.split = f"{share} held out, by the hash of their text"
         self.train, self.val = (Tokens(files[split], dtype) for split in SPLITS)
 
     def fingerprint(self) -> str:
@@ -148,14 +144,14 @@ class Shards:
         """Read everything once, or of ``size`` processes each its share; ValueError names the first
         shard with another sha256.
         """
-        mine = sorted(self._sha256, key=lambda path: path.name)[
-            rank::size
-        ]  # the training files, which are the large ones, first
+        # The training files, which are the large ones, first.
+        mine = sorted(self._sha256, key=lambda path: path.name)[rank::size]
         with ThreadPoolExecutor() as pool:  # hashing releases the interpreter's lock
             for path, found in zip(mine, pool.map(file_sha256, mine)):
                 if found != self._sha256[path]:
                     raise ValueError(
-                        f"shard {path} is damaged: its sha256 is {found}, and {INDEX} says {self._sha256[path]}"
+                        f"shard {path} is damaged: its sha256 is {found}, "
+                        f"and {INDEX} says {self._sha256[path]}"
                     )
 
 
@@ -175,11 +171,7 @@ def finished_shards(folder: Path, dtype: np.dtype) -> Iterator[dict[str, Any]]:
         if not shard.is_dir():
             return
         record = read_record(shard / RECORD)
-        try:
+        with _parsing(shard / RECORD):
             files = [(shard / f"{split}.bin", record[split]["tokens"]) for split in SPLITS]
-        except (KeyError, TypeError) as error:
-            raise ValueError(
-                f"{shard / RECORD} is damaged or not of sisa prepare: {error!r}"
-            ) from error
         Tokens(files, dtype)
         yield {"name": shard.name, **record}

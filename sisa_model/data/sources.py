@@ -1,6 +1,4 @@
-"""Documents of local files (parquet, jsonl, text) and of datasets on the Hugging Face Hub, in one
-order, from any place in it.
-"""
+"""Documents of local files and of the Hub's datasets, in one order, from any place in it."""
 
 import itertools
 import json
@@ -42,41 +40,38 @@ def find_sources(names: tuple[str, ...]) -> list[Source]:
     sources: list[Source] = []
     for name in names:
         if Path(name).exists():
-            files = find_files([Path(name)])
-            kinds = {_kind(path): path for path in files}
-            if len(kinds) > 1:
-                found = ", ".join(f"{kind} ({path.name})" for kind, path in sorted(kinds.items()))
-                raise ValueError(
-                    f"source {name} must hold files of one kind, got {found}; name the files themselves"
-                )
-            sources += [
-                Source(str(path.absolute()), _kind(path), str(path.stat().st_size))
-                for path in files
-            ]
+            sources += _local_sources(name)
         elif HUB_NAME.fullmatch(name):
             sources.append(_hub_source(name))
         else:
             raise FileNotFoundError(
-                f"source {name} is neither a file or folder here nor a dataset's name on the Hub (OWNER/NAME)"
+                f"source {name} is neither a file or folder here nor a dataset's name on the Hub "
+                "(OWNER/NAME)"
             )
     return sources
 
 
+def _local_sources(name: str) -> list[Source]:
+    files = find_files([Path(name)])
+    kinds = {_kind(path): path for path in files}
+    if len(kinds) > 1:
+        found = ", ".join(f"{kind} ({path.name})" for kind, path in sorted(kinds.items()))
+        raise ValueError(
+            f"source {name} must hold files of one kind, got {found}; name the files themselves"
+        )
+    return [Source(str(path.absolute()), _kind(path), str(path.stat().st_size)) for path in files]
+
+
 def _kind(path: Path) -> str:
-    return KINDS.get(
-        path.with_suffix("").suffix if path.suffix in COMPRESSED else path.suffix, "text"
-    )
+    inner = path.with_suffix("") if path.suffix in COMPRESSED else path
+    return KINDS.get(inner.suffix, "text")
 
 
 def _hub_source(name: str) -> Source:
     repository, _, revision = name.partition("@")
     try:
-        commit = (
-            needs("huggingface_hub", name)
-            .HfApi()
-            .dataset_info(repository, revision=revision or None)
-            .sha
-        )
+        hub = needs("huggingface_hub", name).HfApi()
+        commit = hub.dataset_info(repository, revision=revision or None).sha
     except Exception as error:  # the Hub's errors, and of many kinds the network's
         raise FileNotFoundError(
             f"source {name} is no file or folder here, and the Hub does not give it: {error}"
@@ -116,7 +111,8 @@ def _hub(source: Source, field: str, subset: str | None, split: str, skipped: in
         raise
     except Exception as error:  # of many kinds the network's
         raise OSError(
-            f"the Hub stopped giving {source.name}, and the same command goes on from there: {error!r}"
+            f"the Hub stopped giving {source.name}, and the same command goes on from there: "
+            f"{error!r}"
         ) from error
 
 
@@ -155,13 +151,16 @@ def _text(path: Path, field: str) -> Iterator[str]:
 
 
 def _value(row: Any, field: str, where: str) -> str:
-    if not isinstance(row, dict) or field not in row:
-        found = (
-            ", ".join(map(str, row))
-            if isinstance(row, dict)
-            else f"no object but {type(row).__name__}"
+    if not isinstance(row, dict):
+        raise ValueError(
+            f"text_field must be a field of {where}, which has no object but "
+            f"{type(row).__name__}; got {field!r}"
         )
-        raise ValueError(f"text_field must be a field of {where}, which has {found}; got {field!r}")
+    if field not in row:
+        fields = ", ".join(map(str, row))
+        raise ValueError(
+            f"text_field must be a field of {where}, which has {fields}; got {field!r}"
+        )
     value = row[field]
     if not isinstance(value, str | None):
         raise ValueError(

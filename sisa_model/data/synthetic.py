@@ -1,5 +1,4 @@
-"""Tasks that a tiny model can learn or fail at: retrieval (needle, recall) and state tracking
-(parity, addition, flip-flop).
+"""Synthetic tasks that a tiny model learns or fails at: retrieval and state tracking.
 
 All use two pools of 16 tokens below the last of the vocabulary: for bytes, values that ASCII text
 never has. An answer can only come from the sequence itself; guessing among the values it leaves
@@ -18,12 +17,13 @@ from sisa_model.data.blocks import IGNORE
 POOL = 16
 RECALL_KEYS = 4
 RECALL_LENGTH = 64  # tokens of a recall sequence that is mixed into text
-# of a flip-flop's instructions; the rest are writes and reads in equal parts (Liu et al.'s
-# FFL(0.8))
-IGNORE_SHARE = 0.8
+# Of a flip-flop's instructions; the rest are writes and reads in equal parts (FFL(0.8) of Liu et
+# al.).
+IGNORED = 0.8
 TOGETHER = 64  # sequences drawn at once: one by one takes ten times as long
 LENGTHS = (1, 2, 4)  # of the exams of a task trained alone, in lengths of training
 TASK_EXAM = 128  # sequences of each length that a task trained alone is evaluated on
+TASK_EXAM_SEED = 2**63  # of those; training's seeds are below it
 DEPTHS = 4  # accuracy is reported by quarter of the sequence, first to last
 
 
@@ -63,18 +63,22 @@ def _pairs(
 def _sample(
     inputs: np.ndarray,
     answers: np.ndarray,
-    ask: np.ndarray,
+    asked: np.ndarray,
     place: np.ndarray,
     chance: np.ndarray | float,
 ) -> Sample:
-    """Score ``answers`` where ``ask`` is true, all [B, L] or broadcast to it."""
-    asked = torch.from_numpy(ask)
-    targets = torch.from_numpy(answers.astype(np.int64)).masked_fill(~asked, IGNORE)
-    places, chances = (
-        torch.from_numpy(np.broadcast_to(x, ask.shape).astype(np.float64))[asked]
-        for x in (place, chance)
+    """Score ``answers`` where ``asked`` is true, all [B, L] or broadcast to it."""
+    mask = torch.from_numpy(asked)
+
+    def of_answers(x: np.ndarray | float) -> Tensor:
+        return torch.from_numpy(np.broadcast_to(x, asked.shape).astype(np.float64))[mask]
+
+    return Sample(
+        inputs=torch.from_numpy(inputs.astype(np.int64)),
+        targets=torch.from_numpy(answers.astype(np.int64)).masked_fill(~mask, IGNORE),
+        place=of_answers(place),
+        chance=of_answers(chance),
     )
-    return Sample(torch.from_numpy(inputs.astype(np.int64)), targets, places, chances)
 
 
 def needle(
@@ -96,9 +100,9 @@ def needle(
     np.put_along_axis(tokens, position, key, 1)
     np.put_along_axis(tokens, position + 1, value, 1)
     tokens[:, length:] = np.concatenate((key, value), 1)
-    ask = np.zeros(tokens.shape, bool)
-    ask[:, length] = True
-    return _sample(tokens[:, :-1], tokens[:, 1:], ask[:, :-1], depth, 1 / POOL)
+    asked = np.zeros(tokens.shape, bool)
+    asked[:, length] = True
+    return _sample(tokens[:, :-1], tokens[:, 1:], asked[:, :-1], depth, 1 / POOL)
 
 
 def recall(top: int, seq_len: int, count: int, rng: np.random.Generator) -> Sample:
@@ -109,30 +113,30 @@ def recall(top: int, seq_len: int, count: int, rng: np.random.Generator) -> Samp
     key, value = _pairs(rng, count, RECALL_KEYS, top)
     pick = rng.integers(RECALL_KEYS, size=(count, pairs))
     tokens = np.stack([np.take_along_axis(x, pick, 1) for x in (key, value)], 2).reshape(count, -1)
-    seen = np.maximum.accumulate(
-        np.where(pick[:, :, None] == np.arange(RECALL_KEYS), np.arange(pairs)[:, None], -1), 1
-    )
-    before = np.concatenate(
-        (np.full_like(seen[:, :1], -1), seen[:, :-1]), 1
-    )  # where each key last stood before each pair
+    # [count, pairs, keys]: where each key last stood, up to a pair and before it; -1 for nowhere.
+    here = np.where(pick[:, :, None] == np.arange(RECALL_KEYS), np.arange(pairs)[:, None], -1)
+    seen = np.maximum.accumulate(here, 1)
+    before = np.concatenate((np.full_like(seen[:, :1], -1), seen[:, :-1]), 1)
     latest = np.take_along_axis(before, pick[:, :, None], 2)[:, :, 0]
     values_in_sight = np.cumsum(latest < 0, 1)
-    return _instructions(tokens, latest >= 0, latest, 1 / values_in_sight)
+    return _of_pairs(tokens, latest >= 0, latest, 1 / values_in_sight)
 
 
-def _instructions(
-    tokens: np.ndarray, ask: np.ndarray, latest: np.ndarray, chance: np.ndarray | float
+def _of_pairs(
+    tokens: np.ndarray, asked: np.ndarray, latest: np.ndarray, chance: np.ndarray | float
 ) -> Sample:
-    """A sample of pairs, ``tokens`` [B, 2 pairs]: where ``ask`` [B, pairs] a pair's second token,
+    """A sample of pairs, ``tokens`` [B, 2 pairs]: where ``asked`` [B, pairs] a pair's second token,
     set by the pair ``latest``.
     """
-    asked, place, worth = (
-        np.zeros(tokens.shape, bool),
-        np.zeros(tokens.shape),
-        np.zeros(tokens.shape),
-    )
-    asked[:, ::2], place[:, ::2], worth[:, ::2] = ask, latest / ask.shape[1], chance
-    return _sample(tokens[:, :-1], tokens[:, 1:], asked[:, :-1], place[:, :-1], worth[:, :-1])
+
+    def at_first_tokens(x: np.ndarray | float, dtype: type = float) -> np.ndarray:
+        at_tokens: np.ndarray = np.zeros(tokens.shape, dtype)
+        at_tokens[:, ::2] = x
+        return at_tokens[:, :-1]
+
+    questions = at_first_tokens(asked, bool)
+    place = at_first_tokens(latest / asked.shape[1])
+    return _sample(tokens[:, :-1], tokens[:, 1:], questions, place, at_first_tokens(chance))
 
 
 def addition(
@@ -142,14 +146,10 @@ def addition(
     modulus 2: parity.
     """
     digits = rng.integers(modulus, size=(count, seq_len))
-    ask = np.ones(digits.shape, bool)
-    return _sample(
-        top - 2 * POOL + digits,
-        top - POOL + digits.cumsum(1) % modulus,
-        ask,
-        np.arange(seq_len) / seq_len,
-        1 / modulus,
-    )
+    inputs = top - 2 * POOL + digits
+    answers = top - POOL + digits.cumsum(1) % modulus
+    everywhere = np.ones(digits.shape, bool)
+    return _sample(inputs, answers, everywhere, np.arange(seq_len) / seq_len, 1 / modulus)
 
 
 def flipflop(top: int, seq_len: int, count: int, rng: np.random.Generator) -> Sample:
@@ -160,16 +160,15 @@ def flipflop(top: int, seq_len: int, count: int, rng: np.random.Generator) -> Sa
     and 0.1 read. Reads are asked."""
     pairs = seq_len // 2
     write, read, ignore = range(3)
-    rest = (1 - IGNORE_SHARE) / 2
-    instruction = rng.choice(
-        [write, read, ignore], size=(count, pairs), p=[rest, rest, IGNORE_SHARE]
-    )
-    instruction[:, 0], instruction[:, -1] = write, read
+    rest = (1 - IGNORED) / 2
+    instruction = rng.choice([write, read, ignore], size=(count, pairs), p=[rest, rest, IGNORED])
+    instruction[:, 0] = write
+    instruction[:, -1] = read
     latest = np.maximum.accumulate(np.where(instruction == write, np.arange(pairs), 0), 1)
     bit = rng.integers(2, size=(count, pairs))
     bit = np.where(instruction == read, np.take_along_axis(bit, latest, 1), bit)
     tokens = np.stack((top - 2 * POOL + instruction, top - POOL + bit), 2).reshape(count, -1)
-    return _instructions(tokens, instruction == read, latest, 1 / 2)
+    return _of_pairs(tokens, instruction == read, latest, 1 / 2)
 
 
 def _short_recall(
@@ -203,7 +202,8 @@ def find_task(name: str) -> Task:
         return functools.partial(addition, modulus=int(modulus))
     if name not in ALONE:
         raise ValueError(
-            f"task must be text, {', '.join(ALONE)}, or addition-K with a modulus K from 2 to {POOL}; got {name!r}"
+            f"task must be text, {', '.join(ALONE)}, or addition-K with a modulus K from 2 to "
+            f"{POOL}; got {name!r}"
         )
     return ALONE[name]
 
@@ -214,7 +214,10 @@ class TaskBlocks:
     """
 
     def __init__(self, task: Task, top: int, seq_len: int, seed: int):
-        self.task, self.top, self.seq_len, self.seed = task, top, seq_len, seed
+        self.task = task
+        self.top = top
+        self.seq_len = seq_len
+        self.seed = seed
 
     def ids(self, first: int, count: int) -> list[int]:
         """Which sequences are the samples ``first`` to ``first + count`` of the run."""
@@ -224,15 +227,15 @@ class TaskBlocks:
         """Inputs and targets of sequences, each [len(ids), seq_len] int64 (one less for tasks of
         pairs).
         """
-        wanted = {n // TOGETHER for n in ids}
-        drawn = {
-            n: self.task(self.top, self.seq_len, TOGETHER, np.random.default_rng([self.seed, n]))
-            for n in wanted
-        }
+        drawn = {number: self._draw(number) for number in {n // TOGETHER for n in ids}}
         rows = [(drawn[n // TOGETHER], n % TOGETHER) for n in ids]
-        return torch.stack([sample.inputs[n] for sample, n in rows]), torch.stack(
-            [sample.targets[n] for sample, n in rows]
-        )
+        inputs = torch.stack([sample.inputs[n] for sample, n in rows])
+        targets = torch.stack([sample.targets[n] for sample, n in rows])
+        return inputs, targets
+
+    def _draw(self, number: int) -> Sample:
+        rng = np.random.default_rng([self.seed, number])
+        return self.task(self.top, self.seq_len, TOGETHER, rng)
 
 
 def exam_name(task: str, factor: int) -> str:
@@ -248,14 +251,11 @@ def exams(task: Task, top: int, seq_len: int, count: int, seed: int) -> dict[int
 
     A model that does not look ahead answers a position alike in sequences of any length, so each
     exam holds lengths of its own."""
-    samples = {
-        factor: task(top, factor * seq_len, count, np.random.default_rng([seed, factor]))
-        for factor in LENGTHS
-    }
-    return {
-        factor: sample.beyond(factor * seq_len // 2 if factor > 1 else 0)
-        for factor, sample in samples.items()
-    }
+    found = {}
+    for factor in LENGTHS:
+        sample = task(top, factor * seq_len, count, np.random.default_rng([seed, factor]))
+        found[factor] = sample.beyond(factor * seq_len // 2 if factor > 1 else 0)
+    return found
 
 
 @torch.no_grad()
@@ -266,12 +266,12 @@ def accuracy(
     ``place`` is in (None: no answer).
     """
     device = next(model.parameters()).device
-    pieces = zip(*(x.to(device).split(micro_batch_size) for x in (sample.inputs, sample.targets)))
-    right = (
-        torch.cat([(model(x)[y != IGNORE].argmax(-1) == y[y != IGNORE]) for x, y in pieces])
-        .double()
-        .cpu()
-    )
+    hits = []
+    pieces = (x.to(device).split(micro_batch_size) for x in (sample.inputs, sample.targets))
+    for inputs, targets in zip(*pieces):
+        asked = targets != IGNORE
+        hits.append(model(inputs)[asked].argmax(-1) == targets[asked])
+    right = torch.cat(hits).double().cpu()
     quarter = (sample.place * DEPTHS).long()
-    by_depth = [right[quarter == d] for d in range(DEPTHS)]
-    return right.mean().item(), [hits.mean().item() if len(hits) else None for hits in by_depth]
+    by_depth = [right[quarter == depth] for depth in range(DEPTHS)]
+    return right.mean().item(), [x.mean().item() if len(x) else None for x in by_depth]

@@ -20,9 +20,8 @@ def standard_library() -> list[Path]:
     default corpus.
     """
     root = Path(sysconfig.get_paths()["stdlib"])
-    return sorted(
-        p for p in root.rglob("*.py") if not SKIPPED_FOLDERS & set(p.relative_to(root).parts)
-    )
+    sources = root.rglob("*.py")
+    return sorted(p for p in sources if not SKIPPED_FOLDERS & set(p.relative_to(root).parts))
 
 
 def find_files(paths: list[Path]) -> list[Path]:
@@ -33,18 +32,18 @@ def find_files(paths: list[Path]) -> list[Path]:
     for path in paths:
         if not path.exists():
             raise FileNotFoundError(f"data path {path} does not exist")
-        if path.is_dir():
-            found = (
-                p
-                for p in path.rglob("*")
-                if not any(part.startswith(".") for part in p.relative_to(path).parts)
-            )
-            files += sorted(p for p in found if p.is_file())
-        else:
+        if not path.is_dir():
             files.append(path)
+            continue
+        found = (p for p in path.rglob("*") if p.is_file())
+        files += sorted(p for p in found if not _is_hidden(p.relative_to(path)))
     if not files:
         raise ValueError(f"data must hold at least one file, got {', '.join(map(str, paths))}")
     return files
+
+
+def _is_hidden(path: Path) -> bool:
+    return any(part.startswith(".") for part in path.parts)
 
 
 def needs(module: str, what: str) -> Any:
@@ -52,8 +51,9 @@ def needs(module: str, what: str) -> Any:
     try:
         return importlib.import_module(module)
     except ImportError as error:
+        package = module.split(".")[0]
         raise ValueError(
-            f'{what} needs the package {module.split(".")[0]}: pip install "sisa[train]" ({error})'
+            f'{what} needs the package {package}: pip install "sisa[train]" ({error})'
         ) from error
 
 
@@ -64,19 +64,16 @@ def open_text(path: Path) -> Iterator[TextIO]:
     """
     try:
         if path.suffix == ".zst":  # Arrow's reader: it notices a file that was cut short
-            with io.TextIOWrapper(
-                needs("pyarrow", str(path)).input_stream(path, compression="zstd"), encoding="utf-8"
-            ) as file:
+            stream = needs("pyarrow", str(path)).input_stream(path, compression="zstd")
+            with io.TextIOWrapper(stream, encoding="utf-8") as file:
                 yield file
         else:
             opener: Any = {".gz": gzip.open, ".xz": lzma.open}.get(path.suffix, open)
             with opener(path, "rt", encoding="utf-8") as file:
                 yield file
     except (UnicodeDecodeError, EOFError, lzma.LZMAError, zlib.error, OSError) as error:
-        if (
-            isinstance(error, OSError) and error.errno is not None
-        ):  # the system's, with the file's name; else the decompressor's
-            raise
+        if isinstance(error, OSError) and error.errno is not None:
+            raise  # the system's, which names the file; the others are a decompressor's
         raise ValueError(f"{path} is not a UTF-8 text file: {error}") from error
 
 

@@ -1,4 +1,4 @@
-"""Encoder: text to token ids and back."""
+"""Text to token ids and back, by a file of the `tokenizers` library or byte by byte."""
 
 from pathlib import Path
 
@@ -18,7 +18,8 @@ class Encoder:
 
     def __init__(self, path: Path | None):
         self.tokenizer: Tokenizer | None = None
-        self.size, self.end_of_text = 257, 256
+        self.size = 257
+        self.end_of_text = 256
         if path is None:
             return
         if not path.is_file():
@@ -36,23 +37,20 @@ class Encoder:
         self.tokenizer.encode_special_tokens = True
         if end in self.tokenizer.encode(END_OF_TEXT, add_special_tokens=False).ids:
             raise ValueError(f"tokenizer {path} must mark its token {END_OF_TEXT} as special")
-        self.size, self.end_of_text = max(self.tokenizer.get_vocab().values()) + 1, end
+        self.size = max(self.tokenizer.get_vocab().values()) + 1
+        self.end_of_text = end
 
     def encode(self, texts: list[str]) -> np.ndarray:
         """Token ids of the texts in a row, an end-of-text token after each, as int32."""
+        if not texts:
+            return np.empty(0, np.int32)
         if self.tokenizer is None:
             encoded = [np.frombuffer(text.encode(), np.uint8) for text in texts]
         else:
-            encoded = [
-                np.asarray(e.ids)
-                for e in self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)
-            ]
+            found = self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+            encoded = [np.asarray(encoding.ids) for encoding in found]
         end = np.array([self.end_of_text])
-        return (
-            np.concatenate([x.astype(np.int32) for ids in encoded for x in (ids, end)])
-            if encoded
-            else np.empty(0, np.int32)
-        )
+        return np.concatenate([x.astype(np.int32) for ids in encoded for x in (ids, end)])
 
     def decode(self, ids: list[int]) -> str:
         """Text of token ids; bytes that are no UTF-8 become the replacement character, ids past the

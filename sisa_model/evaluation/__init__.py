@@ -1,1 +1,1 @@
-"""TODO"""
+"""A trained model measured: benchmarks, needles, attention; no training, no comparison of runs."""

@@ -1,6 +1,4 @@
-"""The five benchmarks: their files, and the scoring rules of the paper's authors (paper, section
-5).
-"""
+"""The five benchmarks: their files, and the scoring rules of the paper's authors (section 5)."""
 
 import json
 from collections.abc import Callable
@@ -11,6 +9,7 @@ import numpy as np
 
 from sisa_model.data.tokenizer import Encoder
 from sisa_model.evaluation.scoring import Request, Score
+from sisa_model.evaluation.statistics import Measurement, measure
 
 Row = dict[str, Any]
 
@@ -80,34 +79,37 @@ def read_benchmark(task: str, folder: Path, limit: int | None = None) -> list[Ro
         raise FileNotFoundError(
             f"task {task} needs {path}: a JSON object {{{fields}}} a line ({benchmark.source})"
         )
-    rows = []
     # Not splitlines, which also cuts at separators that JSON leaves unescaped.
     text = path.read_text(encoding="utf-8").rstrip("\n")
-    for number, line in enumerate(text.split("\n")[:limit] if text else [], 1):
-        try:
-            row = json.loads(line)
-            wrong = [
-                name for name, kind in benchmark.fields.items() if not isinstance(row[name], kind)
-            ]
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise ValueError(f"{path} line {number} is no example of {task}: {error!r}") from error
-        if wrong:
-            raise ValueError(
-                f"{path} line {number}: {wrong[0]} must be {benchmark.fields[wrong[0]].__name__}"
-            )
-        rows.append(row)
+    lines = text.split("\n")[:limit] if text else []
+    rows = [_read_row(task, line, f"{path} line {n}") for n, line in enumerate(lines, 1)]
     if not rows:
         raise ValueError(f"{path} holds no example")
     if task == "piqa":
-        labels = _piqa_labels(folder / PIQA_LABELS)[:limit]
+        labels_path = folder / PIQA_LABELS
+        labels = _piqa_labels(labels_path)[:limit]
         if len(labels) != len(rows):
             raise ValueError(
-                f"{folder / PIQA_LABELS} must have a label for each of {len(rows)} examples, got {len(labels)}"
+                f"{labels_path} must have a label for each of {len(rows)} examples, "
+                f"got {len(labels)}"
             )
         rows = [{**row, "label": label} for row, label in zip(rows, labels)]
     for number, row in enumerate(rows, 1):
         _check(f"{path} line {number}", task, row)
     return rows
+
+
+def _read_row(task: str, line: str, where: str) -> Row:
+    """The object of one line, with the fields that the task's examples have."""
+    fields = BENCHMARKS[task].fields
+    try:
+        row = json.loads(line)
+        wrong = [name for name, kind in fields.items() if not isinstance(row[name], kind)]
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise ValueError(f"{where} is no example of {task}: {error!r}") from error
+    if wrong:
+        raise ValueError(f"{where}: {wrong[0]} must be {fields[wrong[0]].__name__}")
+    return row
 
 
 def _piqa_labels(path: Path) -> list[int]:
@@ -140,9 +142,9 @@ def _check(where: str, task: str, row: Row) -> None:
 
 def chance(task: str, rows: list[Row]) -> float:
     """Accuracy of guessing among the answers; LAMBADA's word is one of a whole vocabulary: 0."""
-    return (
-        0.0 if task == "lambada" else float(np.mean([1 / len(OPTIONS[task](row)) for row in rows]))
-    )
+    if task == "lambada":
+        return 0.0
+    return float(np.mean([1 / len(OPTIONS[task](row)) for row in rows]))
 
 
 def paper_options(task: str, row: Row) -> list[tuple[str, str]]:
@@ -173,17 +175,31 @@ def encode(encoder: Encoder, text: str) -> list[int]:
     return encoder.encode([text])[:-1].tolist()
 
 
+class PaperBenchmark:
+    """A benchmark's examples as the authors ask and score them: one request an answer."""
+
+    def __init__(self, task: str, rows: list[Row], encoder: Encoder):
+        self.task = task
+        self.rows = rows
+        self.options = [
+            [encode_pair(encoder, *option) for option in paper_options(task, row)] for row in rows
+        ]
+        self.requests = [request for options in self.options for request in options]
+
+    def measure(self, scores: list[Score]) -> Measurement:
+        """The accuracy, of the scores of :attr:`requests`."""
+        left = iter(scores)
+        right = [
+            paper_right(self.task, row, [next(left) for _ in options])
+            for row, options in zip(self.rows, self.options)
+        ]
+        return measure("accuracy", right, chance(self.task, self.rows))
+
+
 def paper_right(task: str, row: Row, scores: list[Score]) -> bool:
     """Whether the scores of :func:`paper_options` answer ``row``: LAMBADA greedily, else by the
     greatest mean a token.
     """
-    return (
-        scores[0].greedy
-        if task == "lambada"
-        else int(np.argmax([score.mean for score in scores])) == row["label"]
-    )
-
-
-def paper_requests(task: str, rows: list[Row], encoder: Encoder) -> list[list[Request]]:
-    """The requests of each example, one an answer."""
-    return [[encode_pair(encoder, *option) for option in paper_options(task, row)] for row in rows]
+    if task == "lambada":
+        return scores[0].greedy
+    return int(np.argmax([score.mean for score in scores])) == row["label"]

@@ -2,6 +2,7 @@
 
 import difflib
 import json
+import logging
 import math
 import tempfile
 from collections.abc import Callable
@@ -19,8 +20,10 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from sisa_model.data.tokenizer import Encoder
 from sisa_model.evaluation.benchmarks import Row, encode
 from sisa_model.evaluation.scoring import Request, Scorer
-from sisa_model.evaluation.statistics import Figure, measured
+from sisa_model.evaluation.statistics import Measurement, measure
 from sisa_model.models.generate import generate
+
+log = logging.getLogger(__name__)
 
 STRIDE = 16  # tokens generated between looks for a stop string
 
@@ -70,7 +73,8 @@ class HarnessModel(TemplateLM):
 
     def __init__(self, scorer: Scorer, encoder: Encoder):
         super().__init__()
-        self.scorer, self.encoder = scorer, encoder
+        self.scorer = scorer
+        self.encoder = encoder
 
     @property
     def eot_token_id(self) -> int:
@@ -108,7 +112,7 @@ class HarnessModel(TemplateLM):
         ``max_gen_toks`` (256) tokens.
         """
         if why := self.scorer.model.cache_refusal():
-            print(f"every token runs all before it again: {why}")
+            log.info(f"every token runs all before it again: {why}")
         return [self._generate(why is None, *request.args) for request in requests]
 
     def _generate(self, use_cache: bool, context: str, settings: dict[str, Any]) -> str:
@@ -117,19 +121,20 @@ class HarnessModel(TemplateLM):
         stops = settings.get("until") or []
         stops = [stops] if isinstance(stops, str) else stops
         prompt = encode(self.encoder, context) or [self.eot_token_id]
-        budget, new = settings.get("max_gen_toks", 256), list[int]()
-        if len(prompt) + budget > self.scorer.model.config.max_seq_len:
+        budget = settings.get("max_gen_toks", 256)
+        limit = self.scorer.model.config.max_seq_len
+        if len(prompt) + budget > limit:
             raise ValueError(
-                f"a prompt of {len(prompt)} tokens and {budget} more pass the model's {self.scorer.model.config.max_seq_len} "
+                f"a prompt of {len(prompt)} tokens and {budget} more pass the model's {limit} "
                 "positions (max_seq_len); --max-seq-len allows more, past what it was trained on"
             )
+        new: list[int] = []
         text = ""
         while len(new) < budget:
             ids = torch.tensor([prompt + new], device=self.scorer.device)
+            count = min(STRIDE, budget - len(new))
             with self.scorer.autocast:
-                found = generate(
-                    self.scorer.model, ids, min(STRIDE, budget - len(new)), use_cache=use_cache
-                )
+                found = generate(self.scorer.model, ids, count, use_cache=use_cache)
             new = found[0, len(prompt) :].tolist()
             ended = self.eot_token_id in new
             text = self.encoder.decode(new[: new.index(self.eot_token_id)] if ended else new)
@@ -155,14 +160,16 @@ def find_tasks(names: list[str], data: dict[str, list[Row]]) -> dict[str, Any]:
         if theirs not in manager.all_tasks:
             near = difflib.get_close_matches(name, manager.all_tasks, n=3)
             raise ValueError(
-                f"tasks must be known to lm-evaluation-harness {lm_eval.__version__}, got {name!r}; near are {near}"
+                f"tasks must be known to lm-evaluation-harness {lm_eval.__version__}, "
+                f"got {name!r}; near are {near}"
             )
     for name, theirs in known.items():
         try:
             loaded = manager.load([theirs])["tasks"]
         except Exception as error:  # as many kinds as there are data sets
             raise OSError(
-                f"task {name}: its data set cannot be loaded ({error!r}); --data-dir takes local files"
+                f"task {name}: its data set cannot be loaded ({error!r}); "
+                "--data-dir takes local files"
             ) from error
         found.update({name: loaded[theirs]} if name in TASKS else loaded)
     return found
@@ -189,42 +196,42 @@ def _on_rows(name: str, rows: list[Row]) -> Any:
         (Path(folder) / "task.yaml").write_text(json.dumps(config), encoding="utf-8")
         manager = TaskManager(include_defaults=False, include_path=folder)
         task = manager.load([theirs])["tasks"][theirs]
-        task.dataset = {
-            split: datasets.Dataset.from_list(list(task.dataset[split]))
-        }  # in memory: the folder goes
+        # In memory: the folder goes.
+        task.dataset = {split: datasets.Dataset.from_list(list(task.dataset[split]))}
         return task
 
 
 def run_harness(
     model: HarnessModel, tasks: dict[str, Any], limit: int | None
-) -> dict[str, list[Figure]]:
+) -> dict[str, list[Measurement]]:
     """The figures of each task: every metric the harness gives of every filter of the answers, with
     intervals from the examples.
 
-    Chance is known where the answer is a choice, and for LAMBADA, where it is 0. A metric of texts
-    as a whole, such as BLEU, has no score an example to take an interval from: it is printed, and
-    left out."""
+    A metric of texts as a whole, such as BLEU, has no score an example to take an interval from: it
+    is logged, and left out."""
     names = {task.config.task: name for name, task in tasks.items()}
     found = lm_eval.simple_evaluate(
         model, tasks=list(tasks.values()), limit=limit, bootstrap_iters=0
     )
-    figures: dict[str, list[Figure]] = {}
-    for theirs, samples in found["samples"].items():
-        name, task = names[theirs], tasks[names[theirs]]
-        guess = 0.0 if name == "lambada" else None
-        if task.OUTPUT_TYPE == "multiple_choice":
-            guess = float(np.mean([1 / len(sample["resps"]) for sample in samples]))
-        figures[name] = []
-        for metric, aggregate in task.aggregation().items():
-            for which in dict.fromkeys(sample["filter"] for sample in samples):
-                title = metric if which == "none" else f"{metric}, {which}"
-                scores = [sample[metric] for sample in samples if sample["filter"] == which]
-                if np.asarray(scores).dtype.kind in "biuf":
-                    figures[name].append(
-                        measured(
-                            title, scores, guess if metric.startswith("acc") else None, aggregate
-                        )
-                    )
-                else:
-                    print(f"{name}: {title} {aggregate(scores):.4g}, no interval")
-    return figures
+    return {
+        names[theirs]: _measurements(names[theirs], tasks[names[theirs]], samples)
+        for theirs, samples in found["samples"].items()
+    }
+
+
+def _measurements(name: str, task: Any, samples: list[dict[str, Any]]) -> list[Measurement]:
+    """Chance is known where the answer is a choice, and for LAMBADA, where it is 0."""
+    guess = 0.0 if name == "lambada" else None
+    if task.OUTPUT_TYPE == "multiple_choice":
+        guess = float(np.mean([1 / len(sample["resps"]) for sample in samples]))
+    found = []
+    for metric, aggregate in task.aggregation().items():
+        for which in dict.fromkeys(sample["filter"] for sample in samples):
+            title = metric if which == "none" else f"{metric}, {which}"
+            scores = [sample[metric] for sample in samples if sample["filter"] == which]
+            if np.asarray(scores).dtype.kind not in "biuf":
+                log.info(f"{name}: {title} {aggregate(scores):.4g}, no interval")
+                continue
+            chance = guess if metric.startswith("acc") else None
+            found.append(measure(title, scores, chance, aggregate))
+    return found

@@ -1,9 +1,7 @@
-"""sisa inspect: what the importance term does in a run's attention, by layer and head, on held-out
-text.
-"""
+"""sisa inspect: what the importance term does in a run's attention, by layer and head."""
 
+import logging
 from dataclasses import dataclass
-from itertools import repeat
 from pathlib import Path
 from statistics import geometric_mean
 from typing import Any
@@ -17,7 +15,7 @@ from sisa_kernels.reference import scores
 from sisa_kernels.rotation import rotate
 from sisa_model.data.blocks import Blocks
 from sisa_model.data.corpus import open_data
-from sisa_model.data.synthetic import TASK_EXAM, exams, find_task
+from sisa_model.data.synthetic import TASK_EXAM, TASK_EXAM_SEED, exams, find_task
 from sisa_model.data.text import find_files, read_text
 from sisa_model.data.tokenizer import Encoder
 from sisa_model.models.checkpoint import load
@@ -26,10 +24,12 @@ from sisa_model.models.health import half_life, visit_layers
 from sisa_model.models.sisa import SisaAttention
 from sisa_model.reporting.figures import plot_heads
 from sisa_model.reporting.tables import markdown, spread
-from sisa_model.runs.config import TrainConfig
-from sisa_model.runs.folder import newest_weights, read_run
+from sisa_model.runs.config import ResolvedConfig
+from sisa_model.runs.folder import RunRecord, newest_weights, read_run
 from sisa_model.utils.files import write_json, write_text
 from sisa_model.utils.machine import find_device
+
+log = logging.getLogger(__name__)
 
 LENGTH = 512  # the default: dense fp64 scores of it take 2 MiB a head
 PANELS = {
@@ -100,31 +100,28 @@ def inspect_model(model: Any, input_ids: Tensor) -> list[Inspection]:
     found: list[Inspection] = []
 
     def measure(layer: int, attn: SisaAttention, x: Tensor, context: Context) -> None:
-        q, k, _, b, c, log_decay, theta = attn.operands(x)
+        inputs = attn.operands(x)
         cos, sin = (table.double()[:, None] for table in context.rotary)
-        inputs = (
-            x.split(1)
-            for x in (
-                rotate(q.double(), cos, sin),
-                rotate(k.double(), cos, sin),
-                b,
-                c,
-                log_decay,
-                theta,
-            )
-        )
-        sequences = [
-            _measure(*scores(*one)) for one in zip(*inputs, repeat(attn.lam()), repeat(attn.mode))
-        ]
-        importance, total, *entropies = torch.stack(sequences).mean(0)
-        lives = half_life(log_decay).repeat_interleave(attn.n_heads // attn.n_kv_heads)
-        values = (attn.lam(), lives, (importance / total).sqrt(), *entropies)
+        q = rotate(inputs.q.double(), cos, sin)
+        k = rotate(inputs.k.double(), cos, sin)
+        operands = {"q": q, "k": k, "b": inputs.b, "c": inputs.c}
+        operands |= {"log_decay": inputs.log_decay, "theta": inputs.theta}
+        parts = []
+        for n in range(len(x)):  # one at a time: its dense scores are what takes the memory
+            sequence: Any = {name: operand[n : n + 1] for name, operand in operands.items()}
+            parts.append(_measure(*scores(**sequence, lam=inputs.lam, mode=attn.mode)))
+        importance, total, entropy, entropy_without = torch.stack(parts).mean(0)
+        group = attn.n_heads // attn.n_kv_heads
+        lives = half_life(inputs.log_decay).repeat_interleave(group)
+        values = (inputs.lam, lives, (importance / total).sqrt(), entropy, entropy_without)
         found.append(Inspection(layer, *(value.tolist() for value in values)))
 
     visit_layers(model, input_ids, measure)
     if not found:
+        config = model.config
         raise ValueError(
-            f"the model must have a SISA layer, got a {model.config.family} (lam {model.config.lam!r}) without one"
+            f"the model must have a SISA layer, got a {config.family} (lam {config.lam!r}) "
+            "without one"
         )
     return found
 
@@ -138,9 +135,8 @@ def _measure(content: Tensor, importance: Tensor) -> Tensor:
 
     def square(x: Tensor) -> Tensor:
         x = x.where(seen, 0)
-        return (x - x.sum(-1, keepdim=True) / count[:, None]).where(seen, 0).square().sum(
-            (-2, -1)
-        ) / count.sum()
+        centred = (x - x.sum(-1, keepdim=True) / count[:, None]).where(seen, 0)
+        return centred.square().sum((-2, -1)) / count.sum()
 
     def entropy(score: Tensor) -> Tensor:
         return torch.special.entr(score.softmax(-1)).sum(-1).mean(-1)
@@ -149,41 +145,45 @@ def _measure(content: Tensor, importance: Tensor) -> Tensor:
     return torch.cat((square(importance), square(total), entropy(total), entropy(content)))
 
 
-def _sequences(
-    config: InspectConfig, train: TrainConfig, sha256: str, vocab: int
-) -> tuple[Tensor, str]:
+def _sequences(config: InspectConfig, record: RunRecord, vocab: int) -> tuple[Tensor, str]:
     """Tokens [blocks, length] of ``config.text`` or of what the run held out, and where they are
     from.
     """
-    length = config.length or min(LENGTH, train.seq_len or LENGTH)
+    train = record.train
+    length = config.length or min(LENGTH, train.seq_len)
+    if train.task != "text" and not config.text:
+        return _exam(config.blocks, length, train, vocab), f"exam of {train.task}"
+    encoder = Encoder(train.tokenizer)
     if config.text:
-        encoder = Encoder(train.tokenizer)
         tokens: Any = encoder.encode([read_text(path) for path in find_files([*config.text])])
         where = ", ".join(map(str, config.text))
-    elif train.task != "text":
-        assert train.seq_len is not None
-        if length > train.seq_len:
-            raise ValueError(
-                f"length must be at most {train.seq_len}, as the run was trained on {train.task}, got {length}"
-            )
-        held = exams(find_task(train.task), vocab - 1, train.seq_len, TASK_EXAM, 2**63)[1].inputs
-        return held[: config.blocks, :length], f"exam of {train.task}"
     else:
-        data = open_data(
-            train.data, train.val_data, train.tokenizer, length, train.seed, verify=False
-        )
-        if data.fingerprint != sha256:
+        data = open_data(train.data, train.val_data, encoder, length, train.seed, verify=False)
+        if data.fingerprint != record.sha256:
             raise ValueError(
-                f"the data of {config.run} changed since its training: give text to measure on with --text"
+                f"the data of {config.run} changed since its training: "
+                "give text to measure on with --text"
             )
-        tokens, where = data.val.tokens, "held-out text of the run"
+        tokens = data.val.tokens
+        where = "held-out text of the run"
     blocks = Blocks(tokens, length, 0, "inspected")
-    ids = np.linspace(0, blocks.count - 1, min(config.blocks, blocks.count)).astype(int).tolist()
-    return blocks.take(ids)[0], where
+    spread_out = np.linspace(0, blocks.count - 1, min(config.blocks, blocks.count))
+    return blocks.take(spread_out.astype(int).tolist())[0], where
+
+
+def _exam(count: int, length: int, train: ResolvedConfig, vocab: int) -> Tensor:
+    """The first ``count`` sequences of the exam of a run on a task alone, cut to ``length``."""
+    if length > train.seq_len:
+        raise ValueError(
+            f"length must be at most {train.seq_len}, as the run was trained on {train.task}, "
+            f"got {length}"
+        )
+    exam = exams(find_task(train.task), vocab - 1, train.seq_len, TASK_EXAM, TASK_EXAM_SEED)[1]
+    return exam.inputs[:count, :length]
 
 
 def inspect_run(config: InspectConfig) -> list[Inspection]:
-    """Measure, print the table and write the files.
+    """Measure, log the table and write the files.
 
     Raises ValueError for a run without a SISA layer, a length or number of blocks out of range,
     held-out text that changed since the training or is shorter than a block, and as
@@ -194,18 +194,13 @@ def inspect_run(config: InspectConfig) -> list[Inspection]:
     model = load(weights, device).eval()
     if config.blocks < 1:
         raise ValueError(f"blocks must be at least 1, got {config.blocks}")
-    if config.length is not None and not 2 <= config.length <= model.config.max_seq_len:
+    most = model.config.max_seq_len
+    if config.length is not None and not 2 <= config.length <= most:
         raise ValueError(
-            f"length must be from 2 to the model's max_seq_len of {model.config.max_seq_len}, got {config.length}"
+            f"length must be from 2 to the model's max_seq_len of {most}, got {config.length}"
         )
-    train = record["train"]
-    ids, where = _sequences(config, train, record["corpus"]["sha256"], model.config.vocab_size)
+    ids, where = _sequences(config, record, model.config.vocab_size)
     layers = inspect_model(model, ids.to(device))
-    about = f"{train.preset}, {weights.name}: {ids.shape[0]} x {ids.shape[1]} tokens, {where}"
-    out = config.out or config.run / "inspect"
-    out.mkdir(parents=True, exist_ok=True)
-    text = table(layers)
-    rows = [{**vars(layer), "entropy_change": _change(layer)} for layer in layers]
     settings = {
         "run": config.run,
         "weights": weights.name,
@@ -213,15 +208,24 @@ def inspect_run(config: InspectConfig) -> list[Inspection]:
         "blocks": ids.shape[0],
         "length": ids.shape[1],
     }
-    write_json(out / "inspect.json", {**settings, "layers": rows})
-    write_text(out / "inspect.md", f"{about}\n\n{text}")
-    plot_heads(out / "inspect.png", about, rows, PANELS)
-    print(f"{about}\n\n{text}\nfigure: {out / 'inspect.png'}")
+    about = (
+        f"{record.train.preset}, {weights.name}: {ids.shape[0]} x {ids.shape[1]} tokens, {where}"
+    )
+    _write(config.out or config.run / "inspect", about, settings, layers)
     return layers
 
 
-def _change(layer: Inspection) -> list[float]:
-    return [a - b for a, b in zip(layer.entropy, layer.entropy_without)]
+def _write(out: Path, about: str, settings: dict[str, Any], layers: list[Inspection]) -> None:
+    rows = []
+    for layer in layers:
+        change = [a - b for a, b in zip(layer.entropy, layer.entropy_without)]
+        rows.append({**vars(layer), "entropy_change": change})
+    text = f"{about}\n\n{table(layers)}"
+    out.mkdir(parents=True, exist_ok=True)
+    write_json(out / "inspect.json", {**settings, "layers": rows})
+    write_text(out / "inspect.md", text)
+    plot_heads(out / "inspect.png", about, rows, PANELS)
+    log.info(f"{text}\nfigure: {out / 'inspect.png'}")
 
 
 def table(layers: list[Inspection]) -> str:
@@ -236,11 +240,10 @@ def table(layers: list[Inspection]) -> str:
         "entropy, nats",
         "without importance",
     )
+    form = "{:.3g}"
     rows = []
     for x in layers:
-        life = spread(x.half_life, "{:.3g}", geometric_mean)
-        share, *entropies = (
-            spread(values, "{:.3g}") for values in (x.share, x.entropy, x.entropy_without)
-        )
-        rows.append((x.layer, spread(x.lam, "{:.3g}"), life, share, *entropies))
+        life = spread(x.half_life, form, geometric_mean)
+        others = (spread(values, form) for values in (x.share, x.entropy, x.entropy_without))
+        rows.append((x.layer, spread(x.lam, form), life, *others))
     return markdown(titles, rows)

@@ -2,6 +2,7 @@
 a token is scored.
 """
 
+import copy
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -51,9 +52,16 @@ class Scorer:
     nothing), logits always in fp32: bf16's would tie."""
 
     def __init__(self, model: LanguageModel, batch_tokens: int, autocast: bool = False):
-        self.model, self.batch_tokens = model.eval(), batch_tokens
+        self.model = model.eval()
+        self.batch_tokens = batch_tokens
         self.device = model.embed.weight.device
         self.autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=autocast)
+
+    def of(self, model: LanguageModel) -> "Scorer":
+        """A scorer of another model on the same device, with the same settings."""
+        other = copy.copy(self)
+        other.model = model.eval()
+        return other
 
     def check(self, requests: list[Request], name: str) -> None:
         """ValueError, before any work, for a request without a scored token or longer than the
@@ -63,25 +71,26 @@ class Scorer:
         for number, (ids, start) in enumerate(requests):
             if not 1 <= start < len(ids):
                 raise ValueError(
-                    f"{name}: sequence {number} has no token to score after its first {start} of {len(ids)}"
+                    f"{name}: sequence {number} has no token to score after its first {start} "
+                    f"of {len(ids)}"
                 )
             if len(ids) - 1 > limit:
                 raise ValueError(
-                    f"{name}: sequence {number} takes {len(ids) - 1} positions, and the model has {limit} (max_seq_len); "
-                    "--max-seq-len allows more, past what it was trained on"
+                    f"{name}: sequence {number} takes {len(ids) - 1} positions, and the model has "
+                    f"{limit} (max_seq_len); --max-seq-len allows more, past what it was trained on"
                 )
 
     def batches(self, requests: list[Request]) -> list[list[int]]:
         """Which requests go together, the longest first, so that a batch too large for memory fails
         at once.
         """
-        order = sorted(range(len(requests)), key=lambda number: -len(requests[number].ids))
-        clamped, found = self.model.config.mode == "clamped", list[list[int]]()
-        for number in order:
-            length = len(requests[number].ids) - 1
-            longest = len(requests[found[-1][0]].ids) - 1 if found else 0
+        lengths = [len(ids) - 1 for ids, _ in requests]
+        clamped = self.model.config.mode == "clamped"
+        found: list[list[int]] = []
+        for number in sorted(range(len(requests)), key=lambda number: -lengths[number]):
+            longest = lengths[found[-1][0]] if found else 0
             full = not found or (len(found[-1]) + 1) * longest > self.batch_tokens
-            if full or (clamped and length != longest):
+            if full or (clamped and lengths[number] != longest):
                 found.append([])
             found[-1].append(number)
         return found
@@ -106,15 +115,12 @@ class Scorer:
         counts = [len(ids) - start for ids, start in batch]
         rows = np.repeat(np.arange(len(batch)), counts)
         columns = np.concatenate([np.arange(start - 1, len(ids) - 1) for ids, start in batch])
-        targets = torch.tensor(
-            [token for ids, start in batch for token in ids[start:]], device=self.device
-        )
+        scored = [token for ids, start in batch for token in ids[start:]]
+        targets = torch.tensor(scored, device=self.device)
         states = hidden[torch.from_numpy(rows), torch.from_numpy(columns)].float()
-        pieces = max(1, LOGITS // self.model.config.vocab_size)
-        found = [
-            self._token_scores(x, y) for x, y in zip(states.split(pieces), targets.split(pieces))
-        ]
-        losses, right = (torch.cat(x).cpu().split(counts) for x in zip(*found))
+        size = max(1, LOGITS // self.model.config.vocab_size)
+        pieces = map(self._token_scores, states.split(size), targets.split(size))
+        losses, right = (torch.cat(x).cpu().split(counts) for x in zip(*pieces))
         return [
             Score(-x.sum().item(), count, bool(y.all()))
             for x, y, count in zip(losses, right, counts)
@@ -123,6 +129,5 @@ class Scorer:
     def _token_scores(self, states: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """Loss in fp64 and whether the target is the argmax, of states [N, D] and targets [N]."""
         logits = F.linear(states, self.model.embed.weight.float())
-        return F.cross_entropy(logits, targets, reduction="none").double(), logits.argmax(
-            -1
-        ) == targets
+        losses = F.cross_entropy(logits, targets, reduction="none").double()
+        return losses, logits.argmax(-1) == targets

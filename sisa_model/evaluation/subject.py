@@ -1,6 +1,4 @@
-"""A trained model to evaluate or sample: found in a folder, without its importance term, with more
-positions.
-"""
+"""The trained model that is evaluated or sampled: found in a folder, and variants of it."""
 
 import copy
 import dataclasses
@@ -13,7 +11,7 @@ from sisa_model.data.tokenizer import Encoder
 from sisa_model.models.checkpoint import CONFIG, read_config
 from sisa_model.models.config import ModelConfig
 from sisa_model.models.language_model import LanguageModel
-from sisa_model.runs.folder import read_run, weights_by_step
+from sisa_model.runs.folder import RECORD, read_run, weights_by_step
 
 
 class Subject(NamedTuple):
@@ -34,47 +32,51 @@ def find_subject(run: Path, tokenizer: str | None = None, checkpoint: str = "new
     ``checkpoint`` is newest or the step of one. A folder of model weights needs ``tokenizer``: a
     file, or the word bytes. Raises FileNotFoundError or ValueError for a folder of another kind,
     and for a tokenizer that is missing or not the model's."""
-    if (run / "run.json").is_file():
-        if tokenizer is not None:
-            raise ValueError(
-                f"tokenizer must be left out for a run folder, which knows its own, got {tokenizer}"
-            )
-        record = read_run(run)["train"]
-        held = weights_by_step(run, record.steps)
-        step = [*held][-1] if checkpoint == "newest" else int(checkpoint)
-        if step not in held:
-            raise ValueError(
-                f"checkpoint must be newest, all or one of {', '.join(map(str, held))}, got {checkpoint}"
-            )
-        weights = held[step]
-        model, encoder, trained = (
-            read_config(weights / CONFIG),
-            Encoder(record.tokenizer),
-            record.seq_len,
-        )
+    if (run / RECORD).is_file():
+        subject = _in_run(run, tokenizer, checkpoint)
     elif (run / CONFIG).is_file():
-        if tokenizer is None:
-            raise ValueError(
-                f"tokenizer must be given for a folder of model weights: a file, or bytes ({run})"
-            )
-        if checkpoint != "newest":
-            raise ValueError(
-                f"checkpoint must be left at newest for a folder of model weights, got {checkpoint}"
-            )
-        model, weights, step = read_config(run / CONFIG), run, None
-        encoder, trained = (
-            Encoder(None if tokenizer == "bytes" else Path(tokenizer)),
-            model.max_seq_len,
-        )
+        subject = _in_weights(run, tokenizer, checkpoint)
     else:
         raise FileNotFoundError(
             f"run must be a run folder of sisa train or a folder of model weights, got {run}"
         )
-    if encoder.size > model.vocab_size:
+    size = subject.encoder.size
+    room = subject.model.vocab_size
+    if size > room:
         raise ValueError(
-            f"tokenizer must be the model's: it has {encoder.size} tokens, the model in {weights} {model.vocab_size}"
+            f"tokenizer must be the model's: it has {size} tokens, "
+            f"the model in {subject.weights} {room}"
         )
-    return Subject(weights, model, encoder, step, trained)
+    return subject
+
+
+def _in_run(run: Path, tokenizer: str | None, checkpoint: str) -> Subject:
+    if tokenizer is not None:
+        raise ValueError(
+            f"tokenizer must be left out for a run folder, which knows its own, got {tokenizer}"
+        )
+    train = read_run(run).train
+    held = weights_by_step(run, train.steps)
+    step = [*held][-1] if checkpoint == "newest" else int(checkpoint)
+    if step not in held:
+        steps = ", ".join(map(str, held))
+        raise ValueError(f"checkpoint must be newest, all or one of {steps}, got {checkpoint}")
+    model = read_config(held[step] / CONFIG)
+    return Subject(held[step], model, Encoder(train.tokenizer), step, train.seq_len)
+
+
+def _in_weights(folder: Path, tokenizer: str | None, checkpoint: str) -> Subject:
+    if tokenizer is None:
+        raise ValueError(
+            f"tokenizer must be given for a folder of model weights: a file, or bytes ({folder})"
+        )
+    if checkpoint != "newest":
+        raise ValueError(
+            f"checkpoint must be left at newest for a folder of model weights, got {checkpoint}"
+        )
+    model = read_config(folder / CONFIG)
+    encoder = Encoder(None if tokenizer == "bytes" else Path(tokenizer))
+    return Subject(folder, model, encoder, None, model.max_seq_len)
 
 
 def without_importance(model: LanguageModel) -> LanguageModel:

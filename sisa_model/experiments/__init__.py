@@ -1,1 +1,1 @@
-"""TODO"""
+"""Many runs: the paper's study, comparisons, plots and reports beside published figures."""

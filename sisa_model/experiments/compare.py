@@ -2,23 +2,26 @@
 
 import dataclasses
 import json
+import logging
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 
-from sisa_model.data.synthetic import LENGTHS, TASKS, exam_name
+from sisa_model.data.synthetic import LENGTHS, exam_name
 from sisa_model.experiments.study import train_all
 from sisa_model.models.presets import preset_config
 from sisa_model.reporting.figures import Rows, plot_compare, plot_task
 from sisa_model.reporting.tables import markdown, spread
-from sisa_model.runs.config import TrainConfig, resolved
+from sisa_model.runs.config import RetrievalTask, TrainConfig
 from sisa_model.runs.folder import free_folder, is_taken
 from sisa_model.runs.log import read_rows
 from sisa_model.training.parallel import world
 from sisa_model.utils.files import write_json, write_text
+
+log = logging.getLogger(__name__)
 
 # A few minutes a pair of tiny models, of text and of a task.
 DEFAULTS = {
@@ -58,7 +61,7 @@ class CompareConfig:
     that too.
     """
     batch_size: int | None = None
-    """Sequences a step. Default: 8 of text, to which each of its tasks adds its own; 64 of a task."""
+    """Sequences a step. Default: 8 of text, to which each of its tasks adds 16; 64 of a task."""
     lr: float | None = None
     """Peak learning rate. Default: the presets'."""
     val_every: int = 50
@@ -83,43 +86,9 @@ def resolve(config: CompareConfig) -> CompareConfig:
         raise ValueError(f"seeds must be at least one and all different, got {config.seeds}")
     for preset in config.presets:
         preset_config(preset)
-    text = config.task == "text"
-    defaults: dict[str, Any] = DEFAULTS["text" if text else "task"]
-    return dataclasses.replace(
-        config, **{name: value for name, value in defaults.items() if getattr(config, name) is None}
-    )
-
-
-def _folder(config: CompareConfig) -> Path:
-    """``out``, or the first of runs/compare, -2, -3 ... that is free or this comparison's;
-    FileExistsError for another's.
-    """
-    if config.out is None:
-        wanted = Path("runs/compare" if config.task == "text" else f"runs/compare-{config.task}")
-        return free_folder(wanted, lambda folder: _is_anothers(config, folder))
-    if not config.resume and _is_anothers(config, config.out):
-        raise FileExistsError(
-            f"out {config.out} exists and holds no run of this comparison; choose another folder, or give --resume"
-        )
-    return config.out
-
-
-def _is_anothers(config: CompareConfig, folder: Path) -> bool:
-    """Whether ``folder`` holds something, and not this comparison, finished or begun."""
-    if not is_taken(folder):
-        return False
-    results = folder / "results.json"
-    if results.is_file():
-        saved = json.loads(results.read_text(encoding="utf-8"))["config"]
-        return (saved["task"], saved["presets"], saved["seeds"]) != (
-            config.task,
-            [*config.presets],
-            [*config.seeds],
-        )
-    begun = {path.parent for path in folder.glob("*/run.json")}
-    return not begun or not begun <= {
-        resolved(train.out) for train in _train_configs(config, folder)
-    }
+    defaults: dict[str, Any] = DEFAULTS["text" if config.task == "text" else "task"]
+    missing = {name: value for name, value in defaults.items() if getattr(config, name) is None}
+    return dataclasses.replace(config, **missing)
 
 
 def compare(config: CompareConfig) -> Path:
@@ -135,29 +104,60 @@ def compare(config: CompareConfig) -> Path:
         if train_all(_train_configs(config, out)):
             processes.from_main(lambda: _write(config, out))
         elif processes.main:
-            print("stopped; the same command continues the comparison")
+            log.info("stopped; the same command continues the comparison")
     return out
 
 
+def _folder(config: CompareConfig) -> Path:
+    """``out``, or the first of runs/compare, -2, -3 ... that is free or this comparison's;
+    FileExistsError for another's.
+    """
+    if config.out is None:
+        wanted = Path("runs/compare" if config.task == "text" else f"runs/compare-{config.task}")
+        return free_folder(wanted, lambda folder: _is_anothers(config, folder))
+    if not config.resume and _is_anothers(config, config.out):
+        raise FileExistsError(
+            f"out {config.out} exists and holds no run of this comparison; "
+            "choose another folder, or give --resume"
+        )
+    return config.out
+
+
+def _is_anothers(config: CompareConfig, folder: Path) -> bool:
+    """Whether ``folder`` holds something, and not this comparison, finished or begun."""
+    if not is_taken(folder):
+        return False
+    results = folder / "results.json"
+    if results.is_file():
+        saved = json.loads(results.read_text(encoding="utf-8"))["config"]
+        wanted = {"task": config.task, "presets": [*config.presets], "seeds": [*config.seeds]}
+        return any(saved[name] != value for name, value in wanted.items())
+    begun = {path.parent for path in folder.glob("*/run.json")}
+    own = {train.out for train in _train_configs(config, folder)}
+    return not begun or not begun <= own
+
+
+def _run_folder(out: Path, preset: str, seed: int) -> Path:
+    return out / f"{preset}-seed{seed}"
+
+
 def _train_configs(config: CompareConfig, out: Path) -> list[TrainConfig]:
-    shared = (
-        "task",
-        "data",
-        "tokenizer",
-        "steps",
-        "seq_len",
-        "batch_size",
-        "lr",
-        "val_every",
-        "device",
+    shared = TrainConfig(
+        task=config.task,
+        mix=get_args(RetrievalTask) if config.task == "text" else (),
+        data=config.data,
+        tokenizer=config.tokenizer,
+        steps=config.steps,
+        seq_len=config.seq_len,
+        batch_size=config.batch_size,
+        lr=config.lr,
+        val_every=config.val_every,
+        device=config.device,
+        sample_tokens=0,
     )
-    settings: dict[str, Any] = {name: getattr(config, name) for name in shared}
-    settings["tasks"] = tuple(TASKS) if config.task == "text" else ()
     # Seeds outermost: a comparison that is cut short still holds whole pairs.
     return [
-        TrainConfig(
-            sample_tokens=0, preset=preset, seed=seed, out=out / f"{preset}-seed{seed}", **settings
-        )
+        dataclasses.replace(shared, preset=preset, seed=seed, out=_run_folder(out, preset, seed))
         for seed in config.seeds
         for preset in config.presets
     ]
@@ -165,54 +165,36 @@ def _train_configs(config: CompareConfig, out: Path) -> list[TrainConfig]:
 
 def _write(config: CompareConfig, out: Path) -> None:
     """Draw and tabulate the finished runs."""
-    folders = {
-        preset: [out / f"{preset}-seed{seed}" for seed in config.seeds] for preset in config.presets
-    }
-    runs = {
-        preset: [read_rows(folder / "val.jsonl") for folder in seeds]
-        for preset, seeds in folders.items()
-    }
-    training = {
-        preset: [read_rows(folder / "train.jsonl") for folder in seeds]
-        for preset, seeds in folders.items()
-    }
-    seeds_of = (
-        f"{len(config.seeds)} seeds: mean, minimum to maximum"
-        if len(config.seeds) > 1
-        else "1 seed"
-    )
-    title = f"{config.steps} steps, {seeds_of}"
+
+    def rows(file: str) -> dict[str, list[Rows]]:
+        return {
+            preset: [read_rows(_run_folder(out, preset, seed) / file) for seed in config.seeds]
+            for preset in config.presets
+        }
+
+    val = rows("val.jsonl")
+    training = rows("train.jsonl")
+    several = f"{len(config.seeds)} seeds: mean, minimum to maximum"
+    title = f"{config.steps} steps, {several if len(config.seeds) > 1 else '1 seed'}"
+    figure = out / "compare.png"
     if config.task == "text":
-        table = summary(runs, training)
-        plot_compare(out / "compare.png", runs, title)
+        table = summary(val, training)
+        plot_compare(figure, val, title)
     else:
         exams = {
             exam_name(config.task, factor): _lengths(factor, config.seq_len) for factor in LENGTHS
         }
-        table = task_summary(runs, training, exams)
-        plot_task(out / "compare.png", runs, exams, f"{config.task}: {title}")
+        table = task_summary(val, training, exams)
+        plot_task(figure, val, exams, f"{config.task}: {title}")
     write_text(out / "table.md", table)
-    write_json(out / "results.json", {"config": dataclasses.asdict(config), "val": runs})
-    print(f"\n{table}\nfigure: {out / 'compare.png'}")
+    write_json(out / "results.json", {"config": dataclasses.asdict(config), "val": val})
+    log.info(f"\n{table}\nfigure: {figure}")
 
 
 def summary(runs: dict[str, list[Rows]], training: dict[str, list[Rows]]) -> str:
     """A Markdown table: final values as mean and (minimum to maximum) over seeds, and the median
     training throughput.
     """
-    rows = []
-    for name, seeds in runs.items():
-        loss = spread([rows[-1]["loss"] for rows in seeds], "{:.3f}")
-        rows.append(
-            (
-                name,
-                loss,
-                *_accuracies(seeds, TASKS),
-                _reached(seeds, "needle", 0.9),
-                _rate(training[name]),
-            )
-        )
-    rows.append(("chance", "", *_chances(runs, TASKS), "", ""))
     titles = (
         "model",
         "held-out loss",
@@ -221,7 +203,14 @@ def summary(runs: dict[str, list[Rows]], training: dict[str, list[Rows]]) -> str
         "first step with needle >= 90 %",
         "tokens/s",
     )
-    return markdown(titles, rows)
+    exams = get_args(RetrievalTask)
+    table = []
+    for name, seeds in runs.items():
+        loss = spread([rows[-1]["loss"] for rows in seeds], "{:.3f}")
+        reached = _reached(seeds, "needle", 0.9)
+        table.append((name, loss, *_accuracies(seeds, exams), reached, _rate(training[name])))
+    table.append(("chance", "", *_chances(runs, exams), "", ""))
+    return markdown(titles, table)
 
 
 def task_summary(
@@ -230,18 +219,14 @@ def task_summary(
     """As :func:`summary`, of a task trained alone: its accuracy by the position of the answer,
     ``exams`` name -> in words.
     """
+    accuracies = [f"accuracy at {lengths}" for lengths in exams.values()]
     first = next(iter(exams))
-    rows = [
-        (n, *_accuracies(seeds, exams), _reached(seeds, first, 0.95), _rate(training[n]))
-        for n, seeds in runs.items()
-    ]
-    titles = (
-        "model",
-        *(f"accuracy at {lengths}" for lengths in exams.values()),
-        "first step with >= 95 %",
-        "tokens/s",
-    )
-    return markdown(titles, [*rows, ("chance", *_chances(runs, exams), "", "")])
+    table = []
+    for name, seeds in runs.items():
+        reached = _reached(seeds, first, 0.95)
+        table.append((name, *_accuracies(seeds, exams), reached, _rate(training[name])))
+    table.append(("chance", *_chances(runs, exams), "", ""))
+    return markdown(("model", *accuracies, "first step with >= 95 %", "tokens/s"), table)
 
 
 def _accuracies(seeds: list[Rows], exams: Iterable[str]) -> list[str]:
@@ -258,9 +243,8 @@ def _chances(runs: dict[str, list[Rows]], exams: Iterable[str]) -> list[str]:
 def _lengths(factor: int, seq_len: int | None) -> str:
     """The positions that an exam asks, in words."""
     assert seq_len is not None, "resolve() fills it in"
-    return (
-        f"1 to {seq_len}" if factor == 1 else f"{factor * seq_len // 2 + 1} to {factor * seq_len}"
-    )
+    first = 1 if factor == 1 else factor * seq_len // 2 + 1
+    return f"{first} to {factor * seq_len}"
 
 
 def _reached(seeds: list[Rows], exam: str, level: float) -> str:

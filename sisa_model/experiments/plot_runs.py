@@ -1,7 +1,6 @@
-"""sisa plot: any set of run folders against each other, and against the paper's curves where they
-have what it measured.
-"""
+"""sisa plot: run folders against each other, and against the paper's curves."""
 
+import logging
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,11 +10,14 @@ import matplotlib.pyplot as plt
 import numpy as np
 import tyro
 
-from sisa_model.evaluation.statistics import read_evaluations
+from sisa_model.evaluation.records import read_evaluations
 from sisa_model.experiments import published as paper
-from sisa_model.reporting.figures import COLORS, Rows, save_figure
+from sisa_model.models.presets import find_preset
+from sisa_model.reporting.figures import COLORS, SHARES, Rows, save_figure
 from sisa_model.runs.folder import read_run
 from sisa_model.runs.log import read_rows
+
+log = logging.getLogger(__name__)
 
 TRAIN_PANELS = {
     "loss": "training loss, nats a token",
@@ -78,7 +80,7 @@ def plot_runs(config: PlotConfig) -> Path:
     runs = [_read(folder, name) for name, folder in name_runs(config.runs)]
     config.out.parent.mkdir(parents=True, exist_ok=True)
     _draw(config.out, runs)
-    print(f"figure: {config.out}")
+    log.info(f"figure: {config.out}")
     return config.out
 
 
@@ -98,7 +100,7 @@ def name_runs(runs: tuple[Path, ...]) -> list[tuple[str, Path]]:
 
 
 def _read(folder: Path, name: str) -> RunRows:
-    preset = read_run(folder)["train"].preset
+    preset = read_run(folder).train.preset
     train, val = (read_rows(folder / f"{rows}.jsonl") for rows in ("train", "val"))
     if not (train or val):
         raise ValueError(f"runs: {folder} holds no step yet")
@@ -109,57 +111,47 @@ def panels(runs: list[RunRows]) -> dict[str, list[Line]]:
     """The curves of each panel by its title, in order; a panel that no run has anything for is left
     out.
     """
+    every = list(enumerate(runs))
+    fields = [field for run in runs for row in run.val[:1] for field in row]
+    accuracies = dict.fromkeys(field for field in fields if field.endswith("_accuracy"))
+    evaluated = dict.fromkeys(row["task"] for run in runs for row in run.evals)
+
     found: dict[str, list[Line]] = {}
-
-    def add(title: str, line: Line) -> None:
-        if len(line.steps):
-            found.setdefault(title, []).append(line)
-
     # A held-out curve begins after step 0: the untrained loss would flatten the rest.
-    for number, run in enumerate(runs):
-        add(
-            "held-out loss, nats a token",
-            _line(number, run.name, [r for r in run.val if r["step"] > 0], "loss"),
-        )
-    for field, title in TRAIN_PANELS.items():
-        for number, run in enumerate(runs):
-            add(title, _thinned(_line(number, run.name, run.train, field)))
-    tasks = [
-        field for run in runs for row in run.val[:1] for field in row if field.endswith("_accuracy")
+    found["held-out loss, nats a token"] = [
+        _line(n, run.name, [row for row in run.val if row["step"] > 0], "loss") for n, run in every
     ]
-    for field in dict.fromkeys(tasks):
-        for number, run in enumerate(runs):
-            add(
-                f"{field.removesuffix('_accuracy')} accuracy",
-                _line(number, run.name, run.val, field),
-            )
-    for task in dict.fromkeys(row["task"] for run in runs for row in run.evals):
-        for number, run in enumerate(runs):
-            rows = sorted(
-                (row for row in run.evals if row["task"] == task), key=lambda row: row["step"]
-            )
-            add(f"{task} accuracy, evaluated", _line(number, run.name, rows, "accuracy"))
-        comparable = any("-152m" in run.preset for run in runs)
-        for curve in paper.BY_STEP.get(task, ()) if comparable else ():
-            points = np.array(list(curve.points.items()))
-            add(
-                f"{task} accuracy, evaluated",
-                Line(-1, f"paper: {curve.name}", points[:, 0], points[:, 1] / 100),
-            )
+    for field, title in TRAIN_PANELS.items():
+        found[title] = [_thinned(_line(n, run.name, run.train, field)) for n, run in every]
+    for field in accuracies:
+        title = f"{field.removesuffix('_accuracy')} accuracy"
+        found[title] = [_line(n, run.name, run.val, field) for n, run in every]
+    for task in evaluated:
+        found[f"{task} accuracy, evaluated"] = _evaluated(runs, task)
     for field, title in HEALTH_PANELS.items():
-        for number, run in enumerate(runs):
-            add(f"{title} (mean, least and greatest of the layers)", _health(number, run, field))
-    return found
+        title = f"{title} (mean, least and greatest of the layers)"
+        found[title] = [_health(n, run, field) for n, run in every]
+    drawn = {title: [line for line in lines if len(line.steps)] for title, lines in found.items()}
+    return {title: lines for title, lines in drawn.items() if lines}
+
+
+def _evaluated(runs: list[RunRows], task: str) -> list[Line]:
+    """The runs' accuracies in ``task`` by step, then the paper's, which are of 152M models."""
+    lines = []
+    for number, run in enumerate(runs):
+        rows = [row for row in run.evals if row["task"] == task]
+        lines.append(_line(number, run.name, sorted(rows, key=lambda x: x["step"]), "accuracy"))
+    if any(find_preset(run.preset).scale == "152m" for run in runs):
+        for curve in paper.BY_STEP.get(task, ()):
+            points = np.array(list(curve.points.items()))
+            lines.append(Line(-1, f"paper: {curve.name}", points[:, 0], points[:, 1] / 100))
+    return lines
 
 
 def _line(number: int, name: str, rows: Rows, field: str) -> Line:
     rows = [row for row in rows if row.get(field) is not None]
-    return Line(
-        number,
-        name,
-        np.array([row["step"] for row in rows]),
-        np.array([row[field] for row in rows], float),
-    )
+    steps = np.array([row["step"] for row in rows])
+    return Line(number, name, steps, np.array([row[field] for row in rows], float))
 
 
 def _thinned(line: Line) -> Line:
@@ -176,65 +168,28 @@ def _health(number: int, run: RunRows, field: str) -> Line:
     rows = [row for row in run.val if row["layers"]]
     if not rows:
         return Line(number, run.name, (), ())
+    steps = [row["step"] for row in rows]
     layers = np.array([[np.mean(layer[field]) for layer in row["layers"]] for row in rows])
-    return Line(
-        number,
-        run.name,
-        [row["step"] for row in rows],
-        layers.mean(1),
-        layers.min(1),
-        layers.max(1),
-    )
+    return Line(number, run.name, steps, layers.mean(1), layers.min(1), layers.max(1))
 
 
 def _draw(path: Path, runs: list[RunRows]) -> None:
     found = panels(runs)
-    columns = min(3, len(found) + 1)
-    height = math.ceil((len(found) + 1) / columns)  # one more than the panels, for the legend
-    figure, axes = plt.subplots(
-        height, columns, figsize=(4.6 * columns, 3.2 * height), squeeze=False
-    )
+    places = len(found) + 1  # one more than the panels, for the legend
+    columns = min(3, places)
+    height = math.ceil(places / columns)
+    size = (4.6 * columns, 3.2 * height)
+    figure, axes = plt.subplots(height, columns, figsize=size, squeeze=False)
     for axis in axes.flat[len(found) :]:
         axis.set_axis_off()
+    logarithmic = tuple({**TRAIN_PANELS, **HEALTH_PANELS}[field] for field in LOG_SCALE)
     for axis, (title, lines) in zip(axes.flat, found.items()):
-        papers = [line.label for line in lines if line.run < 0]
-        for line in lines:
-            if line.run < 0:
-                shape = "os^v"[papers.index(line.label) % 4]
-                axis.plot(
-                    line.steps,
-                    line.values,
-                    color="0.45",
-                    ls="--",
-                    lw=1,
-                    marker=shape,
-                    ms=3,
-                    mfc="none",
-                    label=line.label,
-                )
-                continue
-            color = COLORS[line.run % len(COLORS)]
-            style = ("-", ":", "-.")[line.run // len(COLORS) % 3]
-            marker = "o" if len(line.steps) < 30 else None
-            axis.plot(
-                line.steps,
-                line.values,
-                color=color,
-                ls=style,
-                marker=marker,
-                ms=2.5,
-                lw=1.2,
-                label=line.label,
-            )
-            if line.low is not None:
-                axis.fill_between(line.steps, line.low, line.high, color=color, alpha=0.12, lw=0)
+        _draw_panel(axis, lines)
         axis.set(xlabel="step", title=title)
         if "accuracy" in title:
-            axis.set_ylim(-0.03, 1.03)
-        if any(title.startswith({**TRAIN_PANELS, **HEALTH_PANELS}[field]) for field in LOG_SCALE):
+            axis.set_ylim(*SHARES)
+        if title.startswith(logarithmic):
             axis.set_yscale("log")
-        if papers:
-            axis.legend(frameon=False, fontsize=6)
     # A run may be missing from any one panel.
     handles = {
         name: handle
@@ -242,7 +197,25 @@ def _draw(path: Path, runs: list[RunRows]) -> None:
         for handle, name in zip(*axis.get_legend_handles_labels())
     }
     names = [run.name for run in runs if run.name in handles]
-    axes.flat[len(found)].legend(
-        [handles[name] for name in names], names, loc="center", frameon=False
-    )
+    legend = axes.flat[len(found)]
+    legend.legend([handles[name] for name in names], names, loc="center", frameon=False)
     save_figure(figure, path)
+
+
+def _draw_panel(axis: Any, lines: list[Line]) -> None:
+    """The runs' curves, and the paper's dashed, with a legend of their own."""
+    papers = [line.label for line in lines if line.run < 0]
+    dashed = {"color": "0.45", "ls": "--", "lw": 1, "ms": 3, "mfc": "none"}
+    for line in lines:
+        if line.run < 0:
+            marker = "os^v"[papers.index(line.label) % 4]
+            axis.plot(line.steps, line.values, marker=marker, label=line.label, **dashed)
+            continue
+        color = COLORS[line.run % len(COLORS)]
+        dashes = ("-", ":", "-.")[line.run // len(COLORS) % 3]
+        style = {"marker": "o" if len(line.steps) < 30 else None, "ms": 2.5, "lw": 1.2}
+        axis.plot(line.steps, line.values, color=color, ls=dashes, label=line.label, **style)
+        if line.low is not None:
+            axis.fill_between(line.steps, line.low, line.high, color=color, alpha=0.12, lw=0)
+    if papers:
+        axis.legend(frameon=False, fontsize=6)

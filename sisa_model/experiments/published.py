@@ -88,7 +88,7 @@ RESULTS: dict[str, dict[str, float]] = {
 
 
 class Curve(NamedTuple):
-    """Accuracy of one model, or of several that the paper reports together, against step or length."""
+    """Accuracy of one model, or of several reported together, against step or length."""
 
     name: str
     presets: tuple[str, ...]

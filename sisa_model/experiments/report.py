@@ -1,7 +1,6 @@
-"""sisa report: runs and their evaluations in the paper's tables, the published value beside ours in
-every cell.
-"""
+"""sisa report: runs and their evaluations in the paper's tables, ours beside what it published."""
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,20 +9,24 @@ import numpy as np
 import tyro
 
 from sisa_model.evaluation.needles import LENGTH
-from sisa_model.evaluation.statistics import read_evaluations
+from sisa_model.evaluation.records import read_evaluations
 from sisa_model.experiments import published as paper
 from sisa_model.experiments.plot_runs import name_runs
+from sisa_model.experiments.study import PAPER
 from sisa_model.models.config import ModelConfig
 from sisa_model.models.flops import training_flops
-from sisa_model.models.presets import D_STATES, preset_config
+from sisa_model.models.presets import PRESETS, Preset, Scale, find_preset, preset_config
 from sisa_model.reporting.figures import plot_tables
 from sisa_model.reporting.tables import markdown, spread
-from sisa_model.runs.config import TrainConfig
+from sisa_model.runs.config import ResolvedConfig
 from sisa_model.runs.folder import read_run
 from sisa_model.runs.log import read_rows
 from sisa_model.utils.files import write_text
 
-MISSING, UNPUBLISHED = "missing", "-"
+log = logging.getLogger(__name__)
+
+MISSING = "missing"
+UNPUBLISHED = "-"
 TITLES = {
     "lambada": "LAMBADA",
     "niah": "NIAH",
@@ -31,12 +34,16 @@ TITLES = {
     "arc_easy": "ARC-Easy",
     "winogrande": "WinoGrande",
 }
-SCALES = ("50m", "152m", "369m")
+SCALES: tuple[Scale, ...] = ("50m", "152m", "369m")
 BASELINE = "transformer-152m"
 SEQ_LEN = 2048  # of the paper's training
-NOTE = f"""Cells are ours / published ({paper.SOURCE}). "{MISSING}": not measured by these runs; "{UNPUBLISHED}": not published.
-Accuracies in percent, with their 95 % interval in brackets; several runs of one model: mean (minimum to maximum).
-Figures of another step than a finished paper run's ({paper.STEPS:,}) name it."""
+NOTE = (
+    f'Cells are ours / published ({paper.SOURCE}). "{MISSING}": not measured by these runs; '
+    f'"{UNPUBLISHED}": not published.\n'
+    "Accuracies in percent, with their 95 % interval in brackets; several runs of one model: mean "
+    "(minimum to maximum).\n"
+    f"Figures of another step than a finished paper run's ({paper.STEPS:,}) name it."
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,8 +75,12 @@ class Results(NamedTuple):
 
     name: str
     model: str
-    """Its row in the paper's tables: the preset, with "-frozen" for a lambda that could not move."""
-    train: TrainConfig
+    """Its row in the paper's tables: the preset, with "-frozen" for a lambda that could not move;
+    a shape of one's own says in what it differs.
+    """
+    scale: Scale
+    config: ModelConfig
+    train: ResolvedConfig
     step: int
     loss: float | None
     """Held-out loss at the last evaluation, nats a token."""
@@ -82,6 +93,9 @@ class Results(NamedTuple):
     """
     niah: dict[int, dict[int, Accuracy]]
     """Length of the authors' needle test -> step -> accuracy."""
+
+
+Models = dict[str, list[Results]]  # runs by their row
 
 
 class Cell(NamedTuple):
@@ -103,81 +117,79 @@ class Table(NamedTuple):
 
 
 def report(config: ReportConfig) -> Path:
-    """Write the report and return its Markdown file.
+    """Write the report, log it, and return its Markdown file.
 
     Raises ValueError for no run, one named twice or a row of RUN/eval.jsonl that is no evaluation,
     and as :func:`sisa_model.runs.folder.read_run` does for a folder that is no run."""
     results = [collect(folder, name) for name, folder in name_runs(config.runs)]
     found = tables(results)
+    parts = ["# Report", "", NOTE, ""]
+    drawn = []
+    for title, columns, rows in found:
+        parts += [f"## {title}", "", markdown(("", *columns), [(x, *cells) for x, cells in rows])]
+        drawn.append((title, columns, [[label, *map(str, cells)] for label, cells in rows]))
+    text = "\n".join(parts)
+    page = config.out / "report.md"
+    picture = config.out / "report.png"
     config.out.mkdir(parents=True, exist_ok=True)
-    text = "\n".join(
-        [
-            "# Report",
-            "",
-            NOTE,
-            "",
-            *(
-                line
-                for t in found
-                for line in (
-                    f"## {t.title}",
-                    "",
-                    markdown(("", *t.columns), [(label, *cells) for label, cells in t.rows]),
-                )
-            ),
-        ]
-    )
-    write_text(config.out / "report.md", text)
-    drawn = [
-        (t.title, t.columns, [[label, *map(str, cells)] for label, cells in t.rows]) for t in found
-    ]
-    plot_tables(config.out / "report.png", NOTE, drawn, MISSING)
-    print(f"{text}\nreport: {config.out / 'report.md'}, {config.out / 'report.png'}")
-    harness = {
-        run.name: [
-            task for task in TITLES if f"{task} (harness)" in run.tasks and task not in run.tasks
-        ]
-        for run in results
-    }
-    if names := [name for name, tasks in harness.items() if tasks]:
-        measure = "sisa eval RUN --protocol paper --data-dir FOLDER"
-        print(
-            f"only protocol harness: {', '.join(names)}; the paper's tables take protocol paper: {measure}"
+    write_text(page, text)
+    plot_tables(picture, NOTE, drawn, MISSING)
+    log.info(f"{text}\nreport: {page}, {picture}")
+    if names := [run.name for run in results if _only_harness(run)]:
+        log.info(
+            f"only protocol harness: {', '.join(names)}; the paper's tables take protocol paper: "
+            "sisa eval RUN --protocol paper --data-dir FOLDER"
         )
-    return config.out / "report.md"
+    return page
+
+
+def _only_harness(run: Results) -> bool:
+    """Whether a task of the paper's tables was measured, and by the harness alone."""
+    return any(f"{task} (harness)" in run.tasks and task not in run.tasks for task in TITLES)
 
 
 def collect(folder: Path, name: str) -> Results:
     """Read a run folder, called ``name``; raises as :func:`report` does."""
     record = read_run(folder)
-    train = record["train"]
-    training, val = (read_rows(folder / f"{rows}.jsonl") for rows in ("train", "val"))
+    training = read_rows(folder / "train.jsonl")
+    val = read_rows(folder / "val.jsonl")
     tasks: dict[str, dict[int, Accuracy]] = {}
     niah: dict[int, dict[int, Accuracy]] = {}
     for row in val:
+        step = row["step"]
         for field in (field for field in row if field.endswith("_accuracy")):
-            tasks.setdefault(field.removesuffix("_accuracy"), {})[row["step"]] = Accuracy(
-                100 * row[field], row["step"]
-            )
+            accuracy = Accuracy(100 * row[field], step)
+            tasks.setdefault(field.removesuffix("_accuracy"), {})[step] = accuracy
     for row in read_evaluations(folder):
         low, high = (None if row.get(edge) is None else 100 * row[edge] for edge in ("low", "high"))
-        figure, lengths = Accuracy(100 * row["accuracy"], row["step"], low, high), _lengths(row)
+        accuracy = Accuracy(100 * row["accuracy"], row["step"], low, high)
+        lengths = _lengths(row)
         for length, at in lengths.items():
-            niah.setdefault(length, {})[figure.step] = at or figure
+            niah.setdefault(length, {})[accuracy.step] = at or accuracy
         if row["task"] != "niah" or LENGTH in lengths:
-            tasks.setdefault(row["task"], {})[figure.step] = figure
-    frozen = train.preset.startswith("sisa") and train.lambda_lr_scale == 0
+            tasks.setdefault(row["task"], {})[accuracy.step] = accuracy
+    rates = [row["tokens_per_s"] for row in training]
     return Results(
-        name,
-        train.preset + "-frozen" * frozen,
-        train,
-        training[-1]["step"] if training else 0,
-        val[-1]["loss"] if val else None,
-        float(np.median([row["tokens_per_s"] for row in training])) if training else None,
-        record.get("versions", {}).get("commit", "unknown"),
-        tasks,
-        niah,
+        name=name,
+        model=_row_of(record.train),
+        scale=find_preset(record.train.preset).scale,
+        config=preset_config(record.train.preset, **record.train.model),
+        train=record.train,
+        step=training[-1]["step"] if training else 0,
+        loss=val[-1]["loss"] if val else None,
+        rate=float(np.median(rates)) if rates else None,
+        commit=record.versions.get("commit", "unknown"),
+        tasks=tasks,
+        niah=niah,
     )
+
+
+def _row_of(train: ResolvedConfig) -> str:
+    """The row of the paper's tables that a run belongs to, or a row of its own."""
+    frozen = find_preset(train.preset).family == "sisa" and train.lambda_lr_scale == 0
+    name = f"{train.preset}-frozen" if frozen else train.preset
+    changes = [f"{field} {value}" for field, value in train.model.items()]
+    return f"{name} with {', '.join(changes)}" if changes else name
 
 
 def _lengths(row: dict[str, Any]) -> dict[int, Accuracy | None]:
@@ -194,152 +206,139 @@ def _lengths(row: dict[str, Any]) -> dict[int, Accuracy | None]:
 
 def tables(results: list[Results]) -> list[Table]:
     """The report's tables: the runs, the paper's tables, and what the paper has no figure of."""
-    models: dict[str, list[Results]] = {}
+    models: Models = {}
     for run in results:
         models.setdefault(run.model, []).append(run)
-
-    def last(model: str, task: str) -> Cell:
-        """A model's final figure in a task beside the published one."""
-        figures = [_last(run.tasks[task]) for run in models.get(model, ()) if run.tasks.get(task)]
-        return Cell(
-            _accuracy(figures, {paper.STEPS}), _published(paper.RESULTS.get(model, {}).get(task))
-        )
-
-    def along(
-        curve: paper.Curve, found: list[dict[int, dict[int, Accuracy]]], ends: set[int]
-    ) -> list[Cell]:
-        """The cells of a curve beside ``found``: of each run, by point, the figures by step; no
-        ``ends``: the points are steps.
-        """
-        figures = {
-            point: [_last(run[point]) for run in found if point in run] for point in curve.points
-        }
-        return [
-            Cell(_accuracy(figures[point], ends or {point}), _published(value))
-            for point, value in curve.points.items()
-        ]
-
-    def runs_of(curve: paper.Curve) -> list[Results]:
-        return [run for preset in curve.presets for run in models.get(preset, ())]
-
-    def label(curve: paper.Curve) -> str:
-        return curve.name if len(curve.presets) == 1 else f"{curve.name}, every d_s together"
-
-    main = [name for name in paper.RESULTS if "-152m" in name]
-    found = [_listing(results)]
-    found.append(
-        Table(
-            "Main table, 152M",
-            tuple(TITLES.values()),
-            [(name, [last(name, task) for task in TITLES]) for name in main],
-        )
-    )
-    for task, curves in paper.BY_STEP.items():
-        rows = []
-        for curve in curves:
-            by_step = [
-                {step: {step: f} for step, f in run.tasks.get(task, {}).items()}
-                for run in runs_of(curve)
-            ]
-            rows.append((label(curve), along(curve, by_step, set())))
-        found.append(
-            Table(
-                f"{TITLES[task]} by step, 152M",
-                tuple(f"{step:,}" for step in curves[0].points),
-                rows,
-            )
-        )
-    rows = [
-        (label(curve), along(curve, [run.niah for run in runs_of(curve)], {paper.STEPS}))
-        for curve in paper.NIAH_BY_LENGTH
+    return [
+        _listing(results),
+        _main_table(models),
+        *(_by_step(models, task, curves) for task, curves in paper.BY_STEP.items()),
+        _by_length(models),
+        _scaling(models),
+        _widths(models),
+        _throughput(models),
+        *_unpublished(models),
     ]
-    found.append(
-        Table(
-            "NIAH by length, 152M",
-            tuple(f"{length:,}" for length in paper.NIAH_BY_LENGTH[0].points),
-            rows,
-        )
-    )
-    scaled = [(task, scale) for task in ("lambada", "niah") for scale in SCALES]
-    families = [name for name in main if not name.endswith("-frozen")]
-    found.append(
-        Table(
-            "Scaling",
-            tuple(f"{TITLES[task]} {scale.upper()}" for task, scale in scaled),
-            [
-                (
-                    name.replace("-152m", ""),
-                    [last(name.replace("152m", scale), task) for task, scale in scaled],
-                )
-                for name in families
-            ],
-        )
-    )
-    ablation = [*((task, "152m") for task in TITLES), ("lambada", "50m"), ("lambada", "369m")]
-    found.append(
-        Table(
-            "Width of the importance channel, d_s",
-            tuple(f"{TITLES[task]} {scale.upper()}" for task, scale in ablation),
-            [
-                (f"d_s {n}", [last(f"sisa-{scale}-ds{n}", task) for task, scale in ablation])
-                for n in D_STATES
-            ],
-        )
-    )
-    found.append(_throughput(models))
-    return [*found, *_unpublished(models)]
 
 
 def _listing(results: list[Results]) -> Table:
+    columns = (
+        "model",
+        "seed",
+        "step",
+        "tokens",
+        "held-out loss, nats a token",
+        "tokens/s",
+        "commit",
+    )
     rows = []
     for run in results:
-        train, loss = run.train, MISSING if run.loss is None else f"{run.loss:.3f}"
-        assert train.steps is not None
-        assert train.batch_size is not None
-        assert train.seq_len is not None
+        train = run.train
         step = f"{run.step:,}" if run.step == train.steps else f"{run.step:,} of {train.steps:,}"
-        tokens, rate = (
-            f"{run.step * train.batch_size * train.seq_len:,}",
-            _number([run.rate] if run.rate else []),
-        )
-        rows.append(
-            (
-                run.name,
-                [
-                    Cell(x)
-                    for x in (run.model, str(train.seed), step, tokens, loss, rate, run.commit)
-                ],
-            )
-        )
-    return Table(
-        "Runs",
-        ("model", "seed", "step", "tokens", "held-out loss, nats a token", "tokens/s", "commit"),
-        rows,
-    )
+        tokens = f"{run.step * train.batch_size * train.seq_len:,}"
+        loss = MISSING if run.loss is None else f"{run.loss:.3f}"
+        rate = _number([run.rate] if run.rate else [])
+        cells = (run.model, str(train.seed), step, tokens, loss, rate, run.commit)
+        rows.append((run.name, [Cell(text) for text in cells]))
+    return Table("Runs", columns, rows)
 
 
-def _throughput(models: dict[str, list[Results]]) -> Table:
+def _main_table(models: Models) -> Table:
+    published = [run.name for run in PAPER["152m"] if run.name in paper.RESULTS]
+    names = sorted(published, key=list(paper.RESULTS).index)
+    rows = [(name, [_final(models, name, task) for task in TITLES]) for name in names]
+    return Table("Main table, 152M", tuple(TITLES.values()), rows)
+
+
+def _by_step(models: Models, task: str, curves: tuple[paper.Curve, ...]) -> Table:
+    """Accuracy in ``task`` at the steps that were published."""
+    rows = []
+    for curve in curves:
+        runs = _runs_of(models, curve)
+        cells = []
+        for step, value in curve.points.items():
+            found = [run.tasks[task][step] for run in runs if step in run.tasks.get(task, {})]
+            cells.append(Cell(_accuracy(found, {step}), _published(value)))
+        rows.append((_label(curve), cells))
+    return Table(f"{TITLES[task]} by step, 152M", _numbers(curves[0].points), rows)
+
+
+def _by_length(models: Models) -> Table:
+    """Final accuracy in the authors' needle test at the lengths that were published."""
+    curves = paper.NIAH_BY_LENGTH
+    rows = []
+    for curve in curves:
+        runs = _runs_of(models, curve)
+        cells = []
+        for length, value in curve.points.items():
+            found = [_last(run.niah[length]) for run in runs if length in run.niah]
+            cells.append(Cell(_accuracy(found, {paper.STEPS}), _published(value)))
+        rows.append((_label(curve), cells))
+    return Table("NIAH by length, 152M", _numbers(curves[0].points), rows)
+
+
+def _scaling(models: Models) -> Table:
+    scaled: list[tuple[str, Scale]]
+    scaled = [(task, scale) for task in ("lambada", "niah") for scale in SCALES]
+    rows = []
+    for preset in _main_presets():
+        label = preset.name.replace(f"-{preset.scale}", "")
+        rows.append((label, _scaled(models, preset, scaled)))
+    return Table("Scaling", _scaled_titles(scaled), rows)
+
+
+def _widths(models: Models) -> Table:
+    scaled: list[tuple[str, Scale]] = [(task, "152m") for task in TITLES]
+    scaled += [("lambada", "50m"), ("lambada", "369m")]
+    rows = [
+        (f"d_s {preset.model.d_state}", _scaled(models, preset, scaled))
+        for preset in _main_presets()
+        if preset.family == "sisa"
+    ]
+    return Table("Width of the importance channel, d_s", _scaled_titles(scaled), rows)
+
+
+def _main_presets() -> list[Preset]:
+    """The presets of the main table, each as it is: trained with settings of its own, no other."""
+    studied = {run.name: run for run in PAPER["152m"] if not run.settings}
+    return [studied[name].preset for name in paper.RESULTS if name in studied]
+
+
+def _scaled(models: Models, preset: Preset, scaled: list[tuple[str, Scale]]) -> list[Cell]:
+    """The final cells of the preset's like at each (task, scale)."""
+    likes = {x.scale: x.name for x in PRESETS.values() if _kind(x) == _kind(preset)}
+    return [_final(models, likes[scale], task) for task, scale in scaled]
+
+
+def _kind(preset: Preset) -> tuple[str, str, int]:
+    """What a preset shares with its likes of other scales."""
+    return preset.family, preset.variant, preset.model.d_state
+
+
+def _scaled_titles(scaled: list[tuple[str, Scale]]) -> tuple[str, ...]:
+    return tuple(f"{TITLES[task]} {scale.upper()}" for task, scale in scaled)
+
+
+def _throughput(models: Models) -> Table:
     """Training throughput at 152M; relative to the Transformer, as the machines differ, and so are
     the FLOPs a token.
     """
-    rates = {
-        name: [run.rate for run in runs if run.rate]
-        for name, runs in models.items()
-        if _scale(name) == "152m"
-    }
-    base, rows = rates.get(BASELINE), []
+    measured = {name: runs for name, runs in models.items() if runs[0].scale == "152m"}
+    rates = {name: [run.rate for run in runs if run.rate] for name, runs in measured.items()}
+    base = rates.get(BASELINE)
+    rows = []
     for name in dict.fromkeys((*paper.TOKENS_PER_S, *rates)):
-        ours, published = rates.get(name, []), paper.TOKENS_PER_S.get(name)
+        ours = rates.get(name, [])
+        published = paper.TOKENS_PER_S.get(name)
         relative = f"{np.mean(ours) / np.mean(base):.2f}" if ours and base else MISSING
         known = None if published is None else published / paper.TOKENS_PER_S[BASELINE]
-        flops = _training_flops(name) / _training_flops(BASELINE)
+        config = measured[name][0].config if name in measured else preset_config(name)
+        flops = training_flops(config, SEQ_LEN) / training_flops(preset_config(BASELINE), SEQ_LEN)
+        known_flops = paper.FLOPS_RATIO if name == "sisa-152m-ds32" else None
         cells = [
             Cell(_number(ours), UNPUBLISHED if published is None else f"{published:,}"),
             Cell(relative, _published(known, 2)),
-            Cell(
-                f"{flops:.2f}",
-                _published(paper.FLOPS_RATIO if name == "sisa-152m-ds32" else None, 2),
-            ),
+            Cell(f"{flops:.2f}", _published(known_flops, 2)),
         ]
         rows.append((name, cells))
     columns = (
@@ -347,76 +346,81 @@ def _throughput(models: dict[str, list[Results]]) -> Table:
         "relative to the Transformer",
         "FLOPs a token by formula, relative",
     )
-    return Table(
-        "Training throughput, 152M (relative figures hold for runs on one machine)", columns, rows
-    )
+    title = "Training throughput, 152M (relative figures hold for runs on one machine)"
+    return Table(title, columns, rows)
 
 
-def _training_flops(model: str) -> float:
-    config: ModelConfig = preset_config(model.removesuffix("-frozen"))
-    return training_flops(config, SEQ_LEN)
-
-
-def _unpublished(models: dict[str, list[Results]]) -> list[Table]:
+def _unpublished(models: Models) -> list[Table]:
     """Final accuracies in whatever the paper has no figure of, by model and task; no table if there
     are none.
     """
-    by_length = {
-        (preset, length)
-        for curve in paper.NIAH_BY_LENGTH
-        for preset in curve.presets
-        for length in curve.points
-    }
     found: dict[str, dict[str, list[Accuracy]]] = {}
     for run in (run for runs in models.values() for run in runs):
-        ours = {
-            TITLES.get(task, task): at
-            for task, at in run.tasks.items()
-            if task not in paper.RESULTS.get(run.model, {})
-        }
-        beyond = {
-            length: at
-            for length, at in run.niah.items()
-            if length != LENGTH and (run.model, length) not in by_length
-        }
-        for title, at in {
-            **ours,
-            **{f"NIAH at {length:,}": at for length, at in sorted(beyond.items())},
-        }.items():
-            found.setdefault(run.model, {}).setdefault(title, []).append(_last(at))
+        for title, by_step in _beyond_the_paper(run).items():
+            found.setdefault(run.model, {}).setdefault(title, []).append(_last(by_step))
     if not found:
         return []
-    columns = tuple(dict.fromkeys(title for figures in found.values() for title in figures))
+    columns = tuple(dict.fromkeys(title for accuracies in found.values() for title in accuracies))
     rows = []
-    for model, figures in found.items():
-        ends = {run.train.steps or 0 for run in models[model]}
-        rows.append((model, [Cell(_accuracy(figures.get(title, []), ends)) for title in columns]))
+    for model, accuracies in found.items():
+        ends = {run.train.steps for run in models[model]}
+        cells = [Cell(_accuracy(accuracies.get(title, []), ends)) for title in columns]
+        rows.append((model, cells))
     return [Table("What the paper has no figure of", columns, rows)]
 
 
-def _scale(model: str) -> str | None:
-    return next((scale for scale in SCALES if scale in model.split("-")), None)
+def _beyond_the_paper(run: Results) -> dict[str, dict[int, Accuracy]]:
+    """By title, a run's accuracies by step in tasks and at lengths that were not published."""
+    tasks = paper.RESULTS.get(run.model, {})
+    lengths = {LENGTH}
+    for curve in paper.NIAH_BY_LENGTH:
+        if run.model in curve.presets:
+            lengths |= curve.points.keys()
+    found = {TITLES.get(task, task): x for task, x in run.tasks.items() if task not in tasks}
+    for length, by_step in sorted(run.niah.items()):
+        if length not in lengths:
+            found[f"NIAH at {length:,}"] = by_step
+    return found
 
 
-def _last(figures: dict[int, Accuracy]) -> Accuracy:
-    return figures[max(figures)]
+def _final(models: Models, model: str, task: str) -> Cell:
+    """A model's final accuracy in a task beside the published one."""
+    found = [_last(run.tasks[task]) for run in models.get(model, ()) if run.tasks.get(task)]
+    published = paper.RESULTS.get(model, {}).get(task)
+    return Cell(_accuracy(found, {paper.STEPS}), _published(published))
 
 
-def _accuracy(figures: list[Accuracy], expected: set[int]) -> str:
-    """Mean and range of several figures, or one with its interval; with the steps where they aren't
-    the ``expected`` ones.
+def _runs_of(models: Models, curve: paper.Curve) -> list[Results]:
+    return [run for preset in curve.presets for run in models.get(preset, ())]
+
+
+def _label(curve: paper.Curve) -> str:
+    return curve.name if len(curve.presets) == 1 else f"{curve.name}, every d_s together"
+
+
+def _numbers(points: dict[int, float]) -> tuple[str, ...]:
+    return tuple(f"{point:,}" for point in points)
+
+
+def _last(by_step: dict[int, Accuracy]) -> Accuracy:
+    return by_step[max(by_step)]
+
+
+def _accuracy(found: list[Accuracy], expected: set[int]) -> str:
+    """Mean and range of several accuracies, or one with its interval; with the steps where they
+    aren't the ``expected`` ones.
     """
-    if not figures:
+    if not found:
         return MISSING
-    values, steps = [figure.value for figure in figures], {figure.step for figure in figures}
-    text = spread(values, "{:.1f}")
-    if len(values) == 1 and figures[0].low is not None and figures[0].high is not None:
-        text += f" [{figures[0].low:.1f}, {figures[0].high:.1f}]"
-    return (
-        text
-        if steps <= expected
-        else f"{text} at step {' to '.join(f'{step:,}' for step in sorted({min(steps), max(steps)}))}"
-    )
+    text = spread([accuracy.value for accuracy in found], "{:.1f}")
+    first = found[0]
+    if len(found) == 1 and first.low is not None and first.high is not None:
+        text += f" [{first.low:.1f}, {first.high:.1f}]"
+    steps = {accuracy.step for accuracy in found}
+    if steps <= expected:
+        return text
+    ends = " to ".join(f"{step:,}" for step in sorted({min(steps), max(steps)}))
+    return f"{text} at step {ends}"
 
 
 def _number(values: list[float]) -> str:

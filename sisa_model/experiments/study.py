@@ -1,70 +1,63 @@
-"""sisa study: every run of the paper's tables as one list, which is begun, continued and shown by
-one command.
+"""sisa study: the runs of the paper's tables as one list, which one command begins, continues and
+shows.
 """
 
 import dataclasses
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
 import tyro
 
-from sisa_model.models.presets import D_STATES
+from sisa_model.models.presets import D_STATES, Preset, Scale, find_preset
 from sisa_model.runs.config import TrainConfig, resolve
-from sisa_model.runs.folder import read_run
+from sisa_model.runs.folder import RECORD, read_run
 from sisa_model.runs.log import read_rows
 from sisa_model.training.parallel import world
 from sisa_model.training.trainer import continue_run
 
+log = logging.getLogger(__name__)
 
-class Run(NamedTuple):
+
+class StudyRun(NamedTuple):
     """One run of a study: what it trains, and how it departs from the preset's settings."""
 
     name: str
-    preset: str
+    preset: Preset
     settings: dict[str, Any]
 
 
-def _runs(*presets: str) -> tuple[Run, ...]:
-    return tuple(Run(preset, preset, {}) for preset in presets)
+def _runs(*presets: str) -> tuple[StudyRun, ...]:
+    return tuple(StudyRun(preset, find_preset(preset), {}) for preset in presets)
 
 
-def _paper(scale: str) -> tuple[Run, ...]:
+def _sisa(scale: str, d_states: tuple[int, ...] = D_STATES) -> list[str]:
+    return [f"sisa-{scale}-ds{d_state}" for d_state in d_states]
+
+
+def _paper(scale: str) -> tuple[StudyRun, ...]:
     """The main table's models, then the controls and the hybrids: what the paper ran at 152M, and
     tiny in miniature.
     """
-    frozen = {"lambda_lr_scale": 0.0}  # what a lambda_raw kept in bf16 came to: it never moves
-    controls = (
-        f"sisa-{scale}-ds32-{control}"
-        for control in ("nodecay", "norotation", "bilinear", "lambdashared")
-    )
+    sisa = f"sisa-{scale}-ds32"
+    # What a lambda_raw kept in bf16 came to: it never moves.
+    frozen = StudyRun(f"{sisa}-frozen", find_preset(sisa), {"lambda_lr_scale": 0.0})
+    # lambda = 0 is the reduced Transformer: the same weights, so that it isn't run twice.
+    controls = ("nodecay", "norotation", "bilinear", "lambdashared")
     return (
-        *_runs(f"transformer-{scale}", *(f"sisa-{scale}-ds{d_state}" for d_state in D_STATES)),
-        *_runs(f"mamba2-{scale}", f"mamba3-{scale}"),
-        Run(f"sisa-{scale}-ds32-frozen", f"sisa-{scale}-ds32", frozen),
-        # lambda = 0 is the reduced Transformer: the same weights, so that it isn't run twice.
-        *_runs(f"transformer-{scale}-reduced", *controls),
+        *_runs(f"transformer-{scale}", *_sisa(scale), f"mamba2-{scale}", f"mamba3-{scale}"),
+        frozen,
+        *_runs(f"transformer-{scale}-reduced", *(f"{sisa}-{control}" for control in controls)),
         *_runs(f"hybrid-transformer-{scale}", f"hybrid-sisa-{scale}"),
     )
 
 
-PAPER: dict[str, tuple[Run, ...]] = {
+PAPER: dict[Scale, tuple[StudyRun, ...]] = {
     "tiny": _paper("tiny"),
-    "50m": _runs(
-        "transformer-50m",
-        *(f"sisa-50m-ds{d_state}" for d_state in D_STATES),
-        "mamba2-50m",
-        "mamba3-50m",
-    ),
+    "50m": _runs("transformer-50m", *_sisa("50m"), "mamba2-50m", "mamba3-50m"),
     "152m": _paper("152m"),
-    "369m": _runs(
-        "transformer-369m",
-        "sisa-369m-ds32",
-        "sisa-369m-ds64",
-        "sisa-369m-ds128",
-        "mamba2-369m",
-        "mamba3-369m",
-    ),
+    "369m": _runs("transformer-369m", *_sisa("369m", (32, 64, 128)), "mamba2-369m", "mamba3-369m"),
 }
 
 
@@ -79,7 +72,7 @@ class StudyConfig(TrainConfig):
 
     study: tyro.conf.Positional[Literal["paper"]] = "paper"
     """Which study."""
-    scale: Literal["tiny", "50m", "152m", "369m"] = "tiny"
+    scale: Scale = "tiny"
     """Size of its models; tiny runs the study in miniature on a CPU."""
     out: Path = Path("runs/study")
     """Folder of the run folders."""
@@ -94,27 +87,28 @@ class StudyConfig(TrainConfig):
     resume: Annotated[bool, tyro.conf.Suppress] = False
 
 
-def run_study(config: StudyConfig) -> None:
-    """Bring every run of the study to its end, in order, and print the state of all; with
-    ``config.list`` print it alone.
+def run_study(config: StudyConfig) -> str | None:
+    """Bring every run of the study to its end, in order, and return the state of all; with
+    ``config.list`` return it alone. In processes other than the main one, None.
 
     Raises as :func:`sisa_model.training.trainer.train` does, for any run's settings before the
     first begins, and ValueError for an unknown name in ``only``. A run stopped by Ctrl-C or SIGTERM
     ends the study."""
     runs = _chosen(config)
     if config.list:
-        print(listing(runs, config.out))
-        return
+        return listing(runs, config.out)
     if config.scale != "tiny" and not config.data:
         raise ValueError(
-            f"data must be given at scale {config.scale}: Python's standard library is no text for these models"
+            f"data must be given at scale {config.scale}: "
+            "Python's standard library is no text for these models"
         )
     with world() as processes:  # one for all runs: torchrun's processes can meet only once
-        finished = train_all([_train_config(config, run) for run in runs])
-    if processes.main:
-        if not finished:
-            print("stopped; the same command continues the study")
-        print(listing(runs, config.out))
+        finished = train_all([train_config(config, run) for run in runs])
+    if not processes.main:
+        return None
+    if not finished:
+        log.info("stopped; the same command continues the study")
+    return listing(runs, config.out)
 
 
 def train_all(configs: list[TrainConfig]) -> bool:
@@ -126,16 +120,18 @@ def train_all(configs: list[TrainConfig]) -> bool:
     return all(map(continue_run, configs))
 
 
-def _train_config(config: StudyConfig, run: Run) -> TrainConfig:
-    shared = {field.name: getattr(config, field.name) for field in dataclasses.fields(TrainConfig)}
-    if "sisa" not in run.preset:  # mode and backend are SISA's; every other model rejects them
-        del shared["mode"], shared["backend"]
-    return TrainConfig(
-        **{**shared, "preset": run.preset, "out": config.out / run.name, **run.settings}
-    )
+def train_config(config: StudyConfig, run: StudyRun) -> TrainConfig:
+    """The settings of one run of the study."""
+    settings = {
+        field.name: getattr(config, field.name) for field in dataclasses.fields(TrainConfig)
+    }
+    if run.preset.model.family != "sisa":  # whose mode and backend every other model rejects
+        del settings["mode"], settings["backend"]
+    settings |= {"preset": run.preset.name, "out": config.out / run.name, **run.settings}
+    return TrainConfig(**settings)
 
 
-def _chosen(config: StudyConfig) -> tuple[Run, ...]:
+def _chosen(config: StudyConfig) -> tuple[StudyRun, ...]:
     runs = PAPER[config.scale]
     names = [run.name for run in runs]
     for name in config.only:
@@ -144,26 +140,25 @@ def _chosen(config: StudyConfig) -> tuple[Run, ...]:
     return tuple(run for run in runs if not config.only or run.name in config.only)
 
 
-def listing(runs: tuple[Run, ...], folder: Path) -> str:
+def listing(runs: tuple[StudyRun, ...], folder: Path) -> str:
     """A line a run: its name, its state (not begun, step n of N, finished) and its last held-out
     loss, nats a token.
     """
     lines = [f"{'run':32} {'state':24} held-out loss"]
     for run in runs:
-        state, loss = "not begun", ""
-        if (folder / run.name / "run.json").is_file():
-            train, val = (
-                read_rows(folder / run.name / f"{rows}.jsonl") for rows in ("train", "val")
-            )
-            done, steps = (
-                train[-1]["step"] if train else 0,
-                read_run(folder / run.name)["train"].steps,
-            )
-            state = (
-                "finished"
-                if (folder / run.name / "final").is_dir()
-                else f"step {done:,} of {steps:,}"
-            )
-            loss = f"{val[-1]['loss']:.3f}" if val else ""
+        state, loss = _state(folder / run.name)
         lines.append(f"{run.name:32} {state:24} {loss}".rstrip())
     return "\n".join(lines)
+
+
+def _state(folder: Path) -> tuple[str, str]:
+    """How far a run is, and its last held-out loss."""
+    if not (folder / RECORD).is_file():
+        return "not begun", ""
+    train = read_rows(folder / "train.jsonl")
+    val = read_rows(folder / "val.jsonl")
+    loss = f"{val[-1]['loss']:.3f}" if val else ""
+    if (folder / "final").is_dir():
+        return "finished", loss
+    done = train[-1]["step"] if train else 0
+    return f"step {done:,} of {read_run(folder).train.steps:,}", loss

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sisa_kernels.checks import MODES
+from sisa_kernels.inputs import MODES, Mode
 from sisa_model.models.language_model import LanguageModel
 from sisa_model.models.presets import PRESETS, preset_config
 
@@ -38,7 +38,7 @@ def _their_name(name: str) -> str:
 def load_paper_checkpoint(
     path: str | Path,
     preset: str,
-    mode: str = "clamped",
+    mode: Mode = "clamped",
     device: str | torch.device = "cpu",
     **overrides: Any,
 ) -> LanguageModel:
@@ -62,7 +62,8 @@ def load_paper_checkpoint(
     config = preset_config(preset, **overrides)
     if config.family not in FAMILIES:
         raise ValueError(
-            f"preset must be a SISA model or a Transformer, as the authors' files hold, got {preset!r}"
+            "preset must be a SISA model or a Transformer, as the authors' files hold, "
+            f"got {preset!r}"
         )
     if config.family == "sisa" and config.lam != "zero":
         config = preset_config(preset, **{**overrides, "mode": mode})
@@ -99,7 +100,8 @@ def _read(path: Path) -> dict[str, Tensor]:
     for name, value in saved["model"].items():
         if not isinstance(value, Tensor):
             raise ValueError(
-                f"{path} must hold a state dict under 'model', got a {type(value).__name__} under {name!r}"
+                f"{path} must hold a state dict under 'model', "
+                f"got a {type(value).__name__} under {name!r}"
             )
     return {name.removeprefix(COMPILED): tensor for name, tensor in saved["model"].items()}
 
@@ -119,20 +121,21 @@ def _disagreement(model: LanguageModel, state: dict[str, Tensor]) -> str:
 
 def _fitting(state: dict[str, Tensor], overrides: dict[str, Any]) -> list[str]:
     """The presets that have the tensors of ``state``, each in its shape."""
-    found, embedding = [], state.get("embed.weight")
-    for name, fields in PRESETS.items():
-        if fields["family"] not in FAMILIES or embedding is None:
+    embedding = state.get("embed.weight")
+    if embedding is None:
+        return []
+    found = []
+    for name, preset in PRESETS.items():
+        if preset.model.family not in FAMILIES:
             continue
         try:
             config = preset_config(name, **overrides)
         except ValueError:  # the overrides do not go with this one
             continue
-        if list(embedding.shape) == [
-            config.vocab_size,
-            config.d_model,
-        ]:  # a first look, before a model is built
-            with torch.device("meta"):
-                model = LanguageModel(config)
-            if not _disagreement(model, state):
-                found.append(name)
+        if list(embedding.shape) != [config.vocab_size, config.d_model]:
+            continue
+        with torch.device("meta"):
+            model = LanguageModel(config)
+        if not _disagreement(model, state):
+            found.append(name)
     return found

@@ -18,11 +18,13 @@ from transformers.models.llama.modeling_llama import (
 )
 
 import sisa_kernels as sk
+from sisa_kernels.inputs import SisaInputs
 from sisa_model.interop.padding import Padding, find_padding
-from sisa_model.models.linear import Fp32Parameters
+from sisa_model.models.linear import Fp32Parameters, PackedLinear
 from sisa_model.models.sisa import DECAY_BIAS_INIT, THETA_INIT_STD
 
 MASKED = ("sdpa", "eager")
+OF_TOKENS = ("q", "k", "v", "b", "c", "log_decay", "theta")
 
 
 class SisaCacheLayer(CacheLayerMixin):
@@ -54,7 +56,8 @@ class SisaCacheLayer(CacheLayerMixin):
         return -1
 
     def reset(self) -> None:
-        self.held, self.seen = None, 0
+        self.held = None
+        self.seen = 0
 
     def batch_select_indices(self, indices: Tensor) -> None:
         if self.held is not None:
@@ -87,31 +90,60 @@ class LlamaSisaAttention(Fp32Parameters):
 
     def __init__(self, old: LlamaAttention, d_state: int, lam: float):
         super().__init__()
-        H, G = old.q_proj.out_features // old.head_dim, old.k_proj.out_features // old.head_dim
-        self.layer_idx, self.head_dim = old.layer_idx, old.head_dim
-        self.sizes = {"b": G * d_state, "c": H * d_state, "alpha": G, "theta": G * d_state // 2}
-        self.d_state, self.n_kv_heads = d_state, G
-        self.q_proj, self.k_proj, self.v_proj, self.o_proj = (
-            old.q_proj,
-            old.k_proj,
-            old.v_proj,
-            old.o_proj,
-        )
+        H = old.q_proj.out_features // old.head_dim
+        G = old.k_proj.out_features // old.head_dim
+        self.layer_idx = old.layer_idx
+        self.head_dim = old.head_dim
+        self.d_state = d_state
+        self.n_kv_heads = G
+        self.q_proj = old.q_proj
+        self.k_proj = old.k_proj
+        self.v_proj = old.v_proj
+        self.o_proj = old.o_proj
         like: Any = {"device": old.q_proj.weight.device, "dtype": old.q_proj.weight.dtype}
-        self.importance = nn.Linear(
-            old.q_proj.in_features, sum(self.sizes.values()), bias=False, **like
-        )
+        sizes = {
+            "W_B": G * d_state,
+            "W_C": H * d_state,
+            "W_alpha": G,
+            "W_theta": G * d_state // 2,
+        }
+        self.importance = PackedLinear(old.q_proj.in_features, sizes, **like)
+        self.importance.register_load_state_dict_pre_hook(_split_packed_weight)
         self.decay_bias = nn.Parameter(torch.full((G,), DECAY_BIAS_INIT, **like))
         raw = lam + math.log(-math.expm1(-lam))  # softplus's inverse
         self.lambda_raw = nn.Parameter(
             torch.full((H,), raw, device=like["device"], dtype=torch.float32)
         )
-        nn.init.normal_(self.importance.weight, std=old.config.initializer_range)
-        nn.init.normal_(self.importance.weight.detach()[-self.sizes["theta"] :], std=THETA_INIT_STD)
+        self._draw_importance(old.config.initializer_range)
+
+    def _draw_importance(self, std: float) -> None:
+        for projection in self.importance.children():
+            # Its values are drawn over; those drawn after it depend on how many were.
+            projection.reset_parameters()  # type: ignore[operator]
+        self.importance.reset_parameters(std)
+        nn.init.normal_(self.importance.get_parameter("W_theta.weight"), std=THETA_INIT_STD)
 
     def lam(self) -> Tensor:
         """lambda of each head, [H] fp32, > 0."""
         return F.softplus(self.lambda_raw)
+
+    def operands(
+        self, hidden_states: Tensor, position_embeddings: tuple[Tensor, Tensor]
+    ) -> SisaInputs:
+        """What :func:`sisa_kernels.sisa_attention` attends with, q and k turned by Llama's RoPE."""
+        q, k, v = (
+            projection(hidden_states).unflatten(-1, (-1, self.head_dim))
+            for projection in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        # Under autocast the tables are fp32, and what they turn would be.
+        q, k = (
+            t.to(v.dtype) for t in apply_rotary_pos_emb(q, k, *position_embeddings, unsqueeze_dim=2)
+        )
+        b, c, alpha, theta = self.importance(hidden_states)
+        log_decay = -F.softplus(alpha.float() + self.decay_bias.float())
+        b, c = (t.unflatten(-1, (-1, self.d_state)) for t in (b, c))
+        theta = theta.float().unflatten(-1, (self.n_kv_heads, -1))
+        return SisaInputs(q, k, v, b, c, log_decay, theta, self.lam())
 
     def forward(
         self,
@@ -121,32 +153,18 @@ class LlamaSisaAttention(Fp32Parameters):
         cache: Cache | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, None]:
-        q, k, v = (
-            p(hidden_states).unflatten(-1, (-1, self.head_dim))
-            for p in (self.q_proj, self.k_proj, self.v_proj)
-        )
-        # Under autocast the tables are fp32, and what they turn would be.
-        q, k = (
-            t.to(v.dtype) for t in apply_rotary_pos_emb(q, k, *position_embeddings, unsqueeze_dim=2)
-        )
-        b, c, alpha, theta = self.importance(hidden_states).split(list(self.sizes.values()), -1)
-        log_decay = -F.softplus(alpha.float() + self.decay_bias.float())
-        b, c = (t.unflatten(-1, (-1, self.d_state)) for t in (b, c))
-        theta = theta.float().unflatten(-1, (self.n_kv_heads, -1))
+        operands = self.operands(hidden_states, position_embeddings)._asdict()
         layer = self._cache_layer(cache)
         padding = llama_padding(attention_mask, layer.seen if layer is not None else 0)
         if padding is not None:
-            q, k, v, b, c, log_decay, theta = (
-                padding.pack(t) for t in (q, k, v, b, c, log_decay, theta)
-            )
+            operands |= {name: padding.pack(operands[name]) for name in OF_TOKENS}
         if layer is None:
-            y = sk.sisa_attention(q, k, v, b, c, log_decay, theta, self.lam())
+            y = sk.sisa_attention(**operands)
         else:
-            layer.held = layer.held or sk.SisaCache(len(q))
+            del operands["cu_seqlens"]
+            layer.held = layer.held or sk.SisaCache(len(hidden_states))
             lengths = padding.lengths if padding is not None else None
-            y = sk.sisa_decode(
-                q, k, v, b, c, log_decay, theta, self.lam(), layer.held, lengths=lengths
-            )
+            y = sk.sisa_decode(**operands, cache=layer.held, lengths=lengths)
             layer.seen += hidden_states.shape[1]
         y = padding.unpack(y) if padding is not None else y
         return self.o_proj(y.flatten(2)), None
@@ -168,6 +186,21 @@ class LlamaSisaAttention(Fp32Parameters):
         return layer
 
 
+def _split_packed_weight(
+    importance: PackedLinear, state_dict: dict[str, Tensor], prefix: str, *args: Any
+) -> None:
+    """A hook before loading: a state dict may hold importance's matrices below each other in one,
+    ``importance.weight``, as those saved by version 0.1.0 do.
+    """
+    packed = state_dict.get(f"{prefix}weight")
+    heights = list(importance.sizes.values())
+    if packed is None or len(packed) != sum(heights):
+        return  # load_state_dict says what is wrong with it
+    del state_dict[f"{prefix}weight"]
+    for name, rows in zip(importance.sizes, packed.split(heights)):
+        state_dict[f"{prefix}{name}.weight"] = rows.clone()  # no two may share memory
+
+
 def llama_padding(mask: Tensor | None, seen: int) -> Padding | None:
     """The padding among T new tokens behind ``seen`` others, from the mask that Llama hands its
     layers.
@@ -187,7 +220,8 @@ def llama_padding(mask: Tensor | None, seen: int) -> Padding | None:
     idle = ~expected.any(-1) & (sees.all(-1) | ~sees.any(-1))
     if not (idle | (sees == expected).all(-1)).all():
         raise ValueError(
-            "attention_mask must be causal with padding: SISA's running decay and phase know no other"
+            "attention_mask must be causal with padding: "
+            "SISA's running decay and phase know no other"
         )
     return find_padding(real, seen)
 
@@ -220,6 +254,20 @@ def replace_attention(
         ValueError: an argument out of range, a layer already replaced, attention dropout, another
         attn_implementation.
     """
+    blocks = _checked_blocks(model, d_state, lam, layers)
+    added: list[nn.Parameter] = []
+    for block in blocks:
+        attn = LlamaSisaAttention(block.self_attn, d_state, lam).train(model.training)
+        block.self_attn = attn
+        added += [*attn.importance.parameters(), attn.decay_bias, attn.lambda_raw]
+    model.config.use_cache = False
+    return added
+
+
+def _checked_blocks(
+    model: LlamaForCausalLM | LlamaModel, d_state: int, lam: float, layers: list[int] | None
+) -> list[Any]:
+    """The layers that :func:`replace_attention` changes; raises what it raises."""
     inner = getattr(model, "model", model)
     if not isinstance(inner, LlamaModel):
         raise TypeError(f"model must be a Llama of transformers, got {type(model).__name__}")
@@ -227,37 +275,26 @@ def replace_attention(
         raise ValueError(f"d_state must be even and at least 2, got {d_state}")
     if not 0 < lam < math.inf:
         raise ValueError(f"lam must be above 0 and finite, got {lam}")
-    chosen = list(range(len(inner.layers))) if layers is None else layers
-    if (
-        not chosen
-        or len(set(chosen)) < len(chosen)
-        or not all(0 <= index < len(inner.layers) for index in chosen)
-    ):
+    every = range(len(inner.layers))
+    chosen = list(every) if layers is None else layers
+    if not chosen or len(set(chosen)) < len(chosen) or not set(chosen) <= set(every):
         raise ValueError(
-            f"layers must be different indices from 0 to {len(inner.layers) - 1}, got {layers}"
+            f"layers must be different indices from 0 to {len(every) - 1}, got {layers}"
         )
     blocks: list[Any] = [inner.layers[index] for index in chosen]
     for index, block in zip(chosen, blocks):
         if not isinstance(block.self_attn, LlamaAttention):
             raise ValueError(
-                f"layers must have LlamaAttention, layer {index} has {type(block.self_attn).__name__}"
+                f"layers must have LlamaAttention, layer {index} has "
+                f"{type(block.self_attn).__name__}"
             )
     if model.config.attention_dropout:
         raise ValueError(
             f"attention_dropout must be 0, SISA has none, got {model.config.attention_dropout}"
         )
     if model.config._attn_implementation not in MASKED:
-        given = model.config._attn_implementation
         raise ValueError(
-            f"attn_implementation must be {' or '.join(MASKED)}, whose masks show the padding, got {given!r}"
+            f"attn_implementation must be {' or '.join(MASKED)}, whose masks show the padding, "
+            f"got {model.config._attn_implementation!r}"
         )
-    added: list[nn.Parameter] = []
-    for block in blocks:
-        block.self_attn = LlamaSisaAttention(block.self_attn, d_state, lam).train(model.training)
-        added += [
-            block.self_attn.importance.weight,
-            block.self_attn.decay_bias,
-            block.self_attn.lambda_raw,
-        ]
-    model.config.use_cache = False
-    return added
+    return blocks

@@ -200,7 +200,8 @@ class SisaForCausalLM(PreTrainedModel, GenerationMixin):
                 )
         if cache is not None and not isinstance(cache, DecodingCache):
             raise TypeError(
-                f"cache must be a DecodingCache that this model returned, got {type(cache).__name__}"
+                "cache must be a DecodingCache that this model returned, "
+                f"got {type(cache).__name__}"
             )
         if use_cache and cache is None:
             if why := self.model.cache_refusal():
@@ -229,12 +230,14 @@ class SisaForCausalLM(PreTrainedModel, GenerationMixin):
     ) -> Tensor:
         """The final states [B, L, D], padding taken out and put back."""
         batch, length = input_ids.shape
-        seen, held = (cache.seen, cache.held) if cache is not None else (0, None)
+        seen = 0 if cache is None else cache.seen
+        held = None if cache is None else cache.held
         padding = None
         if attention_mask is not None:
             if attention_mask.shape != (batch, seen + length):
                 raise ValueError(
-                    f"attention_mask must have shape {[batch, seen + length]}, got {list(attention_mask.shape)}"
+                    f"attention_mask must have shape {[batch, seen + length]}, "
+                    f"got {list(attention_mask.shape)}"
                 )
             real = attention_mask[:, seen:].bool()
             padding = find_padding(real, seen)
@@ -242,21 +245,19 @@ class SisaForCausalLM(PreTrainedModel, GenerationMixin):
             x = self.model.hidden(input_ids, cache=held)
         else:
             ids = padding.pack(input_ids.masked_fill(~real, 0))
-            if held is not None:
-                x = self.model.hidden(ids, cache=held, lengths=padding.lengths)
-            elif (
-                self.config.mode == "clamped"
-            ):  # its numerics depend on the whole sequence, padding on the right as well
-                rows = zip(ids, padding.lengths)
-                x = pad_sequence(
-                    [self.model.hidden(row[None, :n])[0] for row, n in rows], batch_first=True
-                )
-            else:
-                x = self.model.hidden(ids)
-            x = padding.unpack(x)
+            x = padding.unpack(self._padded_states(ids, padding.lengths, held))
         if cache is not None:
             cache.seen += length
         return x
+
+    def _padded_states(self, ids: Tensor, lengths: list[int], held: ModelCache | None) -> Tensor:
+        """The final states of rows that are padded on the right."""
+        if held is not None:
+            return self.model.hidden(ids, cache=held, lengths=lengths)
+        if self.config.mode == "clamped":  # whose numerics depend on padding on the right, too
+            rows = [self.model.hidden(row[None, :n])[0] for row, n in zip(ids, lengths)]
+            return pad_sequence(rows, batch_first=True)
+        return self.model.hidden(ids)
 
     def _prepare_cache_for_generation(
         self,

@@ -1,1 +1,1 @@
-"""TODO"""
+"""Architectures, presets, saved weights, generation: tensors in, logits out; no text, no runs."""

@@ -15,7 +15,8 @@ from sisa_model.models.dcp import INDEX, read_tensors
 from sisa_model.models.language_model import LanguageModel
 from sisa_model.utils.files import write_atomically, write_json
 
-CONFIG, WEIGHTS = "config.json", "model.safetensors"
+CONFIG = "config.json"
+WEIGHTS = "model.safetensors"
 MODEL_TYPE = "sisa"  # what transformers' Auto classes know the models by (sisa_model.hf)
 
 
@@ -27,9 +28,7 @@ def save(model: LanguageModel, folder: str | Path) -> None:
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    # Clones: the packed projections' matrices are views of one tensor, and a safetensors file holds
-    # each by itself.
-    state = {name: tensor.detach().cpu().clone() for name, tensor in model.state_dict().items()}
+    state = {name: x.detach().cpu().contiguous() for name, x in model.state_dict().items()}
     try:
         write_atomically(
             folder / WEIGHTS, lambda aside: save_file(state, aside, metadata={"format": "pt"})
@@ -96,12 +95,9 @@ def read_config(path: Path, **overrides: Any) -> ModelConfig:
         if fields.pop("model_type", MODEL_TYPE) != MODEL_TYPE:
             raise ValueError("its model_type is not 'sisa'")
         fields.pop("architectures", None)
-        if (
-            "transformers_version" in fields
-        ):  # written by save_pretrained, among settings of its own
-            fields = {
-                name: fields[name] for name in ModelConfig.__dataclass_fields__ if name in fields
-            }
+        if "transformers_version" in fields:  # save_pretrained adds settings of its own
+            known = ModelConfig.__dataclass_fields__
+            fields = {name: value for name, value in fields.items() if name in known}
         return ModelConfig(**{**fields, **overrides})
     except (AttributeError, TypeError, ValueError) as error:
         raise ValueError(f"{path} is not a model configuration of this package: {error}") from error

@@ -1,14 +1,17 @@
 """ModelConfig: every number that defines a model, checked when it is made."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, fields
+from typing import Any, Literal, get_args
 
-from sisa_kernels.attention import BACKENDS
-from sisa_kernels.checks import MODES
+from sisa_kernels.inputs import BACKENDS, MODES, Backend, Mode
 
-MAMBAS = ("mamba2", "mamba3")
-FAMILIES = ("sisa", "transformer", "fox", "alibi", *MAMBAS)
-LAMBDAS = ("per-head", "shared", "zero")
+Family = Literal["sisa", "transformer", "fox", "alibi", "mamba2", "mamba3"]
+LambdaKind = Literal["per-head", "shared", "zero"]
+FAMILIES: tuple[Family, ...] = get_args(Family)
+MAMBAS: tuple[Family, ...] = ("mamba2", "mamba3")
+LAMBDAS: tuple[LambdaKind, ...] = get_args(LambdaKind)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,7 +22,7 @@ class ModelConfig:
     Raises ValueError, naming the field, for a value or a combination that no model can have.
     """
 
-    family: str
+    family: Family
     """"sisa", "transformer", "fox" or "alibi": the attention of every layer; "mamba2", "mamba3":
     Mamba blocks without an MLP.
     """
@@ -61,121 +64,112 @@ class ModelConfig:
     """Learn a decay of the importance term (the control "nodecay": g = 0)."""
     rotation: bool = True
     """Learn a rotation of the importance term (the control "norotation": Phi = 0)."""
-    lam: str = "per-head"
+    lam: LambdaKind = "per-head"
     """Weight of the importance term: learned "per-head", one "shared" by a layer's heads, or "zero"
     (no importance term).
     """
-    mode: str = "exact"
+    mode: Mode = "exact"
     """SISA's numerics: "exact", or "clamped" as its authors ran it."""
-    backend: str = "auto"
+    backend: Backend = "auto"
     """Attention path (sisa_kernels.sisa_attention)."""
 
     def __post_init__(self) -> None:
-        def require(field: str, ok: bool, allowed: str) -> None:
-            if not ok:
-                raise ValueError(f"{field} must be {allowed}, got {getattr(self, field)!r}")
-
-        require("family", self.family in FAMILIES, f"one of {', '.join(FAMILIES)}")
-        for field in ("d_model", "n_heads", "n_layers", "vocab_size", "max_seq_len"):
-            require(field, getattr(self, field) >= 1, "at least 1")
-        require(
-            "n_heads", self.d_model % self.n_heads == 0, f"a divisor of d_model = {self.d_model}"
-        )
-        require(
-            "n_heads",
-            self.d_model // self.n_heads % 2 == 0,
-            "such that the head width d_model / n_heads is even",
-        )
-        require("init_std", 0 < self.init_std < math.inf, "above 0 and finite")
+        self._check_trunk()
         if self.family in MAMBAS:
-            for item in fields(self):
-                idle = item.default is not MISSING and item.name not in ("mamba_state", "init_std")
-                unchanged = not idle or getattr(self, item.name) == item.default
-                require(
-                    item.name,
-                    unchanged,
-                    f"left at {item.default!r} for a {self.family}, which has no attention and no SwiGLU",
-                )
-            unit = 4 if self.family == "mamba3" else 1
-            whole = self.mamba_state >= unit and self.mamba_state % unit == 0
-            require("mamba_state", whole, f"a multiple of {unit}, at least {unit}")
+            self._check_mamba()
             return
-        require("d_ff_transformer", self.d_ff_transformer >= 1, "at least 1")
-        hybrid = self.pattern == "h" or set(self.pattern) == {"a", "m"}
-        require("pattern", hybrid or not self.pattern, "empty, 'h', or made of both m and a")
-        if hybrid:
-            require(
-                "n_layers",
-                self.n_layers % len(self.pattern) == 0,
-                f"a multiple of the length of pattern {self.pattern!r}",
-            )
-            require(
-                "mamba_state", self.mamba_state >= 1, f"at least 1 with pattern {self.pattern!r}"
-            )
-        else:
-            require(
-                "mamba_state",
-                self.mamba_state == 0,
-                f"left at 0 for a {self.family} without pattern, which has no Mamba layer",
-            )
+        self._check_layers()
         if not self.n_kv_heads:
             object.__setattr__(self, "n_kv_heads", self.n_heads)
-        require(
-            "n_kv_heads",
-            self.n_kv_heads >= 1 and self.n_heads % self.n_kv_heads == 0,
-            f"a divisor of n_heads = {self.n_heads}",
-        )
-        require("lam", self.lam in LAMBDAS, f"one of {', '.join(LAMBDAS)}")
-        require("mode", self.mode in MODES, f"one of {', '.join(MODES)}")
-        require("backend", self.backend in BACKENDS, f"one of {', '.join(BACKENDS)}")
-        if self.family != "sisa":
-            model = f"{'an' if self.family == 'alibi' else 'a'} {self.family}"
-            for field, default in {
-                "d_state": 0,
-                "decay": True,
-                "rotation": True,
-                "lam": "per-head",
-                "mode": "exact",
-            }.items():
-                require(
-                    field,
-                    getattr(self, field) == default,
-                    f"left at {default!r} for {model}, which has no importance term",
-                )
-            require(
-                "backend",
-                self.backend == "auto",
-                f"left at 'auto' for {model}, which runs on stock attention",
-            )
+        grouped = self.n_kv_heads >= 1 and self.n_heads % self.n_kv_heads == 0
+        self._require("n_kv_heads", grouped, f"a divisor of n_heads = {self.n_heads}")
+        self._require_choice("lam", LAMBDAS)
+        self._require_choice("mode", MODES)
+        self._require_choice("backend", BACKENDS)
+        if self.family == "sisa":
+            self._check_importance()
         else:
-            if self.lam == "zero":
-                require(
-                    "mode",
-                    self.mode == "exact",
-                    "left at 'exact' with lam 'zero', which has no importance term",
-                )
-                require(
-                    "backend",
-                    self.backend == "auto",
-                    "left at 'auto' with lam 'zero', which runs on stock attention",
-                )
-            require("d_state", self.d_state >= 2 and self.d_state % 2 == 0, "even and at least 2")
+            self._check_no_importance()
         if not self.d_ff:
             object.__setattr__(self, "d_ff", matched_d_ff(self))
-        require(
-            "d_ff",
-            self.d_ff >= 1,
-            f"at least 1 (what is beside it in a layer exceeds d_ff_transformer = {self.d_ff_transformer})",
-        )
+        beside = f"what is beside it in a layer exceeds d_ff_transformer = {self.d_ff_transformer}"
+        self._require("d_ff", self.d_ff >= 1, f"at least 1 ({beside})")
+
+    def _require(self, field: str, ok: bool, allowed: str) -> None:
+        if not ok:
+            raise ValueError(f"{field} must be {allowed}, got {getattr(self, field)!r}")
+
+    def _require_choice(self, field: str, allowed: tuple[str, ...]) -> None:
+        self._require(field, getattr(self, field) in allowed, f"one of {', '.join(allowed)}")
+
+    def _require_left(self, defaults: Mapping[str, Any], reason: str) -> None:
+        """Refuse a field that has another value than its default, which would change nothing."""
+        for field, default in defaults.items():
+            left = getattr(self, field) == default
+            self._require(field, left, f"left at {default!r} {reason}")
+
+    def _check_trunk(self) -> None:
+        """What every family has."""
+        self._require_choice("family", FAMILIES)
+        for field in ("d_model", "n_heads", "n_layers", "vocab_size", "max_seq_len"):
+            self._require(field, getattr(self, field) >= 1, "at least 1")
+        whole = self.d_model % self.n_heads == 0
+        self._require("n_heads", whole, f"a divisor of d_model = {self.d_model}")
+        even = self.d_model // self.n_heads % 2 == 0
+        self._require("n_heads", even, "such that the head width d_model / n_heads is even")
+        self._require("init_std", 0 < self.init_std < math.inf, "above 0 and finite")
+
+    def _check_mamba(self) -> None:
+        """A model of Mamba blocks alone: all that belongs to attention or SwiGLU is idle."""
+        idle = {
+            field.name: field.default
+            for field in fields(self)
+            if field.default is not MISSING and field.name not in ("mamba_state", "init_std")
+        }
+        self._require_left(idle, f"for a {self.family}, which has no attention and no SwiGLU")
+        unit = 4 if self.family == "mamba3" else 1
+        whole = self.mamba_state >= unit and self.mamba_state % unit == 0
+        self._require("mamba_state", whole, f"a multiple of {unit}, at least {unit}")
+
+    def _check_layers(self) -> None:
+        """Layers with attention, in a hybrid's pattern or alone."""
+        self._require("d_ff_transformer", self.d_ff_transformer >= 1, "at least 1")
+        pattern = self.pattern
+        hybrid = pattern == "h" or set(pattern) == {"a", "m"}
+        known = hybrid or not pattern
+        self._require("pattern", known, "empty, 'h', or made of both m and a")
+        if not hybrid:
+            reason = f"for a {self.family} without pattern, which has no Mamba layer"
+            self._require_left({"mamba_state": 0}, reason)
+            return
+        repeats = self.n_layers % len(pattern) == 0
+        self._require("n_layers", repeats, f"a multiple of the length of pattern {pattern!r}")
+        self._require("mamba_state", self.mamba_state >= 1, f"at least 1 with pattern {pattern!r}")
+
+    def _check_importance(self) -> None:
+        """SISA's own: with lambda = 0 a Transformer's attention is what runs."""
+        if self.lam == "zero":
+            self._require_left({"mode": "exact"}, "with lam 'zero', which has no importance term")
+            self._require_left(
+                {"backend": "auto"}, "with lam 'zero', which runs on stock attention"
+            )
+        even = self.d_state >= 2 and self.d_state % 2 == 0
+        self._require("d_state", even, "even and at least 2")
+
+    def _check_no_importance(self) -> None:
+        """Families without an importance term: all that belongs to it is idle."""
+        model = f"{'an' if self.family == 'alibi' else 'a'} {self.family}"
+        idle = {"d_state": 0, "decay": True, "rotation": True, "lam": "per-head", "mode": "exact"}
+        self._require_left(idle, f"for {model}, which has no importance term")
+        self._require_left({"backend": "auto"}, f"for {model}, which runs on stock attention")
 
     @property
     def layer_kinds(self) -> str:
         """A letter a layer: m a Mamba block, a attention, h heads of both (``pattern``)."""
-        return (
-            "m" * self.n_layers
-            if self.family in MAMBAS
-            else (self.pattern or "a") * (self.n_layers // len(self.pattern or "a"))
-        )
+        if self.family in MAMBAS:
+            return "m" * self.n_layers
+        pattern = self.pattern or "a"
+        return pattern * (self.n_layers // len(pattern))
 
     @property
     def head_dim(self) -> int:
@@ -187,7 +181,10 @@ def importance_parameters(config: ModelConfig) -> int:
     """Parameters a layer of the full importance term: W_B, W_C, w_a with b_a, W_theta and lambda
     (paper, section 3).
     """
-    d, H, G, Ds = config.d_model, config.n_heads, config.n_kv_heads, config.d_state
+    d = config.d_model
+    H = config.n_heads
+    G = config.n_kv_heads
+    Ds = config.d_state
     return d * G * Ds + d * H * Ds + (d * G + G) + d * G * Ds // 2 + H
 
 
@@ -200,7 +197,9 @@ def ssd_head_parameters(config: ModelConfig) -> int:
     """Parameters that SSD heads add to a layer of attention: projection in, convolution, dt_bias,
     A_log, D and both norms.
     """
-    d, H, N = config.d_model, config.n_heads, config.mamba_state
+    d = config.d_model
+    H = config.n_heads
+    N = config.mamba_state
     return d * (2 * d + 2 * N + H) + 5 * (d + 2 * N) + 3 * H + 2 * d
 
 
@@ -208,8 +207,11 @@ def matched_d_ff(config: ModelConfig) -> int:
     """The SwiGLU width that brings a layer closest to the Transformer's parameters; controls keep
     the full model's width.
     """
-    beyond = {"sisa": importance_parameters, "fox": forget_parameters}.get(
-        config.family, lambda _: 0
-    )(config)
-    beyond += ssd_head_parameters(config) if config.pattern == "h" else 0
+    beyond = 0
+    if config.family == "sisa":
+        beyond += importance_parameters(config)
+    if config.family == "fox":
+        beyond += forget_parameters(config)
+    if config.pattern == "h":
+        beyond += ssd_head_parameters(config)
     return config.d_ff_transformer - round(beyond / (3 * config.d_model))

@@ -1,4 +1,4 @@
-"""TODO sisa_model.models.context"""
+"""What a layer knows of its tokens beside their states: RoPE's tables, documents, caches."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,9 +11,7 @@ from sisa_kernels.cache import uniform
 
 @dataclass
 class Context:
-    """What a layer must know of its tokens beyond their states: where they stand, and which belong
-    together.
-    """
+    """Where the tokens of a call stand, and which of them belong together."""
 
     rotary: tuple[Tensor, Tensor]
     """RoPE's (cos, sin) of the tokens' positions, each [L, E / 2] fp32; [B, L, E / 2] behind caches

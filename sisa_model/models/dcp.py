@@ -3,6 +3,7 @@ what a pickle says.
 """
 
 import pickle
+import re
 import warnings
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,10 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
+from torch.distributed.tensor import DTensor, distribute_tensor
 
-warnings.filterwarnings(
-    "ignore", message="torch.distributed is disabled"
-)  # one process is no mishap
+# One process is no mishap.
+warnings.filterwarnings("ignore", message="torch.distributed is disabled")
 INDEX = ".metadata"  # torch's name
 # The index is a pickle: these are the modules whose names it may hold, and the names.
 _ALLOWED = {
@@ -55,26 +56,65 @@ class _Reader(dcp.FileSystemReader):
         return metadata
 
 
+_DAMAGES = (
+    pickle.UnpicklingError,
+    OSError,
+    EOFError,
+    AttributeError,
+    RuntimeError,
+    KeyError,
+)
+# The name of a projection's weight, or of its optimizer's state: "a.proj.W_Q.weight.exp_avg".
+_PROJECTION = re.compile(r"(.+)\.\w+(\.weight(?:\.\w+)?)$")
+
+
 def read_tensors(
     folder: Path, tensors: dict[str, Tensor], group: dist.ProcessGroup | None = None
 ) -> None:
     """Fill ``tensors``, plain ones or DTensors, with those that ``folder`` holds under their names,
     however it was sharded.
 
-    With ``group`` every process of it must call this. Raises ValueError for a folder that is
-    damaged or holds other tensors."""
+    What it does not hold may stand in a packed matrix, as the projections of one input do in the
+    runs of version 0.1.0 ("proj.weight" for "proj.W_Q.weight", "proj.W_K.weight" ...): below each
+    other, in the order of ``tensors``. With ``group`` every process of it must call this. Raises
+    ValueError for a folder that is damaged or holds other tensors."""
     try:
+        held: dict[str, Any] = _Reader(folder).read_metadata().state_dict_metadata
+        wanted: dict[str, Tensor] = {}
+        parts: dict[str, list[Tensor]] = {}
+        for name, tensor in tensors.items():
+            packed = _PROJECTION.sub(r"\1\2", name)
+            if name in held or packed not in held:
+                wanted[name] = tensor
+            else:
+                parts.setdefault(packed, []).append(tensor)
+        wholes = {
+            name: torch.empty(held[name].size, dtype=held[name].properties.dtype) for name in parts
+        }
         with torch.no_grad():
             dcp.load(
-                dict(tensors),
+                wanted | wholes,
                 storage_reader=_Reader(folder),
                 process_group=group,
                 no_dist=group is None,
             )
+            for name, whole in wholes.items():
+                _unpack(whole, parts[name])
     except CheckpointException as error:
         first = next(iter(error.failures.values()))[0]
         raise ValueError(
             f"checkpoint {folder} is truncated or does not hold this model: {first}"
         ) from error
-    except (pickle.UnpicklingError, EOFError, AttributeError, RuntimeError, KeyError) as error:
+    except _DAMAGES as error:
         raise ValueError(f"checkpoint {folder} is truncated or foreign: {error}") from error
+
+
+def _unpack(whole: Tensor, parts: list[Tensor]) -> None:
+    """Copy the rows of ``whole`` into ``parts``, in their order; a scalar into each of them."""
+    rows = whole.split([len(part) for part in parts]) if whole.ndim else [whole] * len(parts)
+    for part, values in zip(parts, rows):
+        if isinstance(part, DTensor):  # each process has the whole, and takes its own share
+            values = distribute_tensor(
+                values.to(part.device), part.device_mesh, part.placements, src_data_rank=None
+            )
+        part.copy_(values)

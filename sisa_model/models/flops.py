@@ -45,9 +45,9 @@ def forward_flops(config: ModelConfig, seq_len: int, *, causal: bool = True) -> 
 
     Counted are the matrix products: projections, SwiGLU, the output matrix, scores and weighted
     values, Mamba's convolution and state. ``causal`` counts half of the seq_len^2 pairs, else all.
-    Looking up the embedding is free. Not counted, as under 1 % of
-    the whole: norms, softmax, RoPE, and SISA's decay, phase and rotation (about 20 d_state a head,
-    against 4 seq_len head_dim of attention)."""
+    Looking up the embedding is free. Not counted, as under 1 % of the whole: norms, softmax, RoPE,
+    and SISA's decay, phase and rotation (about 20 d_state a head, against 4 seq_len head_dim of
+    attention)."""
     pairs = seq_len / 2 if causal else seq_len
     layers = config.layer_kinds
     products = config.d_model * config.vocab_size + layers.count("m") * _mamba(config, expand=2)
@@ -63,12 +63,15 @@ def _mamba(config: ModelConfig, expand: int) -> float:
 
     Of the recurrence the state's update and its reading, whatever the chunks by which an
     implementation runs it."""
-    E, N = expand * config.d_model, config.mamba_state
+    E = expand * config.d_model
+    N = config.mamba_state
     H = E // config.head_dim
     if config.family == "mamba3":
-        sizes, convolution = 2 * E + 2 * N + 3 * H + N // 4, 0
+        sizes = 2 * E + 2 * N + 3 * H + N // 4
+        convolution = 0
     else:
-        sizes, convolution = 2 * E + 2 * N + H, CONV * (E + 2 * N)
+        sizes = 2 * E + 2 * N + H
+        convolution = CONV * (E + 2 * N)
     return config.d_model * sizes + convolution + 2 * E * N + E * config.d_model
 
 
@@ -76,20 +79,18 @@ def _attention(config: ModelConfig, pairs: float) -> float:
     """Multiplications a token of a layer of attention and SwiGLU, a token attending to ``pairs``
     keys on average.
     """
-    d, H, G, E, Ds = (
-        config.d_model,
-        config.n_heads,
-        config.n_kv_heads,
-        config.head_dim,
-        config.d_state,
-    )
-    outputs, score = H * E + 2 * G * E, E
-    if (
-        config.family == "sisa" and config.lam != "zero"
-    ):  # without an importance term the layer is a Transformer's
+    d = config.d_model
+    H = config.n_heads
+    G = config.n_kv_heads
+    E = config.head_dim
+    Ds = config.d_state
+    outputs = H * E + 2 * G * E
+    score = E
+    if config.family == "sisa" and config.lam != "zero":
         outputs += H * Ds + G * Ds + G * config.decay + G * Ds // 2 * config.rotation
         score += Ds
-    outputs += H if config.family == "fox" else 0
+    if config.family == "fox":
+        outputs += H
     return d * outputs + pairs * H * (score + E) + H * E * d + 3 * d * config.d_ff
 
 
@@ -104,7 +105,9 @@ def peak_flops(device: torch.device) -> float | None:
     """Dense bf16 FLOP/s of ``device`` by its data sheet; None where none is known (any CPU, part of
     a GPU).
     """
-    sheet = DEVICE_NAMES.get(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+    if device.type != "cuda":
+        return None
+    sheet = DEVICE_NAMES.get(torch.cuda.get_device_name(device))
     return None if sheet is None else 1e12 * PEAK_TFLOPS[sheet]
 
 
@@ -115,8 +118,6 @@ def utilisation(
     [B, L]; None without a peak.
     """
     peak = peak_flops(device)
-    return (
-        None
-        if peak is None
-        else sum(B * L * training_flops(config, L) for B, L in shapes) / seconds / peak
-    )
+    if peak is None:
+        return None
+    return sum(B * L * training_flops(config, L) for B, L in shapes) / seconds / peak

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sisa_kernels.cache import check_lengths
+from sisa_model.models.context import ModelCache
 from sisa_model.models.language_model import LanguageModel
 
 
@@ -42,15 +43,31 @@ def filter_logits(logits: Tensor, top_k: int | None, top_p: float) -> Tensor:
     return logits
 
 
+def choose(
+    logits: Tensor,
+    temperature: float,
+    top_k: int | None,
+    top_p: float,
+    generator: torch.Generator | None,
+) -> Tensor:
+    """The next token of each row, [B, 1], from logits [B, V] fp32; the largest at temperature 0."""
+    if temperature == 0:
+        return logits.argmax(-1, keepdim=True)
+    # Relative to the largest logit: a tiny temperature sends the others to -inf and leaves that one
+    # at 0.
+    scaled = (logits - logits.amax(-1, keepdim=True)).double() / temperature
+    probabilities = filter_logits(scaled, top_k, top_p).softmax(-1)
+    return torch.multinomial(probabilities, 1, generator=generator)
+
+
 def last_tokens(input_ids: Tensor, lengths: list[int]) -> Tensor:
     """Each row's last ``lengths[r]`` tokens, [B, max(lengths)], filled up on the right with its
     last one.
     """
     length = input_ids.shape[1]
     first = torch.tensor([[length - n] for n in lengths], device=input_ids.device)
-    return input_ids.gather(
-        1, (first + torch.arange(max(lengths), device=input_ids.device)).clamp(max=length - 1)
-    )
+    places = first + torch.arange(max(lengths), device=input_ids.device)
+    return input_ids.gather(1, places.clamp(max=length - 1))
 
 
 @torch.no_grad()
@@ -83,44 +100,47 @@ def generate(
     check_sampling(max_new_tokens, temperature, top_k, top_p)
     if input_ids.ndim != 2 or 0 in input_ids.shape:
         raise ValueError(
-            f"input_ids must be [batch, length] with at least one token a row, got {list(input_ids.shape)}"
+            "input_ids must be [batch, length] with at least one token a row, "
+            f"got {list(input_ids.shape)}"
         )
     batch, length = input_ids.shape
     if prompt_lengths is not None:
         check_lengths(prompt_lengths, [0] * batch, length, "prompt_lengths")
     if use_cache and (why := model.cache_refusal()):
         raise ValueError(f"use_cache must be False for this model: {why}")
-    lengths, cache = [*(prompt_lengths or [length] * batch)], None
+    lengths = list(prompt_lengths or [length] * batch)
+    cache = model.make_cache(batch) if use_cache else None
     training = model.training
     model.eval()
     try:
         for _ in range(max_new_tokens):
-            seen = [min(n, model.config.max_seq_len) for n in lengths]
-            if not use_cache or seen != lengths:
-                states = model.hidden(last_tokens(input_ids, seen))
-            elif cache is None:
-                cache = model.make_cache(batch)
-                states = model.hidden(
-                    last_tokens(input_ids, seen), cache=cache, lengths=prompt_lengths
-                )
-            else:
-                states, seen = model.hidden(input_ids[:, -1:], cache=cache), [1] * batch
-            last = states[
-                torch.arange(batch, device=states.device),
-                torch.tensor(seen, device=states.device) - 1,
-            ]
-            logits = F.linear(last, model.embed.weight).float()
-            if temperature == 0:
-                chosen = logits.argmax(-1, keepdim=True)
-            else:
-                # Relative to the largest logit: a tiny temperature sends the others to -inf and
-                # leaves that one at 0.
-                scaled = (logits - logits.amax(-1, keepdim=True)).double() / temperature
-                chosen = torch.multinomial(
-                    filter_logits(scaled, top_k, top_p).softmax(-1), 1, generator=generator
-                )
+            states = _last_states(model, input_ids, lengths, cache, prompt_lengths)
+            logits = F.linear(states, model.embed.weight).float()
+            chosen = choose(logits, temperature, top_k, top_p, generator)
             input_ids = torch.cat((input_ids, chosen), 1)
             lengths = [n + 1 for n in lengths]
     finally:
         model.train(training)
     return input_ids
+
+
+def _last_states(
+    model: LanguageModel,
+    input_ids: Tensor,
+    lengths: list[int],
+    cache: ModelCache | None,
+    prompt_lengths: list[int] | None,
+) -> Tensor:
+    """The states [B, D] of each row's last token, ``lengths[r]`` tokens ending in it; over the
+    cache as long as no row is longer than ``max_seq_len``.
+    """
+    seen = [min(n, model.config.max_seq_len) for n in lengths]
+    if cache is None or seen != lengths:
+        states = model.hidden(last_tokens(input_ids, seen))
+    elif not any(cache.lengths):
+        states = model.hidden(last_tokens(input_ids, seen), cache=cache, lengths=prompt_lengths)
+    else:
+        states = model.hidden(input_ids[:, -1:], cache=cache)
+        seen = [1] * len(seen)
+    rows = torch.arange(len(seen), device=states.device)
+    return states[rows, torch.tensor(seen, device=states.device) - 1]

@@ -1,4 +1,4 @@
-"""TODO sisa_model.models.health"""
+"""How SISA's layers stand on a batch: lambda, half-lives, the range of g, what is clamped."""
 
 import math
 from collections.abc import Callable
@@ -51,16 +51,15 @@ def visit_layers(
 
     In order; the number is the layer's among all of the model's.
     """
-    found = [
-        (n, m)
-        for n, layer in enumerate(model.layers)
-        for m in layer.modules()
-        if isinstance(m, SisaAttention)
-    ]
-    hooks = [
-        attn.register_forward_pre_hook(lambda m, args, n=n: visit(n, m, *args[:2]))
-        for n, attn in found
-    ]  # type: ignore[misc]
+    hooks = []
+    for number, layer in enumerate(model.layers):
+
+        def call(attn: Any, args: tuple[Any, ...], number: int = number) -> None:
+            x, context = args[:2]
+            visit(number, attn, x, context)
+
+        found = [module for module in layer.modules() if isinstance(module, SisaAttention)]
+        hooks += [attn.register_forward_pre_hook(call) for attn in found]
     try:
         if hooks:
             model.hidden(input_ids)
@@ -76,14 +75,21 @@ def health(model: Any, input_ids: Tensor) -> list[Health]:
     found: list[Health] = []
 
     def measure(layer: int, attn: SisaAttention, x: Tensor, context: Context) -> None:
-        log_decay = attn.operands(x)[5]
+        log_decay = attn.operands(x).log_decay
         g = log_decay.double().cumsum(1)
-        middle = (g[:, :1] + g[:, -1:]) / 2
-        clamped = (
-            ((g - middle).abs() > CLAMP).double().mean().item() if attn.mode == "clamped" else 0.0
+        clamped = 0.0
+        if attn.mode == "clamped":
+            middle = (g[:, :1] + g[:, -1:]) / 2
+            clamped = ((g - middle).abs() > CLAMP).double().mean().item()
+        found.append(
+            Health(
+                layer=layer,
+                lam=attn.lam().tolist(),
+                half_life=half_life(log_decay).tolist(),
+                g_range=(g[:, 0] - g[:, -1]).amax(0).tolist(),
+                clamped=clamped,
+            )
         )
-        lam, g_range = attn.lam().tolist(), (g[:, 0] - g[:, -1]).amax(0).tolist()
-        found.append(Health(layer, lam, half_life(log_decay).tolist(), g_range, clamped))
 
     visit_layers(model, input_ids, measure)
     return found

@@ -46,9 +46,11 @@ class HeadMix(nn.Module):
 
     def __init__(self, attention: Callable[[ModelConfig], nn.Module], config: ModelConfig):
         super().__init__()
-        self.attn, self.ssd = attention(config), Mamba2(config, expand=1)
-        for heads, name in ((self.attn, "W_O"), (self.ssd, "out_proj")):
-            setattr(heads, name, nn.Identity())  # one output matrix serves both
+        self.attn = attention(config)
+        self.ssd = Mamba2(config, expand=1)
+        # One output matrix serves both.
+        self.attn.W_O = nn.Identity()
+        self.ssd.out_proj = nn.Identity()  # type: ignore[assignment]
         self.norm = nn.RMSNorm(config.d_model, eps=1e-6)
         self.W_O = nn.Linear(config.d_model, config.d_model, bias=False)
 
@@ -60,8 +62,9 @@ class HeadMix(nn.Module):
         return HeadCaches(attn, ssd)
 
     def forward(self, x: Tensor, context: Context, cache: HeadCaches | None = None) -> Tensor:
-        attn, ssd = (None, None) if cache is None else (cache.attn, cache.ssd)
-        return self.W_O((self.norm(self.attn(x, context, attn)) + self.ssd(x, context, ssd)) / 2)
+        attn_cache, ssd_cache = (None, None) if cache is None else (cache.attn, cache.ssd)
+        attention = self.norm(self.attn(x, context, attn_cache))
+        return self.W_O((attention + self.ssd(x, context, ssd_cache)) / 2)
 
 
 def make_layer(
@@ -69,9 +72,7 @@ def make_layer(
 ) -> nn.Module:
     """The layer of a letter of ``config.layer_kinds``; ``attention`` makes the family's mixer."""
     if kind == "m":
-        return MambaBlock((Mamba3 if config.family == "mamba3" else Mamba2)(config), config.d_model)
-    return Layer(
-        attention(config) if kind == "a" else HeadMix(attention, config),
-        config.d_model,
-        config.d_ff,
-    )
+        mixer = Mamba3(config) if config.family == "mamba3" else Mamba2(config)
+        return MambaBlock(mixer, config.d_model)
+    heads = attention(config) if kind == "a" else HeadMix(attention, config)
+    return Layer(heads, config.d_model, config.d_ff)

@@ -1,4 +1,4 @@
-"""The language model: embedding, layers, tied output; and build(), which makes one from a preset."""
+"""The language model: embedding, layers, tied output; build() makes one from a preset."""
 
 from collections.abc import Callable
 from typing import Any
@@ -61,11 +61,7 @@ class LanguageModel(nn.Module):
         """Draw the initial values: std ``init_std`` for matrices and the embedding, and a family's
         own (paper, section 4).
         """
-        for module in self.modules():
-            if isinstance(module, (nn.Embedding, nn.Linear, PackedLinear)):
-                nn.init.normal_(module.weight, std=self.config.init_std)
-            elif isinstance(module, nn.RMSNorm):
-                nn.init.ones_(module.weight)
+        _draw_matrices(self, self.config.init_std)
         for module in self.modules():
             if isinstance(module, (SisaAttention, ForgettingAttention, MambaMixer)):
                 module.reset_parameters()
@@ -102,54 +98,65 @@ class LanguageModel(nn.Module):
         lengths: list[int] | None = None,
     ) -> Tensor:
         """The final normed states [B, L, D], before the output matrix."""
-        if (
-            input_ids.ndim != 2
-            or not len(input_ids)
-            or input_ids.dtype not in (torch.int64, torch.int32)
-        ):
+        self._check_tokens(input_ids, cu_seqlens, cache)
+        if cache is not None:
+            self._check_cache(input_ids, cu_seqlens, cache, lengths)
+            return self._hidden_over_cache(input_ids, cache, lengths)
+        if lengths is not None:
             raise ValueError(
-                f"input_ids must be int64 [batch >= 1, length], got {input_ids.dtype} {list(input_ids.shape)}"
+                "lengths needs a cache: without one, padding on the right changes no token "
+                "before it"
             )
-        length, config = input_ids.shape[1], self.config
-        check_documents(cu_seqlens, input_ids)
-        readable = (
-            input_ids.device.type == "cpu" and not torch.compiler.is_compiling()
-        )  # elsewhere reading values costs a wait
-        held = max(cache.lengths) if cache is not None else 0
-        longest = int(cu_seqlens.diff().max()) if cu_seqlens is not None and readable else length
-        if not 1 <= longest <= config.max_seq_len - held and (cu_seqlens is None or readable):
-            behind = f" behind {held} in the cache" if held else ""
-            raise ValueError(
-                f"input_ids must be 1 to {config.max_seq_len} (max_seq_len) tokens long, got {longest}{behind}"
-            )
-        if readable:
-            lo, hi = (int(x) for x in torch.aminmax(input_ids))
-            if lo < 0 or hi >= config.vocab_size:
-                raise ValueError(
-                    f"input_ids must lie in [0, {config.vocab_size}), got {lo} to {hi}"
-                )
-        if cache is None:
-            if lengths is not None:
-                raise ValueError(
-                    "lengths needs a cache: without one, padding on the right changes no token before it"
-                )
-            x = self.embed(input_ids)
-            context = Context(rotary_tables(length, config.head_dim, input_ids.device), cu_seqlens)
-            for layer in self.layers:
-                if self.checkpoint_layers and self.training:
-                    x = checkpoint(layer, x, context, use_reentrant=False)
-                else:
-                    x = layer(x, context)
-            return self.final_norm(x)
-        self._check_cache(input_ids, cu_seqlens, cache, lengths)
         x = self.embed(input_ids)
-        rotary = rotary_behind(cache.lengths, length, config.head_dim, x.device)
+        rotary = rotary_tables(input_ids.shape[1], self.config.head_dim, input_ids.device)
+        context = Context(rotary, cu_seqlens)
+        for layer in self.layers:
+            if self.checkpoint_layers and self.training:
+                x = checkpoint(layer, x, context, use_reentrant=False)
+            else:
+                x = layer(x, context)
+        return self.final_norm(x)
+
+    def _hidden_over_cache(
+        self, input_ids: Tensor, cache: ModelCache, lengths: list[int] | None
+    ) -> Tensor:
+        length = input_ids.shape[1]
+        x = self.embed(input_ids)
+        rotary = rotary_behind(cache.lengths, length, self.config.head_dim, x.device)
         for layer, held_by_layer in zip(self.layers, cache.layers):
             x = layer(x, Context(rotary, lengths=lengths), held_by_layer)
-        cache.lengths = [
-            n + new for n, new in zip(cache.lengths, lengths or [length] * len(cache.lengths))
-        ]
+        new = lengths or [length] * len(cache.lengths)
+        cache.lengths = [held + count for held, count in zip(cache.lengths, new)]
         return self.final_norm(x)
+
+    def _check_tokens(
+        self, input_ids: Tensor, cu_seqlens: Tensor | None, cache: ModelCache | None
+    ) -> None:
+        """Refuse ids of another shape or dtype, too many, or (on the CPU) unknown ones."""
+        integers = input_ids.dtype in (torch.int64, torch.int32)
+        if input_ids.ndim != 2 or not len(input_ids) or not integers:
+            raise ValueError(
+                "input_ids must be int64 [batch >= 1, length], "
+                f"got {input_ids.dtype} {list(input_ids.shape)}"
+            )
+        check_documents(cu_seqlens, input_ids)
+        # Elsewhere reading values costs a wait.
+        readable = input_ids.device.type == "cpu" and not torch.compiler.is_compiling()
+        limit = self.config.max_seq_len
+        vocab = self.config.vocab_size
+        held = max(cache.lengths) if cache is not None else 0
+        longest = input_ids.shape[1]
+        if cu_seqlens is not None and readable:
+            longest = int(cu_seqlens.diff().max())
+        if not 1 <= longest <= limit - held and (cu_seqlens is None or readable):
+            behind = f" behind {held} in the cache" if held else ""
+            raise ValueError(
+                f"input_ids must be 1 to {limit} (max_seq_len) tokens long, got {longest}{behind}"
+            )
+        if readable:
+            lowest, highest = (int(x) for x in torch.aminmax(input_ids))
+            if lowest < 0 or highest >= vocab:
+                raise ValueError(f"input_ids must lie in [0, {vocab}), got {lowest} to {highest}")
 
     def _check_cache(
         self,
@@ -168,7 +175,8 @@ class LanguageModel(nn.Module):
             )
         if len(cache.layers) != len(self.layers):
             raise ValueError(
-                f"cache must be one of this model's make_cache: it has {len(cache.layers)} layers, the model {len(self.layers)}"
+                f"cache must be one of this model's make_cache: it has {len(cache.layers)} layers, "
+                f"the model {len(self.layers)}"
             )
         if batch != len(cache.lengths):
             raise ValueError(
@@ -176,6 +184,19 @@ class LanguageModel(nn.Module):
             )
         if lengths is not None:
             check_lengths(lengths, cache.lengths, length)
+
+
+def _draw_matrices(module: nn.Module, std: float) -> None:
+    """Draw ``module``'s matrices and embeddings in the order of its modules; norms begin at 1."""
+    if isinstance(module, PackedLinear):
+        module.reset_parameters(std)
+        return
+    if isinstance(module, (nn.Embedding, nn.Linear)):
+        nn.init.normal_(module.weight, std=std)
+    elif isinstance(module, nn.RMSNorm):
+        nn.init.ones_(module.weight)
+    for child in module.children():
+        _draw_matrices(child, std)
 
 
 def build(preset: str, **overrides: Any) -> LanguageModel:

@@ -1,5 +1,6 @@
-"""Layers that every family shares. Shapes: B batch, L length, D d_model, H query heads, G key
-heads, E head width.
+"""Layers that every family shares.
+
+Shapes: B batch, L length, D d_model, H query heads, G key heads, E head width.
 """
 
 from typing import Any
@@ -20,19 +21,20 @@ class QKVAttention(nn.Module):
 
     def __init__(self, config: ModelConfig, **gates: int):
         super().__init__()
-        self.n_heads, self.head_dim = config.n_heads, config.head_dim
-        width_q, width_kv = config.d_model, config.n_kv_heads * config.head_dim
-        self.proj = PackedLinear(
-            config.d_model, {"W_Q": width_q, "W_K": width_kv, "W_V": width_kv, **gates}
-        )
-        self.W_O = nn.Linear(config.d_model, config.d_model, bias=False)
+        self.n_heads = config.n_heads
+        self.head_dim = config.head_dim
+        d = config.d_model
+        width_kv = config.n_kv_heads * config.head_dim
+        self.proj = PackedLinear(d, {"W_Q": d, "W_K": width_kv, "W_V": width_kv, **gates})
+        self.W_O = nn.Linear(d, d, bias=False)
 
     def operands(self, x: Tensor) -> tuple[Tensor, ...]:
         """q [B, L, H, E], k and v [B, L, G, E] and the gates [B, L, width] of the normed input x
         [B, L, D].
         """
         q, k, v, *gates = self.proj(x)
-        return *(part.unflatten(-1, (-1, self.head_dim)) for part in (q, k, v)), *gates
+        heads = (part.unflatten(-1, (-1, self.head_dim)) for part in (q, k, v))
+        return *heads, *gates
 
     def make_cache(self, batch: int) -> TokenCache:
         """An empty cache of ``batch`` sequences."""

@@ -1,10 +1,18 @@
-"""TODO sisa_model.models.linear"""
+"""The bias-free linear layers: rows on cache lines, several projections of one input in one
+product, and parameters that stay fp32.
+"""
+
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 ALIGNED = 16  # fp32 numbers in a cache line
+# Copying weights pays for many rows, or where they are so few that the calls count (measured: for
+# one row the copy of the 2.1 million of a 152M layer takes 4 times as long as its products).
+MANY_ROWS = 64
+FEW_WEIGHTS = 2**17
 
 
 def _matmul_aligned(a: Tensor, b: Tensor) -> Tensor:
@@ -26,9 +34,13 @@ class _AlignedLinear(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, dy):
         x, weight = ctx.saved_tensors
-        rows, drows = x.flatten(0, -2), dy.flatten(0, -2)
-        dx = _matmul_aligned(drows, weight).view(x.shape) if ctx.needs_input_grad[0] else None
-        return dx, _matmul_aligned(drows.t(), rows) if ctx.needs_input_grad[1] else None
+        dy = dy.flatten(0, -2)
+        dx = dweight = None
+        if ctx.needs_input_grad[0]:
+            dx = _matmul_aligned(dy, weight).view(x.shape)
+        if ctx.needs_input_grad[1]:
+            dweight = _matmul_aligned(dy.t(), x.flatten(0, -2))
+        return dx, dweight
 
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
@@ -53,71 +65,123 @@ class Linear(nn.Linear):
     place (LoRA, say) see its input.
     """
 
-    def __init__(self, d_in: int, d_out: int):
-        super().__init__(d_in, d_out, bias=False)
+    def __init__(self, d_in: int, d_out: int, device: torch.device | str | None = None):
+        super().__init__(d_in, d_out, bias=False, device=device)
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.bias is not None:  # given to it later
+            return super().forward(x)
         return linear(x, self.weight)
 
 
+class _CastAndPack(torch.autograd.Function):
+    """Matrices of one width below each other in another dtype: the one copy that a cast makes."""
+
+    @staticmethod
+    def forward(ctx, dtype, *weights):
+        ctx.heights = [len(weight) for weight in weights]
+        ctx.dtype = weights[0].dtype
+        packed = weights[0].new_empty(sum(ctx.heights), weights[0].shape[1], dtype=dtype)
+        torch._foreach_copy_(list(packed.split(ctx.heights)), list(weights))
+        return packed
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dpacked):
+        return None, *dpacked.to(ctx.dtype).split(ctx.heights)
+
+
+def pack(weights: list[Tensor], dtype: torch.dtype) -> Tensor:
+    """The ``weights`` [height, d_in], of one dtype, below each other in ``dtype``."""
+    if weights[0].dtype == dtype or torch.compiler.is_compiling():
+        return torch.cat(weights).to(dtype)  # a compiler makes one copy of both
+    return _CastAndPack.apply(dtype, *weights)
+
+
 class PackedLinear(nn.Module):
-    """Several bias-free projections of one input as one matrix product; the state dict holds each
-    matrix under its own name.
+    """Several bias-free projections of one input, each a :class:`Linear` under its own name.
+
+    ``forward(x [..., d_in])`` returns [..., width] of each, in their order: as long as all of them
+    are plain, by one product with their weights copied below each other, which under autocast is
+    the copy that the cast makes anyway. Once one has been replaced, hooked or parametrised, and
+    where the copy would cost more than it saves, each is called by itself.
 
     Args:
         d_in: input width.
-        sizes: name -> output width, in the order of the outputs.
-
-    ``forward(x [..., d_in])`` returns one view [..., width] a projection.
+        sizes: name -> output width.
+        device, dtype: of the weights; None: torch's defaults.
     """
 
-    def __init__(self, d_in: int, sizes: dict[str, int]):
+    def __init__(
+        self,
+        d_in: int,
+        sizes: dict[str, int],
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+    ):
         super().__init__()
         self.sizes = sizes
-        self.weight = nn.Parameter(torch.empty(sum(sizes.values()), d_in))
+        for name, width in sizes.items():
+            projection = Linear(d_in, width, device="meta")  # which draws nothing
+            empty = torch.empty(width, d_in, device=device, dtype=dtype)
+            projection.weight = nn.Parameter(empty)
+            self.add_module(name, projection)
+
+    @torch.no_grad()
+    def reset_parameters(self, std: float) -> None:
+        """Draw every weight from N(0, std^2), all in one draw, in their order."""
+        weights = [self.get_parameter(f"{name}.weight") for name in self.sizes]
+        heights = [len(weight) for weight in weights]
+        drawn = weights[0].new_empty(sum(heights), weights[0].shape[1]).normal_(std=std)
+        for weight, values in zip(weights, drawn.split(heights)):
+            weight.copy_(values)
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        return linear(x, self.weight).split(list(self.sizes.values()), -1)
+        children: list[Any] = [self._modules[name] for name in self.sizes]  # quicker than getattr
+        weights = plain_weights(children)
+        if not weights or not _packing_pays(x, weights):
+            return tuple(child(x) for child in children)
+        packed = pack(weights, _product_dtype(x, weights[0]))
+        return linear(x, packed).split([len(weight) for weight in weights], -1)
 
-    def matrices(self) -> dict[str, Tensor]:
-        """Views [width, d_in] of the packed weight by name."""
-        return dict(zip(self.sizes, self.weight.split(list(self.sizes.values()))))
 
-    def _save_to_state_dict(self, destination, prefix, keep_vars):
-        for name, matrix in self.matrices().items():
-            destination[f"{prefix}{name}.weight"] = matrix if keep_vars else matrix.detach()
+def plain_weights(modules: list[Any]) -> list[Tensor]:
+    """The weights of ``modules``; empty unless each is a Linear that its weight alone describes,
+    all in one dtype: not replaced, hooked, parametrised, sharded or quantised.
+    """
+    if not all(type(module) is Linear and not _is_changed(module) for module in modules):
+        return []
+    weights = [module._parameters.get("weight") for module in modules]
+    dtype = getattr(weights[0], "dtype", None)
+    plain = all(type(weight) is nn.Parameter and weight.dtype == dtype for weight in weights)
+    return weights if plain else []
 
-    def _load_from_state_dict(
-        self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-    ):
-        known = {f"{prefix}{name}.weight": matrix for name, matrix in self.matrices().items()}
-        fitting = {}
-        if strict:
-            unexpected_keys += [
-                key for key in state_dict if key.startswith(prefix) and key not in known
-            ]
-        for key, matrix in known.items():
-            given = state_dict.get(key)
-            if given is None:
-                missing_keys.append(key)
-            elif given.shape != matrix.shape:
-                error_msgs.append(
-                    f"size mismatch for {key}: {list(given.shape)} in the state dict, {list(matrix.shape)} in the model"
-                )
-            else:
-                fitting[key] = given
-        if local_metadata.get("assign_to_params_buffers", False) and fitting.keys() == known.keys():
-            self.weight = nn.Parameter(
-                torch.cat([*fitting.values()]).detach(), self.weight.requires_grad
-            )
-            return
-        for key, given in fitting.items():
-            if self.weight.is_meta and not given.is_meta:
-                error_msgs.append(
-                    f"{key} cannot be copied into a meta model; pass assign=True, or call to_empty before"
-                )
-            with torch.no_grad():
-                known[key].copy_(given)
+
+def _is_changed(module: nn.Module) -> bool:
+    """Whether a call of ``module`` does something else than its class says, or more."""
+    return bool(
+        module._parameters.get("bias") is not None
+        or module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in module.__dict__
+    )
+
+
+def _packing_pays(x: Tensor, weights: list[Tensor]) -> bool:
+    """Whether one product of x and a copy of ``weights`` takes less time than a product each."""
+    if torch.is_grad_enabled() or x.shape[:-1].numel() >= MANY_ROWS:
+        return True
+    return sum(weight.numel() for weight in weights) <= FEW_WEIGHTS
+
+
+def _product_dtype(x: Tensor, weight: Tensor) -> torch.dtype:
+    """What autocast, where it is on, casts ``weight`` to for its product with x; else its own."""
+    device = x.device.type
+    if weight.dtype == torch.float64 or device == "meta" or not torch.is_autocast_enabled(device):
+        return weight.dtype
+    return torch.get_autocast_dtype(device)
 
 
 class Fp32Parameters(nn.Module):

@@ -53,11 +53,11 @@ class StateCache:
         """Refuse tokens that the state cannot take."""
         if batch != self.batch:
             raise ValueError(f"x must have the cache's batch of {self.batch}, got {batch}")
-        if self.state and (dtype, device) != (
-            held := (self.state["h"].dtype, self.state["h"].device)
-        ):
+        held = self.state.get("h")
+        if held is not None and (held.dtype, held.device) != (dtype, device):
             raise ValueError(
-                f"x must give a state in {held[0]} on {held[1]} as in the cache, got {dtype} on {device}"
+                f"x must give a state in {held.dtype} on {held.device} as in the cache, "
+                f"got {dtype} on {device}"
             )
 
     def select(self, rows: list[int]) -> None:
@@ -76,11 +76,9 @@ class MambaMixer(Fp32Parameters):
 
     def __init__(self, config: ModelConfig, expand: int, **sizes: int):
         super().__init__()
-        self.d_inner, self.d_state, self.head_dim = (
-            expand * config.d_model,
-            config.mamba_state,
-            config.head_dim,
-        )
+        self.d_inner = expand * config.d_model
+        self.d_state = config.mamba_state
+        self.head_dim = config.head_dim
         self.n_heads = self.d_inner // self.head_dim
         self.sizes = sizes
         self.in_proj = Linear(config.d_model, sum(sizes.values()))
@@ -119,7 +117,8 @@ class MambaMixer(Fp32Parameters):
 
     def state(self, projected: Tensor, cache: StateCache | None) -> dict[str, Tensor]:
         """What the tokens before left in ``cache``, zeros where there were none."""
-        batch, dtype = len(projected), torch.promote_types(projected.dtype, torch.float32)
+        batch = len(projected)
+        dtype = torch.promote_types(projected.dtype, torch.float32)
         if cache is not None:
             cache.check(batch, dtype, projected.device)
             if cache.state:
@@ -136,10 +135,8 @@ class MambaMixer(Fp32Parameters):
         dt = F.softplus(wide(dt) + self.dt_bias)
         if lengths is None:
             return dt
-        real = (
-            torch.arange(dt.shape[1], device=dt.device)
-            < torch.tensor(lengths, device=dt.device)[:, None]
-        )
+        places = torch.arange(dt.shape[1], device=dt.device)
+        real = places < torch.tensor(lengths, device=dt.device)[:, None]
         return dt * real[..., None]
 
     def parts(self, projected: Tensor) -> tuple[Tensor, ...]:
@@ -161,7 +158,8 @@ class Mamba2(MambaMixer):
     fp32 = no_weight_decay = ("dt_bias", "A_log", "D")
 
     def __init__(self, config: ModelConfig, expand: int = 2):
-        E, N = expand * config.d_model, config.mamba_state
+        E = expand * config.d_model
+        N = config.mamba_state
         super().__init__(config, expand, z=E, xBC=E + 2 * N, dt=E // config.head_dim)
         channels = self.sizes["xBC"]
         self.state_sizes = {"xBC": (CONV - 1, channels), "h": (self.n_heads, N, self.head_dim)}
@@ -179,22 +177,24 @@ class Mamba2(MambaMixer):
         self, projected: Tensor, cache: StateCache | None = None, lengths: list[int] | None = None
     ) -> Tensor:
         z, xBC, dt = self.parts(projected)
-        dt, A = self.steps(dt, lengths), -self.A_log.exp()
+        dt = self.steps(dt, lengths)
+        A = -self.A_log.exp()
         kernels = kernels_for(projected) if cache is None else None
         state = self.state(projected, cache)
         xBC = xBC if kernels else wide(xBC)
         xBC = torch.cat((state["xBC"].to(xBC.dtype), xBC), 1)
         x, B, C = F.silu(self.convolve(xBC)).split([self.d_inner, self.d_state, self.d_state], -1)
-        x, B, C = self.heads(x), B[:, :, None], C[:, :, None]
+        x = self.heads(x)
+        B = B[:, :, None]
+        C = C[:, :, None]
         if kernels:
             y = kernels.mamba2(x, dt, A, B, C, chunk_size=256, D=self.D)
         else:
             y, h = ssd(x, dt, A, B, C, self.D, state["h"])
             if cache is not None:
                 cache.state = {"xBC": take(xBC, lengths or [x.shape[1]] * len(x), CONV - 1), "h": h}
-        return F.rms_norm(
-            wide(y).flatten(2) * F.silu(wide(z)), (self.d_inner,), wide(self.norm.weight), NORM_EPS
-        )
+        gated = wide(y).flatten(2) * F.silu(wide(z))
+        return F.rms_norm(gated, (self.d_inner,), wide(self.norm.weight), NORM_EPS)
 
     def convolve(self, x: Tensor) -> Tensor:
         """Each channel of x over 4 tokens, [B, 3 + L, channels] -> [B, L, channels]."""
@@ -215,7 +215,8 @@ class Mamba3(MambaMixer):
     no_weight_decay = ("dt_bias", "D")
 
     def __init__(self, config: ModelConfig, expand: int = 2):
-        E, N = expand * config.d_model, config.mamba_state
+        E = expand * config.d_model
+        N = config.mamba_state
         H = E // config.head_dim
         super().__init__(config, expand, z=E, x=E, B=N, C=N, dt=H, A=H, trap=H, angle=N // 4)
         self.state_sizes = {
@@ -239,13 +240,16 @@ class Mamba3(MambaMixer):
         self, projected: Tensor, cache: StateCache | None = None, lengths: list[int] | None = None
     ) -> Tensor:
         z, x, B, C, dt, A, trap, angle = self.parts(projected)
-        z, x = self.heads(z), self.heads(x)
-        dt, A = self.steps(dt, lengths), (-F.softplus(wide(A))).clamp(max=-A_FLOOR)
+        z = self.heads(z)
+        x = self.heads(x)
+        dt = self.steps(dt, lengths)
+        A = (-F.softplus(wide(A))).clamp(max=-A_FLOOR)
         B, C = (
             F.rms_norm(wide(t), (self.d_state,), wide(norm.weight), NORM_EPS)[:, :, None]
             for t, norm in ((B, self.B_norm), (C, self.C_norm))
         )
-        B_bias, C_bias = self.B_bias.squeeze(1), self.C_bias.squeeze(1)
+        B_bias = self.B_bias.squeeze(1)
+        C_bias = self.C_bias.squeeze(1)
         if cache is None and (
             kernels := kernels_for(projected, powers_of_two=(self.d_state, self.head_dim))
         ):
@@ -311,7 +315,8 @@ def siso(
     S], k (rotated) [B, H, N] and x [B, H, P]. Returns, too, the last h, and phase, k and x of every
     token."""
     lam = trap.sigmoid()
-    now, later = lam * dt, (1 - lam) * dt
+    now = lam * dt
+    later = (1 - lam) * dt
     # Token s enters the state twice: by its own step, and by the next token's, whose trapezoid
     # begins at s.
     weight = now + F.pad(later[:, 1:], (0, 0, 0, 1))
@@ -320,7 +325,9 @@ def siso(
     # Summed in fp64 and wrapped to one turn, so that the phase keeps its bits at any length.
     turns = (dt[..., None].double() * (math.pi * angle.tanh())[:, :, None]).cumsum(1)
     phase = (state["phase"][:, None] + turns).remainder(2 * math.pi)
-    width, cos, sin = 2 * angle.shape[-1], phase.to(x.dtype).cos(), phase.to(x.dtype).sin()
+    cos = phase.to(x.dtype).cos()
+    sin = phase.to(x.dtype).sin()
+    width = 2 * angle.shape[-1]  # of the channels that turn
     q, k = (torch.cat((rotate(t[..., :width], cos, sin), t[..., width:]), -1) for t in (q, k))
     y, h = decayed_scan(q, k, weight[..., None] * x, log_decay, h)
     return y + skip[..., None] * x, {"phase": phase, "h": h, "k": k, "x": x}

@@ -45,7 +45,10 @@ def kernels_for(x: Tensor, powers_of_two: tuple[int, ...] = ()) -> Kernels | Non
     elif x.dtype != torch.bfloat16:
         reason = f"the package's kernels round to bf16, and this layer computes in {x.dtype}"
     elif odd:
-        reason = f"the package's kernels take head and state widths that are powers of two from 16, and this layer has {odd[0]}"
+        reason = (
+            "the package's kernels take head and state widths that are powers of two from 16, "
+            f"and this layer has {odd[0]}"
+        )
     else:
         return found
     say_once(f"Mamba layers run in plain PyTorch on CUDA, slower: {reason}")

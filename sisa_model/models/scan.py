@@ -31,57 +31,73 @@ def decayed_scan(
         y [B, L, H, P] and h_{L-1} [B, H, N, P]. A token's own term in y is left to the caller,
         where Mamba-2 and Mamba-3 differ.
     """
-    B, L, H, P = v.shape
+    L, H = v.shape[1:3]
     G = q.shape[2]
-    R = H // G
     chunk = min(chunk, L)
-    count = -(-L // chunk)
-
-    def cut(x: Tensor) -> Tensor:
-        """[B, L, heads, channels] -> [B, count, heads, chunk, channels], the last chunk filled up
-        with zeros.
-        """
-        return (
-            F.pad(x, (0, 0, 0, 0, 0, count * chunk - L))
-            .unflatten(1, (count, chunk))
-            .transpose(2, 3)
-        )
-
-    q, k = cut(q), cut(k)
-    v = cut(v).unflatten(2, (G, R))
-    # The differences of the running sum are what counts: in fp64 they keep the bits that fp32 would
-    # lose far from the start.
-    g = (
-        cut(log_decay[..., None].double())
-        .flatten(3)
-        .transpose(1, 2)
-        .flatten(2)
-        .cumsum(2)
-        .view(B, G, R, count, chunk)
-        .movedim(3, 1)
-    )
+    q = _cut(q, chunk)  # [B, count, G, chunk, N]
+    k = _cut(k, chunk)
+    v = _cut(v, chunk).unflatten(2, (G, H // G))  # [B, count, G, R, chunk, P]
+    g = _running_sum(log_decay, chunk).unflatten(2, (G, H // G))  # [B, count, G, R, chunk]
     end = g[..., -1:]
-    before = F.pad(end[:, :-1], (0, 0, 0, 0, 0, 0, 1, 0))
+    within = _within_chunks(q, k, v, g)
+    carried, state = _across_chunks(q, k, v, g, end, state.unflatten(1, (G, H // G)))
+    y = (within + carried).flatten(2, 3)  # [B, count, H, chunk, P]
+    y = y.transpose(2, 3).flatten(1, 2)  # [B, count * chunk, H, P]
+    return y[:, :L], state.flatten(1, 2)
+
+
+def _cut(x: Tensor, chunk: int) -> Tensor:
+    """[B, L, heads, channels] -> [B, count, heads, chunk, channels], the last chunk filled up with
+    zeros.
+    """
+    missing = -x.shape[1] % chunk
+    whole = F.pad(x, (0, 0, 0, 0, 0, missing))
+    return whole.unflatten(1, (-1, chunk)).transpose(2, 3)
+
+
+def _running_sum(log_decay: Tensor, chunk: int) -> Tensor:
+    """The sum of log_decay [B, L, H] from the first token on, [B, count, H, chunk] fp64: its
+    differences are what counts, and fp32 would lose their bits far from the start.
+    """
+    chunks = _cut(log_decay[..., None].double(), chunk).squeeze(-1)  # [B, count, H, chunk]
+    tokens = chunks.transpose(1, 2).flatten(2)  # [B, H, count * chunk]
+    return tokens.cumsum(2).unflatten(2, (-1, chunk)).transpose(1, 2)
+
+
+def _within_chunks(q: Tensor, k: Tensor, v: Tensor, g: Tensor) -> Tensor:
+    """What each token reads of the earlier ones in its chunk, [B, count, G, R, chunk, P]."""
+    chunk = g.shape[-1]
+    past = torch.ones(chunk, chunk, dtype=torch.bool, device=v.device).tril(-1)
+    decay_between = g[..., :, None] - g[..., None, :]
+    weight = decay_between.masked_fill(~past, -torch.inf).to(v.dtype).exp()
+    scores = q @ k.transpose(-1, -2)  # [B, count, G, chunk, chunk]
+    return (scores[:, :, :, None] * weight) @ v
+
+
+def _across_chunks(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor, end: Tensor, state: Tensor
+) -> tuple[Tensor, Tensor]:
+    """What each token reads of the chunks before its own, [B, count, G, R, chunk, P], and the state
+    behind the last one; end is g at each chunk's end [..., 1], state [B, G, R, N, P].
+    """
+    R, P = state.shape[2], state.shape[4]
+    before = F.pad(end[:, :-1], (0, 0, 0, 0, 0, 0, 1, 0))  # that of the chunk before
 
     def decay(exponent: Tensor) -> Tensor:
         return exponent.to(v.dtype).exp()
 
-    past = torch.ones(chunk, chunk, dtype=torch.bool, device=v.device).tril(-1)
-    weight = decay((g[..., :, None] - g[..., None, :]).masked_fill(~past, -torch.inf))
-    scores = q @ k.transpose(-1, -2)
-    y = (scores[:, :, :, None] * weight) @ v
-
-    # The heads of a group side by side: one product with the group's keys, one with its queries.
+    # A group's heads side by side: one product with the group's keys, one with its queries.
     def beside(x: Tensor) -> Tensor:
         return x.transpose(-3, -2).flatten(-2)
 
     added = k.transpose(-1, -2) @ beside(v * decay(end - g)[..., None])
     carry = decay(end - before).repeat_interleave(P, -1).flatten(3)[..., None, :]
-    state, states = beside(state.unflatten(1, (G, R))), []
-    for c in range(count):
-        states.append(state)
-        state = state * carry[:, c] + added[:, c]
-    carried = (q @ torch.stack(states, 1)).unflatten(-1, (R, P)).transpose(3, 4)
-    y = y + carried * decay(g - before)[..., None]
-    state = state.unflatten(-1, (R, P)).transpose(2, 3).flatten(1, 2)
-    return y.flatten(2, 3).transpose(2, 3).flatten(1, 2)[:, :L], state
+    running = beside(state)  # [B, G, N, R * P]
+    states = []
+    for n in range(g.shape[1]):
+        states.append(running)
+        running = running * carry[:, n] + added[:, n]
+    read = q @ torch.stack(states, 1)  # [B, count, G, chunk, R * P]
+    read = read.unflatten(-1, (R, P)).transpose(3, 4)
+    last = running.unflatten(-1, (R, P)).transpose(2, 3)
+    return read * decay(g - before)[..., None], last

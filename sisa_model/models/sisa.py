@@ -1,4 +1,4 @@
-"""SISA's attention layer, its controls, and its health: lambda, half-life, range of g."""
+"""SISA's attention layer and its controls."""
 
 from typing import Any
 
@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import sisa_kernels as sk
+from sisa_kernels.inputs import SisaInputs
 from sisa_model.models.config import ModelConfig
 from sisa_model.models.context import Context, rotary_behind
 from sisa_model.models.linear import Fp32Parameters, PackedLinear
@@ -14,6 +15,8 @@ from sisa_model.models.linear import Fp32Parameters, PackedLinear
 LAMBDA_RAW_INIT = -1.0  # softplus(-1) = 0.3133
 DECAY_BIAS_INIT = -5.0  # a half-life of about 103 tokens
 THETA_INIT_STD = 0.01
+# The fields of ModelConfig that the layer by itself has.
+OWN_FIELDS = ("n_kv_heads", "init_std", "decay", "rotation", "lam", "mode", "backend")
 
 
 class SisaAttention(Fp32Parameters):
@@ -37,43 +40,35 @@ class SisaAttention(Fp32Parameters):
 
         These are n_kv_heads, init_std, decay, rotation, lam (not "zero"), mode and backend. Raises
         ValueError as ModelConfig does, and for fields of whole models."""
-        known = ("n_kv_heads", "init_std", "decay", "rotation", "lam", "mode", "backend")
-        if unknown := sorted(fields.keys() - set(known)):
+        if unknown := sorted(fields.keys() - set(OWN_FIELDS)):
             raise ValueError(
-                f"{unknown[0]} is not a field of the layer by itself, which has {', '.join(known)}"
+                f"{unknown[0]} is not a field of the layer by itself, which has "
+                f"{', '.join(OWN_FIELDS)}"
             )
         if fields.get("lam") == "zero":
             raise ValueError(
                 "lam must be per-head or shared, got 'zero', which leaves no importance term"
             )
-        model: dict[str, Any] = {
-            "n_layers": 1,
-            "vocab_size": 1,
-            "max_seq_len": 1,
-            "d_ff_transformer": 1,
-            "d_ff": 1,
-        }
-        config = ModelConfig(
-            family="sisa", d_model=d_model, n_heads=n_heads, d_state=d_state, **model, **fields
-        )
+        unused = ("n_layers", "vocab_size", "max_seq_len", "d_ff_transformer", "d_ff")
+        model: dict[str, Any] = {"family": "sisa", **dict.fromkeys(unused, 1)}
+        config = ModelConfig(d_model=d_model, n_heads=n_heads, d_state=d_state, **model, **fields)
         attn = cls(config)
-        for matrix in (attn.proj.weight, attn.W_O.weight):
-            nn.init.normal_(matrix, std=config.init_std)
+        attn.proj.reset_parameters(config.init_std)
+        nn.init.normal_(attn.W_O.weight, std=config.init_std)
         attn.reset_parameters()
         return attn
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        d, H, G, E, Ds = (
-            config.d_model,
-            config.n_heads,
-            config.n_kv_heads,
-            config.head_dim,
-            config.d_state,
-        )
-        self.n_heads, self.n_kv_heads, self.head_dim, self.d_state = H, G, E, Ds
-        self.mode, self.backend = config.mode, config.backend
-        self.decay, self.rotation = config.decay, config.rotation
+        d = config.d_model
+        self.n_heads = H = config.n_heads
+        self.n_kv_heads = G = config.n_kv_heads
+        self.head_dim = E = config.head_dim
+        self.d_state = Ds = config.d_state
+        self.mode = config.mode
+        self.backend = config.backend
+        self.decay = config.decay
+        self.rotation = config.rotation
         sizes = {"W_Q": H * E, "W_K": G * E, "W_V": G * E, "W_B": G * Ds, "W_C": H * Ds}
         if self.decay:
             sizes["W_alpha"] = G
@@ -82,9 +77,8 @@ class SisaAttention(Fp32Parameters):
             sizes["W_theta"] = G * Ds // 2
         self.proj = PackedLinear(d, sizes)
         self.W_O = nn.Linear(d, d, bias=False)
-        self.lambda_raw = nn.Parameter(
-            torch.empty(H if config.lam == "per-head" else 1, dtype=torch.float32)
-        )
+        lambdas = H if config.lam == "per-head" else 1
+        self.lambda_raw = nn.Parameter(torch.empty(lambdas, dtype=torch.float32))
 
     def reset_parameters(self) -> None:
         """SISA's own initial values; the matrices of every family are set by the model."""
@@ -92,35 +86,32 @@ class SisaAttention(Fp32Parameters):
         if self.decay:
             nn.init.constant_(self.decay_bias, DECAY_BIAS_INIT)
         if self.rotation:
-            nn.init.normal_(self.proj.matrices()["W_theta"].detach(), std=THETA_INIT_STD)
+            nn.init.normal_(self.proj.get_parameter("W_theta.weight"), std=THETA_INIT_STD)
 
     def lam(self) -> Tensor:
         """lambda of each head, [H] fp32, > 0."""
         return F.softplus(self.lambda_raw).expand(self.n_heads)
 
-    def operands(self, x: Tensor) -> tuple[Tensor, ...]:
-        """(q, k, v, b, c, log_decay, theta) of :func:`sisa_kernels.sisa_attention` from the normed
-        input x [B, L, D].
+    def operands(self, x: Tensor, context: Context | None = None) -> SisaInputs:
+        """What :func:`sisa_kernels.sisa_attention` attends with, of the normed input x [B, L, D];
+        RoPE's tables and the documents' bounds are those of ``context``.
         """
         parts = dict(zip(self.proj.sizes, self.proj(x)))
-        heads = {
-            "W_Q": self.head_dim,
-            "W_K": self.head_dim,
-            "W_V": self.head_dim,
-            "W_B": self.d_state,
-            "W_C": self.d_state,
-        }
-        q, k, v, b, c = (parts[name].unflatten(-1, (-1, width)) for name, width in heads.items())
-        shape = (*x.shape[:2], self.n_kv_heads)
+        q, k, v = (parts[name].unflatten(-1, (-1, self.head_dim)) for name in ("W_Q", "W_K", "W_V"))
+        b, c = (parts[name].unflatten(-1, (-1, self.d_state)) for name in ("W_B", "W_C"))
+        key_heads = (*x.shape[:2], self.n_kv_heads)
         if self.decay:
             log_decay = -F.softplus(parts["W_alpha"].float() + self.decay_bias.float())
         else:
-            log_decay = x.new_zeros(shape, dtype=torch.float32)
+            log_decay = x.new_zeros(key_heads, dtype=torch.float32)
         if self.rotation:
             theta = parts["W_theta"].float().unflatten(-1, (self.n_kv_heads, -1))
         else:
-            theta = x.new_zeros(*shape, self.d_state // 2, dtype=torch.float32)
-        return q, k, v, b, c, log_decay, theta
+            theta = x.new_zeros(*key_heads, self.d_state // 2, dtype=torch.float32)
+        inputs = SisaInputs(q, k, v, b, c, log_decay, theta, self.lam())
+        if context is None:
+            return inputs
+        return inputs._replace(rotary=context.rotary, cu_seqlens=context.cu_seqlens)
 
     def make_cache(self, batch: int) -> sk.SisaCache:
         """An empty cache of ``batch`` sequences; ValueError in mode "clamped"."""
@@ -135,35 +126,12 @@ class SisaAttention(Fp32Parameters):
     ) -> Tensor:
         held = cache.lengths if cache is not None else [0]
         context = context or Context(rotary_behind(held, x.shape[1], self.head_dim, x.device))
-        q, k, v, b, c, log_decay, theta = self.operands(x)
-        if cache is not None:
+        operands = self.operands(x, context)._asdict()
+        if cache is None:
+            y = sk.sisa_attention(**operands, mode=self.mode, backend=self.backend)
+        else:
+            del operands["cu_seqlens"]  # a cache's rows are one document each
             y = sk.sisa_decode(
-                q,
-                k,
-                v,
-                b,
-                c,
-                log_decay,
-                theta,
-                self.lam(),
-                cache,
-                rotary=context.rotary,
-                lengths=context.lengths,
-                backend=self.backend,
+                **operands, cache=cache, lengths=context.lengths, backend=self.backend
             )
-            return self.W_O(y.flatten(2))
-        y = sk.sisa_attention(
-            q,
-            k,
-            v,
-            b,
-            c,
-            log_decay,
-            theta,
-            self.lam(),
-            rotary=context.rotary,
-            mode=self.mode,
-            backend=self.backend,
-            cu_seqlens=context.cu_seqlens,
-        )
         return self.W_O(y.flatten(2))

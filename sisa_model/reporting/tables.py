@@ -1,4 +1,4 @@
-"""TODO sisa_model.reporting.tables"""
+"""Tables in Markdown, and what stands in their cells."""
 
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -21,8 +21,6 @@ def spread(
     maximum in brackets.
     """
     text = form.format(mean(values))
-    return (
-        text
-        if len(values) == 1
-        else f"{text} ({form.format(min(values))} to {form.format(max(values))})"
-    )
+    if len(values) == 1:
+        return text
+    return f"{text} ({form.format(min(values))} to {form.format(max(values))})"

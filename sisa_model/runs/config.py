@@ -1,49 +1,60 @@
-"""A training run's settings, its folder and its record: what every command that reads or makes runs
-shares.
-"""
+"""TrainConfig, what a training run may be told, and ResolvedConfig, all that it then goes by."""
 
+import ast
 import dataclasses
+import functools
+import inspect
+import itertools
 import math
-from dataclasses import dataclass
+import typing
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypedDict
 
+import tyro
+
+from sisa_kernels.inputs import Backend, Mode
 from sisa_model.data.corpus import find_tokenizer
-from sisa_model.data.synthetic import TASKS, find_task
-from sisa_model.models.presets import preset_config
-from sisa_model.runs.log import check_logs
+from sisa_model.data.synthetic import LENGTHS, TASKS, find_task
+from sisa_model.models.config import ModelConfig
+from sisa_model.models.presets import find_preset, preset_config
+from sisa_model.runs.log import LogTarget, check_logs
 
-# What the paper's presets train with (paper, section 4), and tiny's own: a few minutes on a laptop.
-_PAPER = {
-    "steps": 9536,
-    "batch_size": 256,
-    "micro_batch_size": 8,
-    "seq_len": 2048,
-    "lr": 6e-4,
-    "warmup_steps": 500,
-    "val_every": 1000,
-    "save_every": 500,
-}
-_TINY = {
-    "steps": 1000,
-    "batch_size": 16,
-    "micro_batch_size": 32,
-    "seq_len": 256,
-    "lr": 3e-3,
-    "warmup_steps": 40,
-    "val_every": 50,
-    "save_every": 200,
-}
-DEFAULTS: dict[str, dict[str, Any]] = {
-    "tiny": _TINY,
-    "50m": _PAPER,
-    "152m": _PAPER,
-    "369m": {**_PAPER, "lr": 3e-4},
-}
-PARALLELS = ("auto", "ddp", "fsdp")
-PRECISIONS = ("auto", "fp32", "bf16")
-DOCUMENTS = ("joined", "packed")
-T = TypeVar("T")
+Precision = Literal["auto", "fp32", "bf16"]
+Documents = Literal["joined", "packed"]
+Sharing = Literal["auto", "ddp", "fsdp"]
+RetrievalTask = Literal["needle", "recall"]
+
+
+def _field_docs(record: type) -> dict[str, str]:
+    """The docstrings under a dataclass's fields, by field."""
+    (definition,) = ast.parse(inspect.getsource(record)).body
+    assert isinstance(definition, ast.ClassDef)
+    found = {}
+    for item, below in itertools.pairwise(definition.body):
+        if isinstance(item, ast.AnnAssign) and isinstance(below, ast.Expr):
+            assert isinstance(item.target, ast.Name)
+            assert isinstance(below.value, ast.Constant)
+            found[item.target.id] = " ".join(str(below.value.value).split())
+    return found
+
+
+@functools.cache
+def _model_flags() -> dict[str, Any]:
+    """ModelConfig's fields as flags; the others are the preset's name, --mode and --backend."""
+    docs = _field_docs(ModelConfig)
+    hints = typing.get_type_hints(ModelConfig)
+    return {
+        name: Annotated[hints[name], tyro.conf.arg(help=doc, help_behavior_hint="(the preset's)")]
+        for name, doc in docs.items()
+        if name not in ("family", "mode", "backend")
+    }
+
+
+if TYPE_CHECKING:
+    ModelOverrides = dict[str, Any]
+else:
+    ModelOverrides = TypedDict("ModelOverrides", _model_flags(), total=False)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +65,8 @@ class TrainConfig:
 
     preset: str = "sisa-tiny-ds16"
     """Model to train; `sisa info` lists them."""
+    model: ModelOverrides = field(default_factory=dict)
+    """Fields of the preset's model to change."""
     data: tuple[Path, ...] = ()
     """Text files or folders (plain, .gz, .xz or .zst; lines of `<|endoftext|>` separate documents),
     or a folder of `sisa prepare`. Default: Python's standard library."""
@@ -90,22 +103,22 @@ class TrainConfig:
     """AdamW beta2."""
     clip: float = 1.0
     """Gradient norm above which gradients are scaled down to it."""
-    precision: str = "auto"
+    precision: Precision = "auto"
     """fp32, or bf16 autocast over fp32 weights; auto: bf16 on a GPU, fp32 on a CPU."""
-    mode: str = "exact"
+    mode: Mode = "exact"
     """SISA's numerics: exact, or clamped as its authors ran it."""
-    backend: str = "auto"
+    backend: Backend = "auto"
     """SISA's attention path; see `python -m sisa_kernels`."""
-    documents: str = "joined"
+    documents: Documents = "joined"
     """What a block sees across the ends of documents: everything (joined, the paper's), or each
     document only itself (packed).
     """
     task: str = "text"
     """What to train on: text, or one task alone, evaluated at 1, 2 and 4 times the length: parity,
     addition (modulo 5; addition-7 for another modulus), flipflop or recall."""
-    tasks: tuple[str, ...] = ()
-    """Retrieval tasks mixed into training on text and evaluated: needle, recall."""
-    log: tuple[str, ...] = ()
+    mix: tuple[RetrievalTask, ...] = ()
+    """Retrieval tasks mixed into training on text, and evaluated."""
+    log: tuple[LogTarget, ...] = ()
     """Where curves go beside the run folder's jsonl files: tensorboard (RUN/tensorboard), wandb
     (Weights & Biases).
     """
@@ -121,7 +134,7 @@ class TrainConfig:
     """Tokens of the sample of text written at the end; 0 for none."""
     device: str = "auto"
     """cpu, cuda, cuda:1 ...; auto: a GPU if there is one."""
-    parallel: str = "auto"
+    parallel: Sharing = "auto"
     """How the processes of torchrun share the work: ddp (a whole model each) or fsdp (a share of
     every layer each); auto: ddp.
     """
@@ -138,100 +151,130 @@ class TrainConfig:
     that moved give the new paths. A flag set otherwise is an error; one set to its default counts
     as left out."""
 
+    @property
+    def title(self) -> str:
+        """The model in words: its preset, and what departs from it."""
+        return ", ".join([self.preset, *(f"{name} {value}" for name, value in self.model.items())])
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResolvedConfig(TrainConfig):
+    """A run's settings with the preset's values and the tokenizer's file filled in, all checked.
+
+    :func:`resolve` makes it; run.json and run.toml hold it. Its paths to data are absolute."""
+
+    steps: int = field()
+    seq_len: int = field()
+    batch_size: int = field()
+    micro_batch_size: int = field()
+    lr: float = field()
+    warmup_steps: int = field()
+    val_every: int = field()
+    save_every: int = field()
+
+    @property
+    def last_step(self) -> int:
+        """The step that this launch ends at."""
+        return min(self.steps, self.stop_at or self.steps)
+
+    def model_config(self, tokens: int) -> ModelConfig:
+        """The model's configuration, with room for a tokenizer of ``tokens`` tokens and for the
+        longest sequence that is trained on or evaluated."""
+        known = preset_config(self.preset, **self.model)
+        longest = self.seq_len * (1 if self.task == "text" else max(LENGTHS))
+        room = {
+            "vocab_size": max(known.vocab_size, tokens),
+            "max_seq_len": max(known.max_seq_len, longest),
+        }
+        changes = {**self.model, **room, "mode": self.mode, "backend": self.backend}
+        return preset_config(self.preset, **changes)
+
 
 # All else would make it another run. LAUNCH is as each launch says; the others are as the run began
 # where a launch says nothing.
 LAUNCH = {"device", "parallel", "stop_at", "resume", "out"}
-RESUME_MAY_CHANGE = LAUNCH | {
-    "keep",
-    "activation_checkpointing",
-    "compile",
-    "log",
-    "micro_batch_size",
-}
-PATHS = {
-    "data",
-    "val_data",
-    "tokenizer",
-}  # may lead elsewhere: a run that goes on compares the tokens
+PERFORMANCE = {"keep", "activation_checkpointing", "compile", "log", "micro_batch_size"}
+RESUME_MAY_CHANGE = LAUNCH | PERFORMANCE
+# May lead elsewhere: a run that goes on compares the tokens.
+PATHS = {"data", "val_data", "tokenizer"}
 
 
-def _absolute(config: TrainConfig) -> TrainConfig:
-    """With absolute paths to the data, so that a run resumes from any working folder."""
-    data, val_data = (
-        tuple(path.absolute() for path in paths) for paths in (config.data, config.val_data)
-    )
-    tokenizer = None if config.tokenizer is None else config.tokenizer.absolute()
-    return dataclasses.replace(config, data=data, val_data=val_data, tokenizer=tokenizer)
-
-
-def resolve(config: TrainConfig) -> TrainConfig:
-    """Fill in the preset's values and check every field; ValueError names the first bad one."""
-    preset_config(config.preset, mode=config.mode, backend=config.backend)
-    config = _absolute(config)
-    config = dataclasses.replace(config, tokenizer=find_tokenizer(config.data, config.tokenizer))
-    defaults = dict(next(DEFAULTS[part] for part in config.preset.split("-") if part in DEFAULTS))
-    if config.steps is not None:
-        defaults["warmup_steps"] = min(defaults["warmup_steps"], config.steps // 10)
-    config = dataclasses.replace(
-        config, **{name: value for name, value in defaults.items() if getattr(config, name) is None}
+def with_absolute_paths(config: TrainConfig) -> TrainConfig:
+    """``config`` with absolute paths to the data, so that a run resumes from any working folder."""
+    return dataclasses.replace(
+        config,
+        data=tuple(path.absolute() for path in config.data),
+        val_data=tuple(path.absolute() for path in config.val_data),
+        tokenizer=None if config.tokenizer is None else config.tokenizer.absolute(),
     )
 
-    def require(field: str, ok: bool, allowed: str) -> None:
-        if not ok:
-            raise ValueError(f"{field} must be {allowed}, got {getattr(config, field)!r}")
 
-    for field in (
-        "steps",
-        "seq_len",
-        "batch_size",
-        "micro_batch_size",
-        "val_every",
-        "val_blocks",
-        "save_every",
-        "keep",
-    ):
-        require(field, getattr(config, field) >= 1, "at least 1")
-    for field in ("warmup_steps", "weight_decay", "lambda_lr_scale", "sample_tokens", "seed"):
-        require(field, getattr(config, field) >= 0, "at least 0")
-    for field in ("lr", "clip"):
-        require(field, 0 < getattr(config, field) < math.inf, "above 0 and finite")
-    for field in ("beta1", "beta2"):
-        require(field, 0 <= getattr(config, field) < 1, "in [0, 1)")
-    require("precision", config.precision in PRECISIONS, f"one of {', '.join(PRECISIONS)}")
-    require("documents", config.documents in DOCUMENTS, f"one of {', '.join(DOCUMENTS)}")
-    require("parallel", config.parallel in PARALLELS, f"one of {', '.join(PARALLELS)}")
-    require("stop_at", config.stop_at is None or config.stop_at >= 1, "at least 1")
-    for task in config.tasks:
-        require("tasks", task in TASKS, f"among {', '.join(TASKS)}")
-    require("tasks", len(set(config.tasks)) == len(config.tasks), "all different")
-    check_logs(config.log)
-    require("seed", config.seed < 2**63, "below 2 ** 63")
-    if config.tasks:
-        require(
-            "seq_len",
-            config.seq_len is not None and config.seq_len >= 64,
-            "at least 64 with retrieval tasks",
+def resolve(config: TrainConfig) -> ResolvedConfig:
+    """Fill in what ``config`` leaves open and check every field.
+
+    Raises ValueError naming the first bad field, FileNotFoundError for a tokenizer's file."""
+    if unknown := sorted(config.model.keys() - _model_flags().keys()):
+        raise ValueError(
+            f"model must hold fields among {', '.join(_model_flags())}, got {unknown[0]!r}"
         )
+    preset_config(config.preset, **config.model, mode=config.mode, backend=config.backend)
+    absolute = with_absolute_paths(config)
+    tokenizer = find_tokenizer(absolute.data, absolute.tokenizer)
+    training = _preset_training(config)
+    preset_values = {name: x for name, x in training.items() if getattr(config, name) is None}
+    settings = {item.name: getattr(absolute, item.name) for item in dataclasses.fields(TrainConfig)}
+    resolved = ResolvedConfig(**{**settings, **preset_values, "tokenizer": tokenizer})
+    _check_numbers(resolved)
+    _check_choices(resolved)
     if config.task != "text":
-        find_task(config.task)
-        require(
-            "seq_len", resolved(config.seq_len) >= 16, f"at least 16 for the task {config.task}"
-        )
-        for field in ("data", "val_data", "tokenizer", "tasks"):
-            require(
-                field,
-                not getattr(config, field),
-                f"left out with the task {config.task}, which is trained without text",
-            )
-        require(
-            "documents",
-            config.documents == "joined",
-            f"left at 'joined' with the task {config.task}, which has none",
-        )
-    return config
+        _check_task(resolved)
+    return resolved
 
 
-def resolved(value: T | None) -> T:
-    assert value is not None, "resolve() fills in the preset's values"
-    return value
+def _preset_training(config: TrainConfig) -> dict[str, Any]:
+    """What the preset trains with; a run that is too short for its warm-up warms up for a tenth."""
+    training = dataclasses.asdict(find_preset(config.preset).training)
+    if config.steps is not None:
+        training["warmup_steps"] = min(training["warmup_steps"], config.steps // 10)
+    return training
+
+
+def _require(config: TrainConfig, field: str, ok: bool, allowed: str) -> None:
+    if not ok:
+        raise ValueError(f"{field} must be {allowed}, got {getattr(config, field)!r}")
+
+
+def _check_numbers(config: ResolvedConfig) -> None:
+    counts = ("steps", "seq_len", "batch_size", "micro_batch_size", "val_every", "val_blocks")
+    for name in (*counts, "save_every", "keep"):
+        _require(config, name, getattr(config, name) >= 1, "at least 1")
+    for name in ("warmup_steps", "weight_decay", "lambda_lr_scale", "sample_tokens", "seed"):
+        _require(config, name, getattr(config, name) >= 0, "at least 0")
+    for name in ("lr", "clip"):
+        _require(config, name, 0 < getattr(config, name) < math.inf, "above 0 and finite")
+    for name in ("beta1", "beta2"):
+        _require(config, name, 0 <= getattr(config, name) < 1, "in [0, 1)")
+    _require(config, "stop_at", config.stop_at is None or config.stop_at >= 1, "at least 1")
+    _require(config, "seed", config.seed < 2**63, "below 2 ** 63")
+    if config.mix:
+        _require(config, "seq_len", config.seq_len >= 64, "at least 64 with retrieval tasks")
+
+
+def _check_choices(config: ResolvedConfig) -> None:
+    for name, choice in (("precision", Precision), ("documents", Documents), ("parallel", Sharing)):
+        allowed = typing.get_args(choice)
+        _require(config, name, getattr(config, name) in allowed, f"one of {', '.join(allowed)}")
+    _require(config, "mix", set(config.mix) <= TASKS.keys(), f"among {', '.join(TASKS)}")
+    _require(config, "mix", len(set(config.mix)) == len(config.mix), "all different")
+    check_logs(config.log)
+
+
+def _check_task(config: ResolvedConfig) -> None:
+    """Of a task that is trained alone, without text."""
+    find_task(config.task)
+    _require(config, "seq_len", config.seq_len >= 16, f"at least 16 for the task {config.task}")
+    for name in ("data", "val_data", "tokenizer", "mix"):
+        allowed = f"left out with the task {config.task}, which is trained without text"
+        _require(config, name, not getattr(config, name), allowed)
+    allowed = f"left at 'joined' with the task {config.task}, which has none"
+    _require(config, "documents", config.documents == "joined", allowed)

@@ -4,24 +4,25 @@ import contextlib
 import importlib.util
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
 
 from sisa_model.utils.files import write_text
 
-LOGS = ("tensorboard", "wandb")
+LogTarget = Literal["tensorboard", "wandb"]
 
 
-def check_logs(logs: tuple[str, ...]) -> None:
-    """ValueError for a log that is unknown, named twice or not installed (with what installs it)."""
+def check_logs(logs: Sequence[str]) -> None:
+    """ValueError for a log that is unknown, named twice or not installed, with what installs it."""
     for log in logs:
-        if log not in LOGS or logs.count(log) > 1:
+        allowed = get_args(LogTarget)
+        if log not in allowed or logs.count(log) > 1:
             raise ValueError(
-                f"log must be among {', '.join(LOGS)}, each at most once, got {' '.join(logs)}"
+                f"log must be among {', '.join(allowed)}, each at most once, got {' '.join(logs)}"
             )
         if importlib.util.find_spec(log) is None:
             raise ValueError(
@@ -89,6 +90,16 @@ class RunLog:
             self.tensorboard.close()
         if self.wandb is not None:
             self.wandb.finish()
+
+
+class NoLog:
+    """What processes other than the main one add rows to: nothing."""
+
+    def add(self, name: str, row: dict[str, Any]) -> None:
+        """Nothing."""
+
+    def close(self) -> None:
+        """Nothing."""
 
 
 def _scalars(row: dict[str, Any]) -> Iterator[tuple[str, float]]:

@@ -13,6 +13,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
@@ -27,6 +28,24 @@ from sisa_model.utils.files import write_json
 STATE = "state.json"
 
 
+def training_tensors(
+    parameters: Mapping[str, Tensor], optimizer: torch.optim.Optimizer
+) -> dict[str, Tensor]:
+    """All that steps change, by name: the ``parameters``, and AdamW's state of each, which is made
+    as the first step would make it.
+    """
+    found: dict[str, Tensor] = {}
+    for name, parameter in parameters.items():
+        state = optimizer.state[parameter]
+        if not state:
+            state["step"] = torch.zeros((), device=parameter.device)
+            for moment in ("exp_avg", "exp_avg_sq"):
+                state[moment] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
+        found[f"model.{name}"] = parameter.detach()
+        found |= {f"optimizer.{name}.{key}": value for key, value in state.items()}
+    return found
+
+
 class Checkpointer:
     """Saves and restores tensors by name under RUN/checkpoints/step-N, of which the ``keep`` newest
     stay.
@@ -36,7 +55,9 @@ class Checkpointer:
     kill at any moment leaves the checkpoints before it."""
 
     def __init__(self, run: Path, keep: int, world: World):
-        self.run, self.keep, self.world = run, keep, world
+        self.run = run
+        self.keep = keep
+        self.world = world
         # Of its own, as it is used from another thread.
         self.group = dist.new_group(backend="gloo") if world.size > 1 else None
         self._threads = ThreadPoolExecutor(1)
@@ -72,7 +93,8 @@ class Checkpointer:
         return self
 
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
-        with contextlib.suppress(OSError) if error is not None else contextlib.nullcontext():
+        # After an error, that one is what the caller hears of.
+        with contextlib.nullcontext() if error is None else contextlib.suppress(OSError):
             self.wait()
         self._threads.shutdown()
 
@@ -85,7 +107,8 @@ class Checkpointer:
         """Return when nothing is being saved. Raises OSError for a save that failed: a full disk,
         say.
         """
-        pending, self._pending = self._pending, None
+        pending = self._pending
+        self._pending = None
         if pending is not None:
             pending.result()
 
@@ -103,15 +126,17 @@ class Checkpointer:
                 files = {path.name: _checksum(path) for path in sorted(aside.iterdir())}
                 write_json(aside / STATE, {**state, "files": files})
                 os.replace(aside, final)
-                for old in checkpoints(self.run)[: -self.keep]:
-                    gone = old.with_name(
-                        f".{old.name}"
-                    )  # a checkpoint is never there in part, not even going
-                    old.rename(gone)
-                    shutil.rmtree(gone)
+                self._drop_old()
         except BaseException:
             shutil.rmtree(aside, ignore_errors=True)
             raise
+
+    def _drop_old(self) -> None:
+        """Remove all but the newest; one is never there in part, not even going."""
+        for old in checkpoints(self.run)[: -self.keep]:
+            gone = old.with_name(f".{old.name}")
+            old.rename(gone)
+            shutil.rmtree(gone)
 
     def restore(self, tensors: Mapping[str, Tensor]) -> dict[str, Any] | None:
         """Fill ``tensors`` from the newest whole checkpoint and return its state; None if there is
@@ -138,16 +163,20 @@ class Checkpointer:
                 damaged.append((folder, error))
                 continue
             for bad, reason in damaged:
-                aside = bad.with_name(f"damaged-{bad.name}")
-                shutil.rmtree(aside, ignore_errors=True)  # of the same step, damaged before
-                bad.rename(aside)
-                warnings.warn(
-                    f"{reason}; set aside as {aside.name}, and {folder.name} is taken", stacklevel=2
-                )
+                _set_aside(bad, reason, taken=folder)
             return folder, state
         if damaged:
-            raise damaged[0][1]
+            _, newest_reason = damaged[0]
+            raise newest_reason
         return None
+
+
+def _set_aside(damaged: Path, reason: ValueError, taken: Path) -> None:
+    """Give a damaged checkpoint another name, and warn of it and of the one ``taken`` instead."""
+    aside = damaged.with_name(f"damaged-{damaged.name}")
+    shutil.rmtree(aside, ignore_errors=True)  # of the same step, damaged before
+    damaged.rename(aside)
+    warnings.warn(f"{reason}; set aside as {aside.name}, and {taken.name} is taken", stacklevel=3)
 
 
 def _os_error(error: BaseException | None) -> OSError | None:

@@ -1,6 +1,4 @@
-"""The training loss: cross entropy of the tied output, by chunks of tokens, so that the [B, L, V]
-logits never exist whole.
-"""
+"""The training loss: cross entropy of the tied output, whose [B, L, V] logits never exist whole."""
 
 import contextlib
 import functools
@@ -26,7 +24,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     def forward(ctx, hidden, weight, targets, dtype):
         wanted = any(ctx.needs_input_grad)
         loss = hidden.new_zeros((), dtype=torch.float32)
-        dhidden, dweight = torch.empty_like(hidden), torch.zeros_like(weight, dtype=torch.float32)
+        dhidden = torch.empty_like(hidden)
+        dweight = torch.zeros_like(weight, dtype=torch.float32)
         matrix = weight.to(dtype)
         with torch.autocast(hidden.device.type, enabled=False):
             rows = max(1, CHUNK_LOGITS // weight.shape[0])
@@ -34,15 +33,18 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 hidden.split(rows), targets[:, None].split(rows), dhidden.split(rows)
             ):
                 h = h.to(dtype)
-                logp = F.log_softmax((h @ matrix.t()).float(), -1)
+                logits = (h @ matrix.t()).float()
+                logp = F.log_softmax(logits, -1)
                 loss -= logp.gather(1, y).sum()
-                if wanted:
-                    dlogits = logp.exp_().scatter_add_(1, y, logp.new_full(y.shape, -1.0)).to(dtype)
-                    dh.copy_(dlogits @ matrix)
-                    if dtype == torch.float32:
-                        dweight.addmm_(dlogits.t(), h)
-                    else:
-                        dweight += dlogits.t() @ h
+                if not wanted:
+                    continue
+                softmax = logp.exp_()
+                dlogits = softmax.scatter_add_(1, y, softmax.new_full(y.shape, -1.0)).to(dtype)
+                dh.copy_(dlogits @ matrix)
+                if dtype == torch.float32:
+                    dweight.addmm_(dlogits.t(), h)
+                else:
+                    dweight += dlogits.t() @ h
         if wanted:
             ctx.save_for_backward(dhidden, dweight)
             ctx.weight_dtype = weight.dtype
@@ -87,7 +89,8 @@ def _liger_is_here() -> bool:
     if importlib.util.find_spec("liger_kernel") is not None:
         return True
     warnings.warn(
-        "liger-kernel is not installed (pip install 'sisa[cuda]'): the loss runs in chunks of plain PyTorch",
+        "liger-kernel is not installed (pip install 'sisa[cuda]'): the loss runs in chunks of "
+        "plain PyTorch",
         stacklevel=3,
     )
     return False
@@ -116,7 +119,8 @@ class Objective(nn.Module):
 
     def __init__(self, model: LanguageModel, autocast: contextlib.AbstractContextManager):
         super().__init__()
-        self.model, self.autocast = model, autocast
+        self.model = model
+        self.autocast = autocast
 
     def forward(self, inputs: Tensor, targets: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
         with self.autocast:

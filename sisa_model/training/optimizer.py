@@ -7,25 +7,20 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from sisa_model.models.language_model import LanguageModel
-from sisa_model.runs.config import TrainConfig, resolved
+from sisa_model.runs.config import ResolvedConfig
 
 
-def learning_rate(step: int, config: TrainConfig) -> float:
-    """Learning rate of step 0, 1 ...: linear warm-up to the peak, then a cosine that would reach 0
-    at step ``steps``.
+def learning_rate(step: int, config: ResolvedConfig) -> float:
+    """Learning rate of ``step``, counted from 0: linear warm-up to the peak, then a cosine that
+    would reach 0 at step ``steps``.
     """
-    peak, steps, warmup_steps = (
-        resolved(config.lr),
-        resolved(config.steps),
-        resolved(config.warmup_steps),
-    )
-    if step < warmup_steps:
-        return peak * (step + 1) / warmup_steps
-    done = (step - warmup_steps) / max(1, steps - warmup_steps)
-    return peak * 0.5 * (1 + math.cos(math.pi * done))
+    if step < config.warmup_steps:
+        return config.lr * (step + 1) / config.warmup_steps
+    done = (step - config.warmup_steps) / max(1, config.steps - config.warmup_steps)
+    return config.lr * 0.5 * (1 + math.cos(math.pi * done))
 
 
-def make_optimizer(model: LanguageModel, config: TrainConfig) -> torch.optim.AdamW:
+def make_optimizer(model: LanguageModel, config: ResolvedConfig) -> torch.optim.AdamW:
     """AdamW with lambda_raw in a group of its own: a tenth of the learning rate and no decay
     (paper, section 4).
 

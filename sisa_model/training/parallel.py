@@ -1,6 +1,4 @@
-"""Many processes, launched by torchrun: what they agree on, and how they share a step's gradients
-(DDP, FSDP2).
-"""
+"""Processes launched by torchrun: what they agree on, how they share gradients (DDP, FSDP2)."""
 
 import contextlib
 import os
@@ -22,12 +20,13 @@ from torch.distributed.fsdp import (
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
+from sisa_model.models.language_model import LanguageModel
 from sisa_model.models.linear import Fp32Parameters
+from sisa_model.runs.config import Sharing
 from sisa_model.training.loss import Objective
 
-TIMEOUT = timedelta(
-    minutes=5
-)  # a process that dies closes its connections, which is seen at once; this is for one that hangs
+# For a process that hangs: one that dies closes its connections, which is seen at once.
+TIMEOUT = timedelta(minutes=5)
 T = TypeVar("T")
 
 
@@ -52,9 +51,7 @@ class World:
         return found.tolist()
 
     def from_main(self, function: Callable[[], T]) -> T:
-        """What ``function`` returns in the main process, in every process; or its exception, raised
-        in every process.
-        """
+        """In every process what ``function`` returns in the main one, or the error it raises."""
         if self.size == 1:
             return function()
         outcome: list[Any] = [None, None]
@@ -64,9 +61,10 @@ class World:
             except Exception as error:
                 outcome[1] = error
         dist.broadcast_object_list(outcome, device=torch.device("cpu"))
-        if outcome[1] is not None:
-            raise outcome[1]
-        return outcome[0]
+        result, raised = outcome
+        if raised is not None:
+            raise raised
+        return result
 
     def share(self, count: int) -> tuple[range, int]:
         """Which of ``count`` rows are this process's, and how many rows short of the largest share
@@ -82,13 +80,12 @@ def world() -> Iterator[World]:
     """The world that torchrun describes in the environment (gloo for CPU tensors, NCCL for CUDA's),
     or this process alone.
     """
-    size, rank, local_rank = (
-        int(os.environ.get(name, alone))
-        for name, alone in (("WORLD_SIZE", 1), ("RANK", 0), ("LOCAL_RANK", 0))
-    )
+    size = int(os.environ.get("WORLD_SIZE", 1))
     if size == 1:
         yield World()
         return
+    rank = int(os.environ.get("RANK", 0))
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
     begun = dist.is_initialized()
     if not begun:
         cuda = torch.cuda.is_available()
@@ -96,9 +93,8 @@ def world() -> Iterator[World]:
             torch.cuda.set_device(local_rank % torch.cuda.device_count())
         dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=TIMEOUT)
     yield World(rank, size, local_rank)
-    if (
-        not begun
-    ):  # after an error the others may be gone: exiting without a farewell is what ends them
+    # Not after an error: the others may be gone, and exiting without a farewell is what ends them.
+    if not begun:
         dist.destroy_process_group()
 
 
@@ -106,61 +102,69 @@ def replicated(model: nn.Module) -> list[nn.Parameter]:
     """What FSDP leaves whole and fp32: what a module declares so, and every vector but a norm's
     weight (biases of decays, say).
     """
-    declared = {
-        id(getattr(m, name))
-        for m in model.modules()
-        if isinstance(m, Fp32Parameters)
-        for name in m.fp32
-    }
-    norms = {id(m.weight) for m in model.modules() if isinstance(m, nn.RMSNorm)}
+    declared = set()
+    norms = set()
+    for module in model.modules():
+        if isinstance(module, Fp32Parameters):
+            declared |= {id(getattr(module, name)) for name in module.fp32}
+        if isinstance(module, nn.RMSNorm):
+            norms.add(id(module.weight))
     return [
-        p for p in model.parameters() if id(p) in declared or (p.ndim < 2 and id(p) not in norms)
+        parameter
+        for parameter in model.parameters()
+        if id(parameter) in declared or (parameter.ndim < 2 and id(parameter) not in norms)
     ]
+
+
+def _shard(model: LanguageModel, size: int, whole: list[nn.Parameter], bf16: bool) -> None:
+    """Let FSDP share ``model``, but for the parameters ``whole``, among ``size`` processes."""
+    dtypes: dict[str, Any] = {}
+    if bf16:
+        dtypes = {"param_dtype": torch.bfloat16, "reduce_dtype": torch.float32}
+    settings: dict[str, Any] = {
+        "mesh": init_device_mesh(model.embed.weight.device.type, (size,)),
+        "mp_policy": MixedPrecisionPolicy(cast_forward_inputs=False, **dtypes),
+        "ignored_params": set(whole),
+    }
+    for layer in model.layers:
+        fully_shard(layer, **settings)
+    # The embedding is used again by the loss, after hidden() has returned: the root stays gathered
+    # until the backward.
+    fully_shard(model, reshard_after_forward=False, **settings)
+    register_fsdp_forward_method(model, "hidden")
 
 
 class Parallel:
     """A model's objective on the processes of ``world``: "ddp" (whole copies), "fsdp" (sharded
-    layer by layer), "single".
+    layer by layer), or "single", which is what one process has.
 
     Args:
         objective: on its device, with the same weights in every process. FSDP shards its model in
             place.
-        kind: one of the three.
+        kind: ddp, fsdp, or auto: ddp.
         bf16: FSDP gathers weights in bf16 and reduces gradients in fp32; sharded weights stay fp32.
 
     ``parameters`` are the leaves that the optimizer steps, by name. FSDP neither shards nor casts
     those of :func:`replicated`."""
 
-    def __init__(self, objective: Objective, world: World, kind: str, bf16: bool):
-        self.objective, self.world, self.kind = objective, world, kind
+    def __init__(self, objective: Objective, world: World, kind: Sharing, bf16: bool):
+        self.objective = objective
+        self.world = world
+        self.kind = "single" if world.size == 1 else kind.replace("auto", "ddp")
         self._call: nn.Module = objective
         self._replicated: list[nn.Parameter] = []
-        model = objective.model
-        if kind == "ddp":
+        if self.kind == "ddp":
             self._call = DistributedDataParallel(objective, gradient_as_bucket_view=True)
-        elif kind == "fsdp":
-            self._replicated = replicated(model)
-            dtypes: dict[str, Any] = (
-                {"param_dtype": torch.bfloat16, "reduce_dtype": torch.float32} if bf16 else {}
-            )
-            settings: dict[str, Any] = {
-                "mesh": init_device_mesh(model.embed.weight.device.type, (world.size,)),
-                "mp_policy": MixedPrecisionPolicy(cast_forward_inputs=False, **dtypes),
-                "ignored_params": set(self._replicated),
-            }
-            for layer in model.layers:
-                fully_shard(layer, **settings)
-            # The embedding is used again by the loss, after hidden() has returned: the root stays
-            # gathered until the backward.
-            fully_shard(model, reshard_after_forward=False, **settings)
-            register_fsdp_forward_method(model, "hidden")
-        self.parameters = dict(model.named_parameters())
+        elif self.kind == "fsdp":
+            self._replicated = replicated(objective.model)
+            _shard(objective.model, world.size, self._replicated, bf16)
+        self.parameters = dict(objective.model.named_parameters())
 
     def backward(
         self, inputs: Tensor, targets: Tensor, cu_seqlens: Tensor | None, weight: float, last: bool
     ) -> Tensor:
         """Add the gradients of ``weight`` x this process's sum of losses, and return that sum;
-        shared when ``last`` is true.
+        the processes share what has been added when ``last`` is true.
         """
         model = self.objective.model
         if isinstance(model, FSDPModule):
@@ -168,29 +172,24 @@ class Parallel:
         quiet = isinstance(self._call, DistributedDataParallel) and not last
         with self._call.no_sync() if quiet else contextlib.nullcontext():  # type: ignore[operator]
             loss = self._call(inputs, targets, cu_seqlens)
-            (
-                loss * (weight * self.world.size)
-            ).backward()  # both average over processes; the sum is wanted
+            # Both average over processes, where the sum is wanted.
+            weighted = loss * (weight * self.world.size)
+            weighted.backward()
         return loss.detach()
 
     def clip(self, limit: float) -> float:
-        """Scale the step's gradients down to norm ``limit`` if theirs is larger; returns the norm
-        before.
-        """
+        """Scale the gradients down to norm ``limit`` if theirs is larger; their norm before."""
         if self.kind != "fsdp":
             return torch.nn.utils.clip_grad_norm_(self.parameters.values(), limit).item()
-        replicated = [p.grad for p in self._replicated if p.grad is not None]
-        for grad in replicated:
+        whole = [p.grad for p in self._replicated if p.grad is not None]
+        for grad in whole:
             dist.all_reduce(grad)
             grad /= self.world.size
-        shards = [
-            p.grad.to_local() for p in self.parameters.values() if isinstance(p.grad, DTensor)
-        ]
-        mine = torch.nn.utils.get_total_norm(shards).item() ** 2
-        norm = (
-            self.world.sum([mine])[0] + torch.nn.utils.get_total_norm(replicated).item() ** 2
-        ) ** 0.5
-        torch._foreach_mul_([*shards, *replicated], min(1.0, limit / (norm + 1e-6)))
+        grads = [p.grad for p in self.parameters.values()]
+        shards = [grad.to_local() for grad in grads if isinstance(grad, DTensor)]
+        (sharded,) = self.world.sum([torch.nn.utils.get_total_norm(shards).item() ** 2])
+        norm = (sharded + torch.nn.utils.get_total_norm(whole).item() ** 2) ** 0.5
+        torch._foreach_mul_([*shards, *whole], min(1.0, limit / (norm + 1e-6)))
         return norm
 
     def whole(self) -> dict[str, Tensor]:

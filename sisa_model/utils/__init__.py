@@ -1,1 +1,1 @@
-"""TODO"""
+"""Files written whole and the machine a command runs on; knows no model, no data and no run."""

@@ -29,9 +29,8 @@ def find_device(name: str, local_rank: int = 0) -> torch.device:
             f"device must be one this machine has, got {name!r}: {str(error).splitlines()[0]}"
         ) from error
     if device.type == "cuda":
-        torch.cuda.set_device(
-            device
-        )  # where Triton launches its kernels, wherever their tensors are
+        # Where Triton launches its kernels, wherever their tensors are.
+        torch.cuda.set_device(device)
     return device
 
 
@@ -44,7 +43,7 @@ def versions() -> dict[str, str]:
             subprocess.run, cwd=here, capture_output=True, text=True, check=True
         )
         top = git(["git", "rev-parse", "--show-toplevel"]).stdout.strip()
-        if Path(top) == here.parent:  # not somebody else's repository around site-packages
+        if Path(top) == here.parents[1]:  # not somebody else's repository around site-packages
             commit = git(["git", "describe", "--always", "--dirty", "--abbrev=12"]).stdout.strip()
     return {
         "sisa": sk.__version__,

@@ -1,10 +1,11 @@
-"""bench/gpu.py without a GPU, on the interpreter and a fake timer: its plan, the checks that gate
-it, its rows and its table.
+"""``python -m bench gpu`` without a GPU, on the interpreter and a fake timer: its plan, the checks
+that gate it, its rows and its table.
 """
 
 import csv
 import itertools
 import math
+import re
 import sys
 import time
 import warnings
@@ -23,6 +24,9 @@ from bench.cases import GROUPS, Setting, attention_case
 from bench.paths import ATTENTION, EXACT, failure
 from bench.rows import COLUMNS
 from bench.timing import Run, measure
+from sisa_kernels.triton.horizon import horizon_starts
+from sisa_kernels.triton.op import default_horizon
+from sisa_kernels.triton.prologue import prologue
 
 pytestmark = pytest.mark.skipif(
     torch.cuda.is_available(), reason="the GPU is measured by the command itself"
@@ -36,7 +40,7 @@ TINY = Setting(
     (16,),
     tokens=128,
     heads=1,
-    head_width=16,
+    head_dim=16,
     models=("transformer-tiny", "sisa-tiny-ds16"),
 )
 SHAPE = Shape(2, 64, 1, 16, 16, 16)
@@ -64,7 +68,7 @@ def run(tmp_path, monkeypatch):
 
 
 def case(path, passes="fwd+bwd", **options):
-    return attention_case("attention", path, SHAPE, "2x64x1 16+16/16", passes, TINY, **options)
+    return attention_case("attention", path, SHAPE, passes, TINY, **options)
 
 
 # ---- The command ---------------------------------------------------------------------------------
@@ -80,21 +84,12 @@ def test_dry_run_lists_every_section_path_and_bound(capsys):
     assert "setup.py build_ext --inplace" in sections["build"]
     assert "-m sisa_kernels" in sections["build"]
     files = [line.split()[-1] for line in sections["tests"].strip().splitlines()[1:]]
-    assert files == [
-        f"tests/test_{name}.py" for name in ("augment_cuda", "flash", "mamba", "triton_attention")
-    ]
-    for widths in (
-        "64/64",
-        "80/64",
-        "80/80",
-        "96/64",
-        "96/96",
-        "128/64",
-        "128/128",
-        "192/64",
-        "192/192",
-        "192/128",
-    ):
+    assert {file.rpartition("/")[2] for file in files} == {
+        f"test_{name}.py" for name in ("augment_cuda", "mamba", "one_call", "triton")
+    }
+    assert all((ROOT / file).is_file() for file in files)
+    augmented = "80/64 80/80 96/64 96/96 128/64 128/128 192/64 192/192 192/128"
+    for widths in ("64/64", *augmented.split()):
         assert f"16x2048x12 {widths} fwd+bwd: cudnn " in sections["stock"]
     for length, ds, passes in itertools.product(
         (1024, 2048, 4096, 8192, 16384, 32768), (16, 32, 64, 128), ("fwd", "fwd+bwd")
@@ -129,9 +124,7 @@ def test_options_change_what_is_done(capsys):
     assert {
         line.split()[0] for line in dry("--lengths", "512", "--tokens", "1024").splitlines()[2:]
     } == {"2x512x12"}
-    assert {line.split()[1] for line in dry("--state-widths", "32").splitlines()[2:]} == {
-        "64+32/64"
-    }
+    assert {line.split()[1] for line in dry("--d-states", "32").splitlines()[2:]} == {"64+32/64"}
     assert "at most 3 minutes" in dry("--minutes", "3")
     assert "bounds of the A100" in dry("--device", "A100")
     assert dry("--device", "A100") != default
@@ -154,17 +147,17 @@ def test_without_a_gpu_it_says_so(capsys, tmp_path):
 # ---- The checks ----------------------------------------------------------------------------------
 
 
-def wrong_value(x, rotary):
-    return 1.001 * paths.exact(x, rotary)
+def wrong_value(x):
+    return 1.001 * paths.exact(x)
 
 
-def wrong_gradient(x, rotary):
-    y = FLASH.call(x, rotary)
+def wrong_gradient(x):
+    y = FLASH.call(x)
     return y + 0.01 * (y - y.detach())
 
 
-def not_a_number(x, rotary):
-    return FLASH.call(x, rotary) * torch.where(x[0] > 9, 1.0, math.nan)
+def not_a_number(x):
+    return FLASH.call(x) * torch.where(x.q > 9, 1.0, math.nan)
 
 
 @pytest.mark.parametrize(
@@ -199,34 +192,26 @@ def test_the_check_reaches_past_the_horizon():
     """With no product before it: the horizon is a path through the kernels that must not go
     unchecked.
     """
-    x, rotary, _ = paths.problem(
-        Shape(1, 257, 2, 16, 16, 16), torch.float32, CPU, paths.CHECK_HALF_LIFE
-    )
-    q, k, _, b, c, log_decay, theta, lam = x
-    _, _, importance = paths.ta.prologue(q, k, b, c, log_decay, theta, lam, *rotary, False)
+    shape = Shape(1, 257, 2, 16, 16, 16)
+    x, _ = paths.problem(shape, torch.float32, CPU, paths.CHECK_HALF_LIFE)
+    _, _, importance = prologue(x.scores(), False)
     for dtype in (torch.bfloat16, torch.float32):
-        tolerance = paths.ta.default_horizon(dtype)
-        starts = paths.ta.horizon_starts(importance, SAFE.forward, tolerance)
+        tolerance = default_horizon(dtype)
+        starts = horizon_starts(importance, SAFE.forward, tolerance)
         assert starts.max() > 0
 
 
 def test_what_raises_becomes_a_row(run):
-    def late(x, rotary):
-        if x[0].shape[1] != paths.CHECK_LENGTH:
+    def late(x):
+        if x.q.shape[1] != paths.CHECK_LENGTH:
             raise RuntimeError("CUDA error: out of memory\nand a second line")
-        return FLASH.call(x, rotary)
+        return FLASH.call(x)
 
-    def never(x, rotary):
+    def never(x):
         raise ValueError("no such kernel")
 
-    measure(
-        run,
-        [
-            case(replace(FLASH, name="late", call=late)),
-            case(replace(FLASH, name="never", call=never)),
-            case(FLASH),
-        ],
-    )
+    broken = [replace(FLASH, name="late", call=late), replace(FLASH, name="never", call=never)]
+    measure(run, [case(path) for path in (*broken, FLASH)])
     rows = {row["path"]: row for row in run.rows("attention")}
     assert rows["late"]["status"] == "RuntimeError: CUDA error: out of memory"
     assert rows["never"]["status"] == "ValueError: no such kernel"
@@ -246,13 +231,12 @@ def test_a_refusal_of_sdpa_gives_its_reason():
 
     refused = RuntimeError("No available kernel. Aborting execution.")
     nothing_here = RuntimeError("No viable backend for scaled_dot_product_attention was found.")
-    told = [
+    lines = (
+        "Flash attention kernel not used because: (Triggered at z)",
         "CuDNN attention has been runtime disabled. (Triggered internally at x.cpp:1.)",
         "d_v must equal d_qk (Triggered at y)",
-    ]
-    told = [
-        Told(line) for line in ("Flash attention kernel not used because: (Triggered at z)", *told)
-    ]
+    )
+    told = [Told(line) for line in lines]
     assert paths.reason(refused, told) == "d_v must equal d_qk"
     assert paths.reason(nothing_here, told) == "d_v must equal d_qk"
     assert paths.reason(RuntimeError("another"), told) == "RuntimeError: another"
@@ -260,7 +244,9 @@ def test_a_refusal_of_sdpa_gives_its_reason():
 
 
 def test_a_path_whose_test_failed_is_not_timed(run):
-    test = "tests/test_triton_attention.py::test_exact_in_bf16_with_the_tiles_of_the_table[257-{}--5.0]"
+    test = (
+        "tests/kernels/test_triton.py::test_exact_in_bf16_with_the_tiles_of_the_table[257-{}--5.0]"
+    )
     proofs = {path.name: path.proofs for path in ATTENTION if path.name in ("sisa", "our plain")}
     gated = [case(replace(FLASH, name=name, proofs=tests)) for name, tests in proofs.items()]
 
@@ -280,12 +266,8 @@ def test_a_path_whose_test_failed_is_not_timed(run):
 
 
 def test_the_tests_that_gate_a_path_exist():
-    source = "".join(
-        (ROOT / "tests" / f"test_{name}.py").read_text() for name in ("flash", "triton_attention")
-    )
-    names = [
-        line.partition("(")[0][4:] for line in source.splitlines() if line.startswith("def test")
-    ]
+    source = "\n".join(path.read_text() for path in gpu.files_with_gpu_tests())
+    names = re.findall(r"^def (test\w+)", source, re.MULTILINE)
     for path in ATTENTION:
         for pattern in path.proofs.split("|") if path.proofs else []:
             assert any(pattern.partition(".*")[0] in name for name in names), pattern
@@ -333,10 +315,8 @@ def test_the_attention_section_end_to_end(run):
         for path in NAMES
         if path not in ("cudnn", "efficient")
     ]
-    assert {row["path"] for row in rows if row["status"] != "ok"} == {
-        "cudnn",
-        "efficient",
-    }  # the CPU has neither
+    refused = {row["path"] for row in rows if row["status"] != "ok"}
+    assert refused == {"cudnn", "efficient"}  # the CPU has neither
     assert {row["mode"] for row in rows if row["path"] == "flash"} == {"plain, RoPE eager"}
     row = next(row for row in rows if (row["path"], row["pass"]) == ("sisa", "fwd+bwd"))
     order = [(r["path"], r["pass"]) for r in rows if r["status"] == "ok"]
@@ -363,9 +343,8 @@ def test_the_attention_section_end_to_end(run):
 def test_the_other_sections(run, section, monkeypatch):
     monkeypatch.delitem(cases.AUGMENTATIONS, "compiled")  # Inductor takes half a minute
     groups = GROUPS[section](run.setting)
-    monkeypatch.setitem(
-        GROUPS, section, lambda _: groups[:1]
-    )  # the model's second group takes Inductor a minute
+    # The model's second group takes Inductor a minute.
+    monkeypatch.setitem(GROUPS, section, lambda _: groups[:1])
     gpu.run_section(section, run)
     rows = run.rows(section)
     assert {row["path"] for row in rows if row["status"] == "ok"} == {
@@ -379,13 +358,11 @@ def test_the_other_sections(run, section, monkeypatch):
 
 
 def test_a_wrong_prologue_is_not_timed(run, monkeypatch):
-    right = paths.ta.prologue
-
-    def wrong(q, *rest):
-        q, k, x = right(q, *rest)
+    def wrong(inputs, backward):
+        q, k, x = prologue(inputs, backward)
         return q, k, x._replace(g_hi=x.g_hi * (1 + 1e-5))
 
-    monkeypatch.setattr(paths.ta, "prologue", wrong)
+    monkeypatch.setattr(cases, "prologue", wrong)
     gpu.run_section("prologue", run)
     assert [row["status"][:20] for row in run.rows("prologue") if row["path"] == "compiled"] == [
         "wrong: g is off by 1"
@@ -422,9 +399,9 @@ def test_a_section_keeps_its_minutes(run, capsys):
 
 
 def test_what_a_path_warns_of_is_printed(run, capsys):
-    def loud(x, rotary):
+    def loud(x):
         warnings.warn("no tiles for this GPU: safe, slow ones run", stacklevel=2)
-        return FLASH.call(x, rotary)
+        return FLASH.call(x)
 
     measure(run, [case(replace(FLASH, call=loud))])
     assert run.rows("attention")[0]["status"] == "ok"
@@ -442,15 +419,18 @@ def test_rows_are_appended_under_one_header(run):
     assert [dict(zip(COLUMNS, line))["status"] for line in lines[1:]] == ["ok", "none, why"]
     assert [len(line) for line in lines] == [len(COLUMNS)] * 3
     assert [row["path"] for row in run.rows("stock", "9")] == []
-    with pytest.raises(ValueError, match="not in fieldnames"):
+    with pytest.raises(ValueError, match="speed"):
         run.add("stock", "flash", "ok", speed="1.0")
 
 
 def test_tests_are_recorded_one_by_one(run, tmp_path, monkeypatch):
     file = tmp_path / "test_of_the_recorder.py"
     file.write_text(
-        "import pytest\ndef test_bad():\n    assert 1 + 1 == 3\n@pytest.mark.skip(reason='no')\ndef test_left(): pass\n"
-        "@pytest.mark.slow\ndef test_slow(): pass\n@pytest.mark.gpu\ndef test_first(): pass\n"
+        "import pytest\n"
+        "def test_bad():\n    assert 1 + 1 == 3\n"
+        "@pytest.mark.skip(reason='no')\ndef test_left(): pass\n"
+        "@pytest.mark.slow\ndef test_slow(): pass\n"
+        "@pytest.mark.gpu\ndef test_first(): pass\n"
     )
     monkeypatch.setattr(gpu, "files_with_gpu_tests", lambda: [str(file)])
     monkeypatch.setenv("PYTHONPATH", "")
@@ -464,14 +444,9 @@ def test_tests_are_recorded_one_by_one(run, tmp_path, monkeypatch):
 
 
 def test_a_build_that_fails_says_so(run, monkeypatch, capsys):
-    monkeypatch.setattr(
-        gpu,
-        "BUILD",
-        {
-            "broken": ["-c", "raise SystemExit('no compiler')"],
-            "unusable": ["-c", "print('extension: not built')"],
-        },
-    )
+    broken = ["-c", "raise SystemExit('no compiler')"]
+    unusable = ["-c", "print('extension: not built')"]
+    monkeypatch.setattr(gpu, "BUILD", {"broken": broken, "unusable": unusable})
     gpu.run_section("build", run)
     assert [row["status"] for row in run.rows("build")] == [
         "failed: no compiler",
@@ -529,15 +504,8 @@ def test_the_table_of_a_full_run_stays_small():
     assert len(text) < gpu.TABLE_LIMIT
     assert "tests: 200 of 200 ok" in text
     assert "0.512 12.3 12" in text.splitlines()[-1]
-    assert (
-        len(
-            gpu.table(
-                rows
-                + [row | {"op": "build", "path": str(n), "status": "x" * 150} for n in range(99)]
-            )
-        )
-        < gpu.TABLE_LIMIT
-    )
+    reasons = [row | {"op": "build", "path": str(n), "status": "x" * 150} for n in range(99)]
+    assert len(gpu.table(rows + reasons)) < gpu.TABLE_LIMIT
 
 
 def test_what_a_row_records(monkeypatch):

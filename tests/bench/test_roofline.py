@@ -3,7 +3,6 @@ its errors.
 """
 
 import math
-import sys
 
 import pytest
 import torch
@@ -24,10 +23,10 @@ from bench.roofline import (
     main,
     stages,
 )
+from sisa_kernels.testing import problem
 from sisa_model.models.context import rotary_tables
-from tests.support import problem
 
-SHAPE = Shape(batch=2, length=1024, heads=12, head_width=64, state_width=16, value_width=64)
+SHAPE = Shape(batch=2, length=1024, heads=12, head_dim=64, d_state=16, value_dim=64)
 ROWS, SCORES = 2 * 1024 * 12, 2 * 12 * 1024 * 1025 // 2
 H200 = DEVICES["H200"]
 
@@ -42,13 +41,13 @@ def macs(path, shape=SHAPE, **options):
     }
 
 
-@pytest.mark.parametrize(("state_width", "total"), [(16, 512), (32, 576), (64, 704), (128, 960)])
-def test_macs_of_one_backward_kernel(state_width, total):
-    shape = Shape(1, 256, 2, 64, state_width, 64)
+@pytest.mark.parametrize(("d_state", "total"), [(16, 512), (32, 576), (64, 704), (128, 960)])
+def test_macs_of_one_backward_kernel(d_state, total):
+    shape = Shape(1, 256, 2, 64, d_state, 64)
     assert macs("plain", shape) == {"attention": 64 + 64, "dQ/dK/dV": 3 * 64 + 2 * 64}  # 448
     for path in ("augmented", "eager"):
         assert sum(macs(path, shape).values()) == total
-    assert sum(macs("padded", shape).values()) == 7 * (64 + state_width)
+    assert sum(macs("padded", shape).values()) == 7 * (64 + d_state)
 
 
 def test_macs_of_the_exact_kernels():
@@ -118,20 +117,20 @@ class Traffic(TorchDispatchMode):
         return result
 
 
-@pytest.mark.parametrize(("head_width", "state_width"), [(64, 16), (32, 64)])
-def test_eager_prologue_moves_what_the_chain_of_ops_moves(head_width, state_width):
+@pytest.mark.parametrize(("head_dim", "d_state"), [(64, 16), (32, 64)])
+def test_eager_prologue_moves_what_the_chain_of_ops_moves(head_dim, d_state):
     L, H = 32, 64
-    named, _ = problem(L=L, H=H, Dh=head_width, Ds=state_width, dtype=torch.bfloat16)
-    inputs = [x for name, x in named.items() if name != "v"]
-    grads = [torch.ones(1, L, H, head_width + state_width, dtype=torch.bfloat16) for _ in range(2)]
+    x, _ = problem(L=L, H=H, Dh=head_dim, Ds=d_state, dtype=torch.bfloat16)
+    x = x._replace(rotary=rotary_tables(L, head_dim, torch.device("cpu")))
+    inputs = x.scores().tensors()
+    grads = [torch.ones(1, L, H, head_dim + d_state, dtype=torch.bfloat16) for _ in range(2)]
     with Traffic() as forward:
-        results = eager_chain(*inputs, *rotary_tables(L, head_width, torch.device("cpu")))
+        results = eager_chain(x)
     with Traffic() as backward:
         torch.autograd.grad(results, inputs, grads)
-    first, *_, last = stages("eager", Shape(1, L, H, head_width, state_width, head_width))
-    assert first.bytes == pytest.approx(
-        forward.bytes, rel=0.01
-    )  # the rotary tables, which the model leaves out
+    first, *_, last = stages("eager", Shape(1, L, H, head_dim, d_state, head_dim))
+    # Within the rotary tables, which the model leaves out.
+    assert first.bytes == pytest.approx(forward.bytes, rel=0.01)
     assert last.bytes == pytest.approx(backward.bytes, rel=0.01)
 
 
@@ -175,15 +174,15 @@ def test_monotony():
     assert all(row == sorted(row, reverse=True) for row in shares)
     assert all(list(column) == sorted(column) for column in zip(*shares))
 
-    def exact(length=2048, state_width=16, device=H200, **options):
-        return bound_ms("exact", Shape(1, length, 12, 64, state_width, 64), device, **options)
+    def exact(length=2048, d_state=16, device=H200, **options):
+        return bound_ms("exact", Shape(1, length, 12, 64, d_state, 64), device, **options)
 
     assert (
         exact(horizon=0.0)
         < exact(horizon=500)
         < exact()
         < exact(tile=(128, 64))
-        < exact(state_width=32)
+        < exact(d_state=32)
     )
     assert exact(1024) < exact(2048) < exact(4096)
     assert exact(backward=False) < exact()
@@ -223,38 +222,32 @@ def test_bound_is_the_larger_of_both_terms_summed_over_stages():
 
 
 @pytest.mark.parametrize(
-    ("call", "message"),
+    ("call", "named"),
     [
         (lambda: Shape(1, 0, 12, 64, 16, 64), "length must be > 0, got 0"),
-        (lambda: Shape(1, 8, 12, 64, 15, 64), "state_width must be even"),
-        (lambda: Shape(1, 8, 12, 63, 16, 64), "head_width must be even"),
-        (lambda: Device(0, 4.8), "tflops must be > 0"),
-        (lambda: Device(989, math.nan), "terabytes must be > 0, got nan"),
-        (
-            lambda: stages("flash", SHAPE),
-            "path must be one of plain, augmented, padded, eager, exact, got 'flash'",
-        ),
+        (lambda: Shape(1, 8, 12, 64, 15, 64), "d_state must be even"),
+        (lambda: Shape(1, 8, 12, 63, 16, 64), "head_dim must be even"),
+        (lambda: Device(0, 4.8), "tflops"),
+        (lambda: Device(989, math.nan), "terabytes"),
+        (lambda: stages("flash", SHAPE), "path must be one of"),
         (lambda: stages("plain", SHAPE, horizon=100), "horizon must be inf on path plain"),
-        (lambda: stages("exact", SHAPE, horizon=-1), "horizon must be >= 0, got -1"),
-        (lambda: stages("exact", SHAPE, horizon=math.nan), "horizon must be >= 0, got nan"),
-        (lambda: stages("exact", SHAPE, tile=(0, 64)), "tile_queries must be > 0"),
-        (lambda: stages("padded", Shape(1, 8, 12, 64, 16, 96)), "value_width must be at most Dh"),
-        (lambda: horizon_tokens(16, 0), "half_life must be > 0"),
-        (lambda: horizon_tokens(16, 100, 0), "tolerance must be > 0"),
-        (lambda: horizon_tokens(16, 100, lam=-1), "lam must be > 0"),
+        (lambda: stages("exact", SHAPE, horizon=-1), "horizon must be >= 0"),
+        (lambda: stages("exact", SHAPE, horizon=math.nan), "horizon must be >= 0"),
+        (lambda: stages("exact", SHAPE, tile=(0, 64)), "tile_queries"),
+        (lambda: stages("padded", Shape(1, 8, 12, 64, 16, 96)), "value_dim must be at most Dh"),
+        (lambda: horizon_tokens(16, 0), "half_life"),
+        (lambda: horizon_tokens(16, 100, 0), "tolerance"),
+        (lambda: horizon_tokens(16, 100, lam=-1), "lam"),
     ],
 )
-def test_wrong_arguments_are_named(call, message):
-    with pytest.raises(ValueError, match=message.replace("(", r"\(")):
+def test_wrong_arguments_are_named(call, named):
+    with pytest.raises(ValueError, match=f"^{named}"):
         call()
 
 
-def test_command_line(monkeypatch, capsys):
+def test_command_line(capsys):
     def run(*arguments):
-        monkeypatch.setattr(
-            sys, "argv", ["roofline.py", "--tokens", "2048", "--state-widths", "16", *arguments]
-        )
-        main()
+        assert main(["--tokens", "2048", "--d-states", "16", *arguments]) == 0
 
     run("--lengths", "1024", "--half-life", "10")
     out = capsys.readouterr().out
@@ -267,7 +260,8 @@ def test_command_line(monkeypatch, capsys):
         forward, both = (
             1e-9 * sum(stage.flops for stage in part) for part in (kernels[:2], kernels)
         )
-        ms, plain = bound_ms(path, SHAPE, H200, **options), bound_ms("plain", SHAPE, H200)
+        ms = bound_ms(path, SHAPE, H200, **options)
+        plain = bound_ms("plain", SHAPE, H200)
         megabytes = 1e-6 * sum(stage.bytes for stage in kernels)
         assert cell.split() == [
             f"{forward:.0f}",

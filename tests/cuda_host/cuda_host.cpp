@@ -1,7 +1,7 @@
 // The augmentation's CUDA kernels for the host, as test_augment_cuda.py calls them.
 #include "cuda_shim.h"
 
-#include "../csrc/cuda/augment.cu"
+#include "../../csrc/cuda/augment.cu"
 
 namespace sisa::cuda {
 

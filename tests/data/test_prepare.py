@@ -10,6 +10,7 @@ import json
 import lzma
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -33,14 +34,15 @@ import sisa_model as sm
 import sisa_model.data.prepare as prepare_module
 from sisa_model.cli import main
 from sisa_model.data.blocks import IGNORE, Blocks, pack
-from sisa_model.data.corpus import open_data
+from sisa_model.data.corpus import find_tokenizer, open_data
 from sisa_model.data.prepare import PrepareConfig, prepare
 from sisa_model.data.shards import Shards
 from sisa_model.data.text import END_OF_TEXT
 from sisa_model.data.tokenizer import Encoder
 from sisa_model.runs.config import TrainConfig
 from sisa_model.runs.log import read_rows
-from sisa_model.training.trainer import fill_rows, train
+from sisa_model.training.batches import fill_rows
+from sisa_model.training.trainer import train
 from tests.support import ROOT
 
 COMMAND = [
@@ -225,21 +227,9 @@ def test_killed_and_run_again_it_gives_the_same_bytes(tmp_path):
     straight = settings(tmp_path / "data", tmp_path / "straight", shard_tokens=1)
     prepare(straight)
     out = tmp_path / "killed"
-    flags = [
-        "prepare",
-        str(tmp_path / "data"),
-        "--out",
-        str(out),
-        "--tokenizer",
-        "bytes",
-        "--held-out",
-        "0.1",
-        "--shard-tokens",
-        "1",
-    ]
-    process = subprocess.Popen(
-        [*COMMAND, *flags, "--workers", "2"], cwd=ROOT, stderr=subprocess.DEVNULL
-    )
+    options = shlex.split("--tokenizer bytes --held-out 0.1 --shard-tokens 1 --workers 2")
+    command = [*COMMAND, "prepare", str(tmp_path / "data"), "--out", str(out), *options]
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL)
     deadline = time.time() + 120
     while not (out / "shard-00003").exists() and time.time() < deadline:
         time.sleep(0.005)
@@ -281,7 +271,7 @@ def test_hidden_files_that_are_not_its_own_stay(tmp_path):
     assert (out / ".gitignore").read_text() == "*.bin"
 
 
-def test_held_out_documents_and_their_copies_are_never_trained_on(tmp_path, capsys):
+def test_held_out_documents_and_their_copies_are_never_trained_on(tmp_path, caplog):
     texts = [
         *TEXTS,
         *(f"{text}\n\n" for text in TEXTS[::2]),
@@ -306,10 +296,8 @@ def test_held_out_documents_and_their_copies_are_never_trained_on(tmp_path, caps
         == len(texts) - 2
     )
     prepare(settings(tmp_path / "a.jsonl", tmp_path / "out"))
-    assert (
-        f"out is finished already: {len(shards.train):,} training and {len(shards.val):,} held-out"
-        in capsys.readouterr().out
-    )
+    amounts = f"{len(shards.train):,} training and {len(shards.val):,} held-out"
+    assert f"out is finished already: {amounts}" in caplog.text
 
 
 def test_a_tokenizer_of_many_tokens_takes_four_bytes(tmp_path):
@@ -395,13 +383,11 @@ def test_damaged_cut_and_vanished_shards_are_named(folder):
     shards.verify()
 
     path.write_bytes(bytes([whole[0] ^ 1]) + whole[1:])
-    with pytest.raises(
-        ValueError, match=r"shard .*shard-00001/train.bin is damaged: its sha256 is"
-    ):
+    with pytest.raises(ValueError, match=r"shard-00001/train.bin is damaged: its sha256 is"):
         Shards(folder).verify()
     with pytest.raises(ValueError, match=r"shard-00001/train.bin is damaged"):
-        open_data((folder,), (), None, 64, 0)
-    assert open_data((folder,), (), None, 64, 0, verify=False).train.count == blocks.count
+        open_data((folder,), (), Encoder(None), 64, 0)
+    assert open_data((folder,), (), Encoder(None), 64, 0, verify=False).train.count == blocks.count
     found = []
     for rank in range(2):  # of two processes, each reads half
         with contextlib.suppress(ValueError):
@@ -411,10 +397,7 @@ def test_damaged_cut_and_vanished_shards_are_named(folder):
 
     path.write_bytes(whole[:-2])
     for read in (lambda: Shards(folder), lambda: blocks.take(everything)):
-        with pytest.raises(
-            ValueError,
-            match=rf"shard-00001/train.bin must be {len(whole):,} bytes, .* got {len(whole) - 2:,}",
-        ):
+        with pytest.raises(ValueError, match=r"shard-00001/train.bin must be .* bytes"):
             read()
     path.unlink()
     for read in (lambda: Shards(folder), lambda: blocks.take(everything)):
@@ -440,9 +423,7 @@ def test_damaged_indices_are_named(folder):
         with pytest.raises(ValueError, match=r"index.json is damaged or not of sisa prepare"):
             Shards(folder)
     index.write_text(json.dumps({**good, "version": 99}))
-    with pytest.raises(
-        ValueError, match=r"index.json must be of version 1 of the format, got version 99"
-    ):
+    with pytest.raises(ValueError, match=r"index.json must be of version 1"):
         Shards(folder)
     index.unlink()
     with pytest.raises(FileNotFoundError, match="is not a folder of sisa prepare"):
@@ -453,15 +434,10 @@ def test_a_damaged_shard_is_not_gone_on_from(folder, tmp_path):
     index = folder / "index.json"
     index.write_text(json.dumps({**json.loads(index.read_text()), "complete": False}))
     (folder / "shard-00001" / "train.bin").write_bytes(b"half")
-    with pytest.raises(
-        ValueError,
-        match=r"shard .*shard-00001/train.bin must be .* bytes, as its record says, got 4",
-    ):
+    with pytest.raises(ValueError, match=r"shard-00001/train.bin must be .* bytes, .* got 4"):
         prepare(settings(tmp_path / "a.jsonl", folder, shard_tokens=5000))
     (folder / "shard-00000" / "shard.json").write_text('{"version": 1}')
-    with pytest.raises(
-        ValueError, match=r"shard-00000/shard.json is damaged or not of sisa prepare"
-    ):
+    with pytest.raises(ValueError, match=r"shard-00000/shard.json is damaged"):
         prepare(settings(tmp_path / "a.jsonl", folder, shard_tokens=5000))
 
 
@@ -485,10 +461,10 @@ def test_other_options_for_a_folder_are_named(folder, tmp_path, tokenizer):
         prepare(settings(tmp_path / "a.jsonl", tmp_path / "mine"))
 
 
-def test_the_same_files_by_another_path_go_on(folder, tmp_path, monkeypatch, capsys):
+def test_the_same_files_by_another_path_go_on(folder, tmp_path, monkeypatch, caplog):
     monkeypatch.chdir(tmp_path)
     prepare(settings("a.jsonl", folder, shard_tokens=5000))
-    assert "is finished already" in capsys.readouterr().out
+    assert "is finished already" in caplog.text
 
 
 def test_bad_sources_and_tokenizers_are_named(tmp_path, monkeypatch):
@@ -509,75 +485,31 @@ def test_bad_sources_and_tokenizers_are_named(tmp_path, monkeypatch):
         str(tmp_path / "plain_end.json")
     )
 
-    cases = [
-        (
-            source,
-            {},
-            r"text_field must be a field of .*a.jsonl, line 1, which has id, content; got 'text'",
-        ),
-        (
-            tmp_path / "a.parquet",
-            {},
-            r"text_field must be a field of .*a.parquet, which has url, content; got 'text'",
-        ),
-        (
-            tmp_path / "bad.jsonl",
-            {},
-            r"bad.jsonl must hold a JSON object a line, but line 2 is not",
-        ),
-        (
-            tmp_path / "number.jsonl",
-            {},
-            r"text_field must hold text, but 'text' of .*number.jsonl, line 1 holds int",
-        ),
-        (tmp_path / "list.jsonl", {}, r"list.jsonl, line 1, which has no object but list"),
-        (tmp_path / "bad.parquet", {}, r"bad.parquet is not a parquet file, or is damaged"),
-        (tmp_path / "blank.txt", {}, r"sources must hold text, but there is none in .*blank.txt"),
-        (
-            tmp_path / "mixed",
-            {},
-            r"source .*mixed must hold files of one kind, got jsonl \(a.jsonl\), text \(blank.txt\)",
-        ),
-        (
-            tmp_path / "nowhere.txt",
-            {},
-            r"source .*nowhere.txt is neither a file or folder here nor a dataset's name",
-        ),
-        (source, {"sources": ()}, "sources must be at least one"),
-        (source, {"held_out": 0.0}, r"held_out must be in \(0, 1\), got 0.0"),
-        (source, {"shard_tokens": 0}, "shard_tokens must be at least 1"),
-        (source, {"workers": 0}, "workers must be at least 1"),
-        (
-            source,
-            {"subset": "en"},
-            "subset must be left out, as no source is a dataset of the Hub, got 'en'",
-        ),
-        (
-            source,
-            {"split": "test"},
-            "split must be left out, as no source is a dataset of the Hub, got 'test'",
-        ),
-        (
-            source,
-            {"text_field": "content", "held_out": 1e-9},
-            r"held_out 1e-09 puts 300 documents on the training side and 0",
-        ),
-        (
-            source,
-            {"tokenizer": str(tmp_path / "none.json")},
-            r"tokenizer .*none.json does not exist",
-        ),
-        (
-            source,
-            {"tokenizer": str(tmp_path / "no_end.json")},
-            r"must have a token <\|endoftext\|>",
-        ),
-        (
-            source,
-            {"tokenizer": str(tmp_path / "plain_end.json")},
-            r"must mark its token <\|endoftext\|> as special",
-        ),
+    unreadable = [
+        (source, r"text_field must be a field of .*a.jsonl, line 1, which has id, content"),
+        ("a.parquet", r"text_field must be a field of .*a.parquet, which has url, content"),
+        ("bad.jsonl", r"bad.jsonl must hold a JSON object a line, but line 2 is not"),
+        ("number.jsonl", r"text_field must hold text, .* of .*number.jsonl, line 1 holds int"),
+        ("list.jsonl", r"list.jsonl, line 1, which has no object but list"),
+        ("bad.parquet", r"bad.parquet is not a parquet file, or is damaged"),
+        ("blank.txt", r"sources must hold text, but there is none in .*blank.txt"),
+        ("mixed", r"source .*mixed must hold files of one kind"),
+        ("nowhere.txt", r"source .*nowhere.txt is neither a file or folder here nor"),
     ]
+    cases = [(tmp_path / name, {}, message) for name, message in unreadable]
+    refused = [
+        ({"sources": ()}, "sources must be at least one"),
+        ({"held_out": 0.0}, "held_out must be"),
+        ({"shard_tokens": 0}, "shard_tokens must be"),
+        ({"workers": 0}, "workers must be"),
+        ({"subset": "en"}, "subset must be left out"),
+        ({"split": "test"}, "split must be left out"),
+        ({"text_field": "content", "held_out": 1e-9}, "held_out 1e-09 puts 300 documents on"),
+        ({"tokenizer": str(tmp_path / "none.json")}, "tokenizer .*none.json does not exist"),
+        ({"tokenizer": str(tmp_path / "no_end.json")}, "must have a token"),
+        ({"tokenizer": str(tmp_path / "plain_end.json")}, "must mark its token .* as special"),
+    ]
+    cases += [(source, changes, message) for changes, message in refused]
     for number, (path, changes, message) in enumerate(cases):
         with pytest.raises((ValueError, FileNotFoundError), match=message):
             prepare(settings(path, tmp_path / f"out {number}", **changes))
@@ -636,25 +568,12 @@ def test_a_full_disk_keeps_the_finished_shards(
         real(folder, **kwargs)
 
     out = tmp_path / "out"
-    flags = [
-        "prepare",
-        source,
-        str(tmp_path / "a.jsonl"),
-        "--out",
-        str(out),
-        "--tokenizer",
-        "bytes",
-        "--held-out",
-        "0.1",
-    ]
-    flags += ["--shard-tokens", "5000", "--workers", "1"]
+    options = shlex.split("--tokenizer bytes --held-out 0.1 --shard-tokens 5000 --workers 1")
+    flags = ["prepare", source, str(tmp_path / "a.jsonl"), "--out", str(out), *options]
     with monkeypatch.context() as patched:
         patched.setattr(prepare_module, "_write_shard", full_disk)
         assert main(flags) == 1
-    assert (
-        "No space left on device; the 2 finished shards stay, and the same command goes on"
-        in capsys.readouterr().err
-    )
+    assert "No space left on device; the 2 finished shards stay" in capsys.readouterr().err
     assert sorted(path.name for path in out.iterdir()) == [
         "index.json",
         "shard-00000",
@@ -678,7 +597,7 @@ def test_a_killed_worker_is_an_error_that_says_how_to_go_on(tmp_path, monkeypatc
 
 
 def test_train_on_a_prepared_folder_resumes_and_generates(
-    tmp_path, tokenizer, small_batches, capsys
+    tmp_path, tokenizer, small_batches, capsys, caplog
 ):
     out = tmp_path / "data"
     prepare(
@@ -695,10 +614,10 @@ def test_train_on_a_prepared_folder_resumes_and_generates(
         "val_blocks": 4,
         "sample_tokens": 5,
     }
-    straight = train(TrainConfig(out=tmp_path / "a", tasks=("needle",), **run))
+    straight = train(TrainConfig(out=tmp_path / "a", mix=("needle",), **run))
     assert straight.finished
-    assert "held-out tokens of" in capsys.readouterr().out
-    train(TrainConfig(out=tmp_path / "b", tasks=("needle",), stop_at=2, **run))
+    assert "held-out tokens of" in caplog.text
+    train(TrainConfig(out=tmp_path / "b", mix=("needle",), stop_at=2, **run))
     out.rename(tmp_path / "moved")
     train(TrainConfig(out=tmp_path / "b", resume=True, data=(tmp_path / "moved",)))
     assert (
@@ -714,8 +633,7 @@ def test_train_on_a_prepared_folder_resumes_and_generates(
         main(["generate", str(tmp_path / "a"), "--max-new-tokens", "3", "--prompt", "lorem"]) == 0
     )
     assert (
-        open_data((out,), (), tokenizer, 64, 0).fingerprint
-        == open_data((out,), (), None, 64, 0).fingerprint
+        find_tokenizer((out,), tokenizer).read_bytes() == find_tokenizer((out,), None).read_bytes()
     )
 
     with pytest.raises(ValueError, match=r"val_data must be left out: .*data brings the documents"):
@@ -750,18 +668,7 @@ def test_a_shard_that_vanishes_in_mid_run_ends_it_by_name(tmp_path, folder, monk
         return real(self, ids)
 
     monkeypatch.setattr(Blocks, "take", take)
-    flags = [
-        "--steps",
-        "9",
-        "--seq-len",
-        "64",
-        "--batch-size",
-        "2",
-        "--val-blocks",
-        "2",
-        "--save-every",
-        "1",
-    ]
+    flags = shlex.split("--steps 9 --seq-len 64 --batch-size 2 --val-blocks 2 --save-every 1")
     assert main(["train", "--data", str(folder), "--out", str(tmp_path / "run"), *flags]) == 1
     assert re.search(r"sisa: error: shard .*shard-\d+/train.bin is gone", capsys.readouterr().err)
     assert [row["step"] for row in read_rows(tmp_path / "run" / "train.jsonl")] == [1, 2]

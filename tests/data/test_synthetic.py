@@ -196,16 +196,14 @@ def test_accuracy_counts_the_right_answers():
 SMALL = {"steps": 2, "seq_len": 16, "batch_size": 4, "val_every": 2}
 
 
-def test_compare_on_a_task_alone(tmp_path, capsys):
+def test_compare_on_a_task_alone(tmp_path, caplog):
     config = CompareConfig(task="addition-3", seeds=(0, 1), out=tmp_path / "compare", **SMALL)
     folder = compare(config)
     table, sisa, transformer = (folder / "table.md").read_text(), *config.presets
-    assert (
-        "| model | accuracy at 1 to 16 | accuracy at 17 to 32 | accuracy at 33 to 64 | first step with >= 95 % |"
-        in table
-    )
+    lengths = " | ".join(f"accuracy at {x}" for x in ("1 to 16", "17 to 32", "33 to 64"))
+    assert f"| model | {lengths} | first step with >= 95 % |" in table
     assert "| chance | 33.3 % | 33.3 % | 33.3 % | | |" in table
-    assert table in capsys.readouterr().out
+    assert table in caplog.text
     assert (folder / "compare.png").read_bytes().startswith(b"\x89PNG")
     results = json.loads((folder / "results.json").read_text())["val"]
     assert results[transformer][1] == read_rows(folder / f"{transformer}-seed1" / "val.jsonl")
@@ -221,7 +219,7 @@ def test_compare_on_a_task_alone(tmp_path, capsys):
 
 
 def test_a_task_alone_resumes_bit_for_bit_and_needs_no_text(tmp_path, monkeypatch):
-    monkeypatch.setattr("sisa_model.training.trainer.open_data", None)
+    monkeypatch.setattr("sisa_model.training.batches.open_data", None)
     settings = {"task": "recall", "preset": "transformer-tiny", **SMALL}
     train(TrainConfig(out=tmp_path / "a", **settings))
     train(TrainConfig(out=tmp_path / "b", stop_at=1, **settings))
@@ -236,13 +234,14 @@ def test_a_task_alone_resumes_bit_for_bit_and_needs_no_text(tmp_path, monkeypatc
         "final",
         "loss.png",
         "run.json",
+        "run.toml",
         "train.jsonl",
         "val.jsonl",
     ]
 
 
 def test_the_longest_exam_fits_the_model(tmp_path, monkeypatch):
-    monkeypatch.setattr("sisa_model.data.synthetic.TASK_EXAM", 2)
+    monkeypatch.setattr("sisa_model.training.batches.TASK_EXAM", 2)
     settings = {"steps": 1, "seq_len": 300, "batch_size": 1, "sample_tokens": 5}
     result = train(
         TrainConfig(task="parity", preset="transformer-tiny", out=tmp_path / "run", **settings)
@@ -276,7 +275,7 @@ def test_a_tiny_sisa_learns_the_flipflop(tmp_path):
     [
         (
             {"task": "chess"},
-            "task must be text, parity, addition, flipflop, recall, or addition-K with a modulus K from 2 to 16",
+            "task must be text, parity, addition, flipflop, recall, or addition-K with a modulus",
         ),
         ({"task": "addition-1"}, "got 'addition-1'"),
         ({"task": "addition-17"}, "got 'addition-17'"),

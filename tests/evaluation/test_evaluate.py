@@ -16,12 +16,20 @@ import torch
 import sisa_model as sm
 from sisa_model.cli import main
 from sisa_model.data.tokenizer import Encoder
-from sisa_model.evaluation.benchmarks import BENCHMARKS, PIQA_LABELS, paper_requests, read_benchmark
-from sisa_model.evaluation.evaluate import EvalConfig, evaluate
+from sisa_model.evaluation.benchmarks import (
+    BENCHMARKS,
+    PIQA_LABELS,
+    PaperBenchmark,
+    read_benchmark,
+)
+from sisa_model.evaluation.config import EvalConfig
+from sisa_model.evaluation.evaluate import evaluate
+from sisa_model.evaluation.records import add_rows
 from sisa_model.evaluation.scoring import Request, Scorer
-from sisa_model.evaluation.statistics import add_rows, interval
+from sisa_model.evaluation.statistics import interval
 from sisa_model.evaluation.subject import with_positions, without_importance
 from sisa_model.models.generate import generate
+from sisa_model.models.language_model import LanguageModel
 from sisa_model.runs.config import TrainConfig
 from sisa_model.runs.log import read_rows
 from sisa_model.training.trainer import train
@@ -162,13 +170,13 @@ def paper_answer(model, task, row):
 @pytest.fixture
 def forwards(monkeypatch):
     """The shapes of the forward passes that a test makes."""
-    shapes, hidden = [], sm.model.LanguageModel.hidden
+    shapes, hidden = [], LanguageModel.hidden
 
     def counted(self, input_ids, *args):
         shapes.append(tuple(input_ids.shape))
         return hidden(self, input_ids, *args)
 
-    monkeypatch.setattr(sm.model.LanguageModel, "hidden", counted)
+    monkeypatch.setattr(LanguageModel, "hidden", counted)
     return shapes
 
 
@@ -176,16 +184,14 @@ def forwards(monkeypatch):
 def test_paper_protocol_equals_one_at_a_time(task, model, data, run, forwards):
     rows = read_benchmark(task, data)
     (figure,) = evaluate(EvalConfig(run=run, tasks=(task,), protocol="paper", data_dir=data))[task]
-    examples = paper_requests(task, rows, Encoder(None))
+    requests = PaperBenchmark(task, rows, Encoder(None)).requests
     assert len(forwards) == 1, "the whole task fits into one batch"
-    assert forwards[0][0] == sum(map(len, examples))
-    scores = iter(Scorer(model, 700)([request for example in examples for request in example]))
+    assert forwards[0][0] == len(requests)
     expected = [paper_answer(model, task, row) for row in rows]
-    for (totals, _), example in zip(expected, examples):
-        for total, request in zip(totals, example, strict=True):
-            score = next(scores)
-            assert score.tokens == len(request.ids) - request.start
-            assert score.total == pytest.approx(total, abs=1e-5 * score.tokens)
+    totals = [total for found, _ in expected for total in found]
+    for score, request, total in zip(Scorer(model, 700)(requests), requests, totals, strict=True):
+        assert score.tokens == len(request.ids) - request.start
+        assert score.total == pytest.approx(total, abs=1e-5 * score.tokens)
     assert figure.right == "".join(str(int(right)) for _, right in expected)
     assert figure.value == figure.right.count("1") / len(rows)
     assert 0 < figure.value < 1, "both outcomes are met"
@@ -436,7 +442,7 @@ def test_harness_model_scores_texts_and_generates(model):
 
 @pytest.mark.slow
 def test_harness_task_that_generates_with_filters_and_a_metric_of_the_whole(
-    model, tmp_path, capsys
+    model, tmp_path, caplog
 ):
     pytest.importorskip("lm_eval")
     from lm_eval.tasks import TaskManager
@@ -481,7 +487,7 @@ def test_harness_task_that_generates_with_filters_and_a_metric_of_the_whole(
         "exact_match, whole": "10",
         "exact_match, initial": "00",
     }
-    assert "pets: bleu, whole" in capsys.readouterr().out
+    assert "pets: bleu, whole" in caplog.text
 
 
 @pytest.mark.slow  # the harness reads all its 14,000 tasks to know one by name
@@ -496,21 +502,16 @@ def test_a_task_the_harness_does_not_know_is_named(run, capsys):
     [
         (
             ["--tasks", "mmlu"],
-            "tasks must be among lambada, hellaswag, arc_easy, winogrande, niah, niah_long, needle_grid in",
+            "tasks must be among lambada, hellaswag, arc_easy, winogrande, niah,",
         ),
         (["--tasks", "piqa"], "in protocol paper, got 'piqa'"),
-        (
-            ["--tasks", "mmlu", "--protocol", "harness"],
-            "in protocol harness with local files, got 'mmlu'",
-        ),
+        (["--tasks", "mmlu", "--protocol", "harness"], "in protocol harness with local files"),
         (["--tasks", "niah,niah"], "tasks must name at least one task, each once, got 'niah,niah'"),
         (["--tasks", ","], "tasks must name at least one task"),
-        (["--protocol", "mine"], "protocol must be one of harness, paper, got 'mine'"),
-        (["--precision", "fp8"], "precision must be one of auto, fp32, bf16, got 'fp8'"),
         (["--limit", "0"], "limit must be at least 1, got 0"),
-        (["--batch-tokens", "0"], "batch_tokens must be at least 1, got 0"),
-        (["--device", "tpu9"], "device must be one this machine has, got 'tpu9'"),
-        (["--tokenizer", "bytes"], "tokenizer must be left out for a run folder"),
+        (["--batch-tokens", "0"], "batch_tokens must be"),
+        (["--device", "tpu9"], "device must be"),
+        (["--tokenizer", "bytes"], "tokenizer must be left out"),
         (
             ["--tasks", "lambada", "--max-seq-len", "20"],
             "positions, and the model has 20 (max_seq_len); --max-seq-len allows more",
@@ -524,25 +525,19 @@ def test_bad_settings_are_named_before_the_model_runs(run, data, flags, message,
     assert not (run / "eval").exists()
 
 
+@pytest.mark.parametrize("field", ["protocol", "precision"])
+def test_a_choice_that_there_is_not_is_named(field, run):
+    with pytest.raises(ValueError, match=f"{field} must be one of .*, got 'mine'"):
+        evaluate(EvalConfig(run=run, **{field: "mine"}))
+
+
 def test_longer_examples_need_max_seq_len(run, tmp_path, capsys):
     (tmp_path / "lambada_test.jsonl").write_text(
         json.dumps({"text": "a cat " * 200 + "sat"}) + "\n"
     )
-    flags = [
-        "eval",
-        str(run),
-        "--tasks",
-        "lambada",
-        "--protocol",
-        "paper",
-        "--data-dir",
-        str(tmp_path),
-    ]
+    flags = f"eval {run} --tasks lambada --protocol paper --data-dir {tmp_path}".split()
     assert main(flags) == 1
-    assert (
-        "lambada: sequence 0 takes 1202 positions, and the model has 1024 (max_seq_len)"
-        in capsys.readouterr().err
-    )
+    assert "sequence 0 takes 1202 positions, and the model has 1024" in capsys.readouterr().err
     assert main([*flags, "--max-seq-len", "2000"]) == 0
 
 
@@ -558,63 +553,34 @@ def test_every_checkpoint_of_a_run(run, data):
         last["lambada"][0].value == rows[40] == evaluate(EvalConfig(**settings))["lambada"][0].value
     )
     assert evaluate(EvalConfig(checkpoint="20", **settings))["lambada"][0].value == rows[20]
-    for wrong, allowed in (
-        ("30", "checkpoint must be newest, all or one of 20, 40, got 30"),
-        ("last", "or a step, got 'last'"),
-    ):
-        with pytest.raises(ValueError, match=allowed):
+    for wrong, allowed in (("30", "one of 20, 40, got 30"), ("last", "or a step, got 'last'")):
+        with pytest.raises(ValueError, match=f"checkpoint must be newest, all .*{allowed}"):
             evaluate(EvalConfig(checkpoint=wrong, **settings))
-    with pytest.raises(
-        ValueError, match="checkpoint must be left at newest for a folder of model weights"
-    ):
-        evaluate(
-            EvalConfig(**{**settings, "run": run / "final"}, tokenizer="bytes", checkpoint="20")
-        )
-    with pytest.raises(FileNotFoundError, match="final is not a run folder of sisa train"):
-        evaluate(
-            EvalConfig(**{**settings, "run": run / "final"}, tokenizer="bytes", checkpoint="all")
-        )
+    weights = {**settings, "run": run / "final", "tokenizer": "bytes"}
+    with pytest.raises(ValueError, match="checkpoint must be left at newest"):
+        evaluate(EvalConfig(checkpoint="20", **weights))
+    with pytest.raises(FileNotFoundError, match="final is not a run folder"):
+        evaluate(EvalConfig(checkpoint="all", **weights))
 
 
 def test_bad_folders_are_named(run, data, tmp_path, capsys):
     def fails(folder, *flags):
-        assert (
-            main(
-                [
-                    "eval",
-                    str(folder),
-                    "--tasks",
-                    "lambada",
-                    "--protocol",
-                    "paper",
-                    "--data-dir",
-                    str(data),
-                    *flags,
-                ]
-            )
-            == 1
-        )
+        settings = f"eval {folder} --tasks lambada --protocol paper --data-dir {data}".split()
+        assert main([*settings, *flags]) == 1
         return capsys.readouterr().err
 
-    assert (
-        f"run must be a run folder of sisa train or a folder of model weights, got {data}"
-        in fails(data)
-    )
-    assert "tokenizer must be given for a folder of model weights: a file, or bytes" in fails(
-        run / "final"
-    )
-    assert f"tokenizer {tmp_path / 'none'} does not exist" in fails(
-        run / "final", "--tokenizer", str(tmp_path / "none")
-    )
+    assert "run must be a run folder of sisa train or" in fails(data)
+    assert "tokenizer must be given" in fails(run / "final")
+    none = tmp_path / "none"
+    assert f"tokenizer {none} does not exist" in fails(run / "final", "--tokenizer", str(none))
     words = {f"w{i}": i for i in range(300)}
     from tokenizers import Tokenizer, models
 
     tokenizer = Tokenizer(models.WordLevel(words, "w0"))
     tokenizer.add_special_tokens(["<|endoftext|>"])
     tokenizer.save(str(tmp_path / "words.json"))
-    assert "it has 301 tokens, the model in" in fails(
-        run / "final", "--tokenizer", str(tmp_path / "words.json")
-    )
+    words = str(tmp_path / "words.json")
+    assert "tokenizer must be the model's" in fails(run / "final", "--tokenizer", words)
     torch.manual_seed(0)
     sm.save(sm.build("transformer-tiny"), tmp_path / "plain")
     assert "lam_zero needs a model with an importance term" in fails(

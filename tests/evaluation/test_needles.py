@@ -13,7 +13,7 @@ import sisa_model as sm
 from sisa_model.cli import main
 from sisa_model.data.text import END_OF_TEXT
 from sisa_model.data.tokenizer import Encoder
-from sisa_model.evaluation import needles as haystack
+from sisa_model.evaluation import needles
 from sisa_model.evaluation.benchmarks import encode
 from sisa_model.evaluation.needles import FILLER, NEEDLES, SEEDS, Haystack, grid_lengths
 from sisa_model.evaluation.scoring import Scorer
@@ -114,7 +114,7 @@ def test_a_score_is_the_argmax_after_the_question():
     assert [score.greedy for score in Scorer(model, 2000)(requests)] == [False] * 8 + [True] * 8
 
 
-@pytest.mark.parametrize("depth", haystack.GRID_DEPTHS)
+@pytest.mark.parametrize("depth", needles.GRID_DEPTHS)
 def test_the_grid_hides_five_digits_at_its_depth(encoder, depth):
     requests = Haystack(encoder).grid(700, depth, 42, 5)
     numbers = set()
@@ -153,10 +153,10 @@ def run(tmp_path_factory):
 
 
 def test_the_command_finds_needles_past_the_positions_and_draws(run, monkeypatch, capsys):
-    monkeypatch.setattr(haystack, "TRIALS", 2)
-    monkeypatch.setattr(haystack, "GRID_TRIALS", 1)
-    monkeypatch.setattr(haystack, "GRID_DEPTHS", (0.0, 0.5, 1.0))
-    monkeypatch.setattr(haystack, "LONG_LENGTHS", (256, 1100))
+    monkeypatch.setattr(needles, "TRIALS", 2)
+    monkeypatch.setattr(needles, "GRID_TRIALS", 1)
+    monkeypatch.setattr(needles, "GRID_DEPTHS", (0.0, 0.5, 1.0))
+    monkeypatch.setattr(needles, "LONG_LENGTHS", (256, 1100))
     assert main(["eval", str(run), "--tasks", "niah,niah_long,needle_grid"]) == 0
     out = capsys.readouterr().out
     assert "niah_long: raises the model's 1024 positions (max_seq_len) to the 1100 it needs" in out
@@ -215,7 +215,7 @@ def test_the_grid_is_put_together_by_depth_length_and_seed(run, monkeypatch):
     """Needles found by a stand-in for the scores: those in the last half of a text of at most 640
     tokens, for the first seed.
     """
-    monkeypatch.setattr(haystack, "GRID_DEPTHS", (0.0, 0.25, 0.75, 1.0))
+    monkeypatch.setattr(needles, "GRID_DEPTHS", (0.0, 0.25, 0.75, 1.0))
     asked = []
     make = Haystack.grid
 

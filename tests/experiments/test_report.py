@@ -7,7 +7,7 @@ import pytest
 from sisa_model.cli import main
 from sisa_model.experiments import published as paper
 from sisa_model.experiments.report import TITLES, collect, tables
-from tests.support import run_folder
+from tests.support.runs import run_folder
 
 
 def run_of(path, preset, evals=(), step=9536, rate=10.0, val=None, **settings):
@@ -33,7 +33,7 @@ def found_tables(*folders):
 
 @pytest.fixture
 def study(tmp_path):
-    """Two seeds of one model, a Transformer, a frozen lambda, an unfinished run, and a tiny model."""
+    """Two seeds of one model, a Transformer, a frozen lambda, an unfinished run, a tiny model."""
     return [
         run_of(
             tmp_path / "plain",
@@ -142,9 +142,7 @@ def test_what_only_the_harness_measured_is_said_with_the_command(study, tmp_path
     )
     assert main(["report", str(theirs), *map(str, study), "--out", str(tmp_path / "out")]) == 0
     last = capsys.readouterr().out.splitlines()[-1]
-    assert last.startswith(
-        "only protocol harness: theirs; the paper's tables take protocol paper: sisa eval RUN --protocol paper"
-    )
+    assert last.startswith("only protocol harness: theirs; the paper's tables take protocol paper")
     assert main(["report", *map(str, study), "--out", str(tmp_path / "out")]) == 0
     assert "only protocol harness" not in capsys.readouterr().out
 

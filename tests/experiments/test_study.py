@@ -5,6 +5,7 @@ sisa plot: runs side by side.
 import dataclasses
 import json
 import math
+import shlex
 
 import numpy as np
 import pytest
@@ -16,42 +17,20 @@ from sisa_model.experiments import plot_runs, study
 from sisa_model.experiments import published as paper
 from sisa_model.experiments.study import PAPER, StudyConfig, run_study
 from sisa_model.models.presets import preset_config
-from sisa_model.reporting import figures as plot
+from sisa_model.reporting import figures
 from sisa_model.runs.log import read_rows
-from sisa_model.training import trainer as train
-from tests.support import run_folder
+from sisa_model.training.step import Stepper
+from tests.support.runs import run_folder
 
-SMALL = [
-    "--steps",
-    "4",
-    "--seq-len",
-    "32",
-    "--batch-size",
-    "2",
-    "--val-every",
-    "2",
-    "--val-blocks",
-    "2",
-    "--save-every",
-    "2",
-]
+SMALL = shlex.split(
+    "--steps 4 --seq-len 32 --batch-size 2 --val-every 2 --val-blocks 2 --save-every 2"
+)
 BACKEND = ["--sample-tokens", "0", "--backend", "reference"]  # which a Transformer would reject
 
 
 def flags(text, out, *more):
-    return [
-        "study",
-        "paper",
-        "--scale",
-        "tiny",
-        "--data",
-        str(text),
-        "--out",
-        str(out),
-        *SMALL,
-        *BACKEND,
-        *more,
-    ]
+    places = ["--data", str(text), "--out", str(out)]
+    return ["study", "paper", "--scale", "tiny", *places, *SMALL, *BACKEND, *more]
 
 
 def test_the_paper_at_152m():
@@ -83,9 +62,9 @@ def test_the_paper_at_152m():
 @pytest.mark.parametrize("scale", PAPER)
 def test_every_run_has_the_papers_settings(scale):
     for run in PAPER[scale]:
-        config = study._train_config(StudyConfig(scale=scale), run)
+        config = study.train_config(StudyConfig(scale=scale), run)
         c = study.resolve(config)
-        assert (c.out.name, c.preset) == (run.name, run.preset)
+        assert (c.out.name, c.preset) == (run.name, run.preset.name)
         assert c.lambda_lr_scale == (0.0 if run.name.endswith("frozen") else 0.1)
         if scale != "tiny":
             assert (c.steps, c.batch_size * c.seq_len, c.val_every, c.save_every) == (
@@ -106,15 +85,15 @@ def test_the_same_command_after_a_kill_continues(text, tmp_path, monkeypatch, ca
     assert capsys.readouterr().out.count("not begun") == len(names)
     assert not out.exists()
 
-    real, steps = train._Run._train_step, []
+    real, steps = Stepper.take, []
 
-    def killed(self, bar):
+    def killed(self, *args):
         if len(steps) == 4 + 3:
             raise KeyboardInterrupt
         steps.append(None)
-        return real(self, bar)
+        return real(self, *args)
 
-    monkeypatch.setattr(train._Run, "_train_step", killed)
+    monkeypatch.setattr(Stepper, "take", killed)
     assert main(command) == 130
     monkeypatch.undo()
     capsys.readouterr()
@@ -245,17 +224,17 @@ def test_plot_draws_what_the_runs_hold(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def figures(monkeypatch):
+def drawn(monkeypatch):
     """The figures that are drawn, kept open."""
     kept = []
-    monkeypatch.setattr(plot.plt, "close", kept.append)
+    monkeypatch.setattr(figures.plt, "close", kept.append)
     yield kept
     monkeypatch.undo()
     for figure in kept:
-        plot.plt.close(figure)
+        figures.plt.close(figure)
 
 
-def test_the_legend_names_every_run(tmp_path, figures):
+def test_the_legend_names_every_run(tmp_path, drawn):
     """Also one that is missing from the first panel, as it was evaluated before its first step
     only.
     """
@@ -266,19 +245,19 @@ def test_the_legend_names_every_run(tmp_path, figures):
     first = (begun / "val.jsonl").read_text().splitlines()[0]
     (begun / "val.jsonl").write_text(first + "\n")
     assert main(["plot", str(begun), str(run), "--out", str(tmp_path / "runs.png")]) == 0
-    legends = [axis.get_legend() for axis in figures[0].axes if axis.get_legend()]
+    legends = [axis.get_legend() for axis in drawn[0].axes if axis.get_legend()]
     assert [text.get_text() for text in legends[-1].get_texts()] == ["begun", "run"]
 
 
-def test_health_is_drawn_by_the_layers_own_numbers(tmp_path, figures):
+def test_health_is_drawn_by_the_layers_own_numbers(tmp_path, drawn):
     health = [
         {"layer": n, "lam": [0.3], "half_life": [50.0], "g_range": [4.0], "clamped": 0.0}
         for n in (20, 23)
     ]
-    plot.plot_health(
+    figures.plot_health(
         tmp_path / "health.png", "a hybrid", [{"step": step, "layers": health} for step in (0, 9)]
     )
-    assert [text.get_text() for text in figures[0].axes[0].get_legend().get_texts()] == [
+    assert [text.get_text() for text in drawn[0].axes[0].get_legend().get_texts()] == [
         "layer 20",
         "layer 23",
     ]

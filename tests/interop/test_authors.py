@@ -229,10 +229,9 @@ def test_a_wrong_preset_is_named_with_the_one_that_fits(tmp_path, preset, change
     state = {name: x for name, x in (authors_state() | change).items() if x is not None}
     with pytest.raises(ValueError) as error:  # noqa: PT011 - the message is checked below
         sm.load_paper_checkpoint(write(tmp_path / "sisa.pt", state), preset)
-    assert (
-        str(error.value)
-        == f"{tmp_path / 'sisa.pt'} does not hold {preset}: {message}. Presets that fit it: {fitting}"
-    )
+    found = str(error.value)
+    assert found.startswith(f"{tmp_path / 'sisa.pt'} does not hold {preset}: {message}. ")
+    assert found.endswith(f"Presets that fit it: {fitting}")
 
 
 def test_damaged_and_foreign_files_are_named(tmp_path):

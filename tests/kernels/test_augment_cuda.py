@@ -12,28 +12,25 @@ from functools import partial
 
 import pytest
 import torch
-from hypothesis import given
 
 import sisa_kernels as sk
 from sisa_kernels import _extension
-from tests.kernels.test_augment import (
+from tests.support import ROOT
+from tests.support.augment import (
     BF16,
     CASES,
     COMPILED,
-    FP16,
+    DTYPES,  # as sisa::DType counts them
     FP32,
-    NAMES,
+    RESULTS,
     Implementation,
+    any_call,
+    augment_call,
     check,
-    problem,
+    check_elements,
     run,
     strided_and_plain,
 )
-from tests.kernels.test_augment_fuzz import any_call, calls
-from tests.kernels.test_augment_fuzz import check as check_call
-from tests.support import ROOT
-
-DTYPES = (FP32, BF16, FP16)  # as sisa::DType counts them
 
 
 class Rows(ctypes.Structure):
@@ -85,10 +82,8 @@ class BackwardParams(Params):
 def rows(x):
     if x is None:
         return Rows()
-    batch, token, head, channel = (
-        (0, x.stride(0), 0, x.stride(1)) if x.ndim == 2 else (*x.stride(), 1)[:4]
-    )
-    return Rows(x.data_ptr(), DTYPES.index(x.dtype), batch, token, head, channel)
+    strides = (0, x.stride(0), 0, x.stride(1)) if x.ndim == 2 else (*x.stride(), 1)[:4]
+    return Rows(x.data_ptr(), DTYPES.index(x.dtype), *strides)
 
 
 def fill(params, q, k, b, c, log_decay, theta, lam, cos, sin, starts, clamp, q_aug, k_aug):
@@ -168,7 +163,7 @@ def host_library(tmp_path_factory):
         "-O1",
         "-shared",
         "-fPIC",
-        str(ROOT / "tests" / "cuda_host.cpp"),
+        str(ROOT / "tests" / "cuda_host" / "cuda_host.cpp"),
         "-o",
         str(path),
     ]
@@ -204,9 +199,6 @@ def implementation(request):
     return Implementation(*map(on_gpu, COMPILED))
 
 
-CASES = {
-    name: case for name, case in CASES.items() if name != "past the caches"
-}  # the CPU's, and slow on fibers
 BORDERS = {
     "a chunk": dict(length=32),
     "a chunk and a token": dict(length=33, heads=(2, 1), decay=1.0, clamp=11.0),
@@ -223,13 +215,13 @@ BORDERS = {
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", [*CASES.values(), *BORDERS.values()], ids=[*CASES, *BORDERS])
 def test_matches_fp64(case, dtype, implementation):
-    check(problem(dtype=dtype, **case), dtype, implementation=implementation)
+    check(augment_call(dtype=dtype, **case), dtype, implementation=implementation)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("out", DTYPES, ids=str)
 def test_result_dtype_is_independent_of_the_inputs(dtype, out, implementation):
-    check(problem(length=63, dtype=dtype, out=out), out, implementation=implementation)
+    check(augment_call(length=63, dtype=dtype, out=out), out, implementation=implementation)
 
 
 def test_any_strides(implementation):
@@ -240,9 +232,8 @@ def test_any_strides(implementation):
 
 
 @any_call
-@given(call=calls())
 def test_any_call_matches_fp64(call, host_library):
-    check_call(*host(host_library), call)
+    check_elements(host(host_library), *call)
 
 
 def test_long_phase_keeps_its_digits(implementation):
@@ -259,16 +250,16 @@ def test_long_phase_keeps_its_digits(implementation):
 
 
 def test_bits_do_not_depend_on_the_order_of_blocks(host_library):
-    p = problem(starts=(0, 100, 231), flux=True, heads=(4, 2))
+    p = augment_call(starts=(0, 100, 231), flux=True, heads=(4, 2))
     results = [run(host(host_library, order), p, FP32) for order in (False, True)]
-    for name in ("q_aug", "k_aug", *NAMES):
+    for name in RESULTS:
         assert torch.equal(results[0][name], results[1][name]), name
 
 
 def test_close_to_the_cpu_kernel(implementation):
     if not _extension.LOADED:
         pytest.skip(f"the extension is {_extension.STATE}")
-    p = problem(length=300, heads=(4, 2), starts=(0, 100), flux=True)
+    p = augment_call(length=300, heads=(4, 2), starts=(0, 100), flux=True)
     results = run(implementation, p, FP32)
     for name, expected in run(COMPILED, p, FP32).items():
         torch.testing.assert_close(
@@ -281,7 +272,7 @@ def test_captured_in_a_cuda_graph():
     """The kernels wait for nothing: two segments, whose table is made by a launch, and a replay on
     new values.
     """
-    p = problem(dtype=BF16, starts=(0, 100))
+    p = augment_call(dtype=BF16, starts=(0, 100))
     inputs, grads = ([x.contiguous().cuda() for x in tensors] for tensors in (p.inputs, p.grads))
     arguments = (*inputs, *(x.cuda() for x in p.rotary), p.starts, p.clamp)
 
@@ -305,7 +296,7 @@ def test_captured_in_a_cuda_graph():
 @pytest.mark.gpu
 def test_states_too_wide_for_the_kernels_run_in_python():
     """And are no fault of theirs: a warning that they are out would be an error."""
-    p = problem(length=40, widths=(8, 260), heads=(2, 1), batch=1)
+    p = augment_call(length=40, widths=(8, 260), heads=(2, 1), batch=1)
     if not _extension.LOADED or not _extension.RECORD["cuda_archs"]:
         pytest.skip("the extension was built without CUDA")
     check(p, FP32, implementation=Implementation(*map(on_gpu, COMPILED)))

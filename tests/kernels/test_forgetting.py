@@ -12,32 +12,18 @@ import torch.nn.functional as F
 
 import sisa_kernels as sk
 from sisa_kernels import forgetting
-from sisa_kernels.paths import chunked as sdpa
-from tests.support import ROOT, in_fp64, relative, value_and_grads, worst_row
+from sisa_kernels.paths import chunked
+from tests.support import ROOT
+from tests.support.problems import (
+    forgetting_problem,
+    in_fp64,
+    relative,
+    value_and_grads,
+    worst_row,
+)
 
 LENGTHS = (1, 63, 257, 1000)
 NAMES = ("q", "k", "v", "log_forget")
-
-
-def problem(B=1, L=257, H=2, G=None, Dh=64, Dv=None, decay=-5.0, dtype=torch.float32, seed=0):
-    """Random inputs of forgetting_attention by name, and dL/dy; log_forget = -softplus(decay +
-    noise).
-    """
-    G, Dv = G or H, Dv or Dh
-    generator = torch.Generator().manual_seed(seed)
-
-    def normal(*shape):
-        return torch.randn(*shape, generator=generator)
-
-    inputs = {
-        "q": normal(B, L, H, Dh).to(dtype),
-        "k": normal(B, L, G, Dh).to(dtype),
-        "v": normal(B, L, G, Dv).to(dtype),
-        "log_forget": -F.softplus(0.5 * normal(B, L, H) + decay).to(
-            torch.promote_types(dtype, torch.float32)
-        ),
-    }
-    return {name: x.requires_grad_() for name, x in inputs.items()}, normal(B, L, H, Dv).to(dtype)
 
 
 def check_exact(inputs, dy, function=sk.forgetting_attention, **kwargs):
@@ -72,12 +58,12 @@ def by_hand(q, k, v, log_forget):
 
 
 def test_oracle_is_the_definition_and_its_gradient_is_right():
-    inputs, _ = problem(B=2, L=17, H=4, G=2, Dh=4, Dv=5, decay=0.0, dtype=torch.float64)
+    inputs, _ = forgetting_problem(B=2, L=17, H=4, G=2, Dh=4, Dv=5, decay=0.0, dtype=torch.float64)
     expected = by_hand(**in_fp64(inputs))
     torch.testing.assert_close(
         sk.reference.forgetting_attention(**inputs), expected, rtol=1e-12, atol=1e-12
     )
-    small, _ = problem(L=7, H=2, G=1, Dh=4, Dv=3, decay=0.0, dtype=torch.float64)
+    small, _ = forgetting_problem(L=7, H=2, G=1, Dh=4, Dv=3, decay=0.0, dtype=torch.float64)
     tables = tuple(torch.rand(2, 7, 2, dtype=torch.float64))
     documents = torch.tensor([0, 3, 7], dtype=torch.int32)
 
@@ -90,18 +76,18 @@ def test_oracle_is_the_definition_and_its_gradient_is_right():
 @pytest.mark.parametrize("decay", [-6.0, -4.0, -1.0, 1.0, 4.0])
 @pytest.mark.parametrize("L", LENGTHS)
 def test_exact(L, decay):
-    check_exact(*problem(L=L, decay=decay))
+    check_exact(*forgetting_problem(L=L, decay=decay))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("decay", [-6.0, -1.0, 1.0])
 def test_exact_at_length(decay):
-    check_exact(*problem(L=6144, H=1, decay=decay))
+    check_exact(*forgetting_problem(L=6144, H=1, decay=decay))
 
 
 @pytest.mark.parametrize("decay", [-4.0, 1.0])
 def test_grouped_heads_rotary_documents_and_value_width(decay):
-    inputs, dy = problem(L=257, H=6, G=2, Dh=32, Dv=80, decay=decay)
+    inputs, dy = forgetting_problem(L=257, H=6, G=2, Dh=32, Dv=80, decay=decay)
     angle = torch.rand(257, 16) * 6
     check_exact(
         inputs,
@@ -112,7 +98,7 @@ def test_grouped_heads_rotary_documents_and_value_width(decay):
 
 
 def test_strided_inputs():
-    inputs, dy = problem(B=2, L=63, H=2, decay=0.0)
+    inputs, dy = forgetting_problem(B=2, L=63, H=2, decay=0.0)
     packed = torch.cat([inputs[name].detach().flatten(2) for name in ("q", "k", "v")], -1)
     strided = {
         name: x.unflatten(-1, (2, -1)) for name, x in zip(("q", "k", "v"), packed.split(128, -1))
@@ -134,7 +120,7 @@ def test_strided_inputs():
     "Dv", [64, 65, 80]
 )  # narrower than the keys with their bias, as wide, wider
 def test_inputs_whose_channels_lie_apart(Dv, order):
-    inputs, dy = problem(L=65, Dv=Dv)
+    inputs, dy = forgetting_problem(L=65, Dv=Dv)
     back = [order.index(axis) for axis in range(4)]
     *wide, dy_apart = (
         x.detach().permute(order).contiguous().permute(back)
@@ -152,7 +138,7 @@ def test_half_precision_is_as_good_as_its_inputs(dtype):
     """The error is held to twice that of rounding the oracle's own result and gradients to the
     dtype.
     """
-    inputs, dy = problem(L=257, decay=-1.0, dtype=dtype)
+    inputs, dy = forgetting_problem(L=257, decay=-1.0, dtype=dtype)
     y, grads = value_and_grads(sk.forgetting_attention, inputs, dy)
     y_ref, grads_ref = value_and_grads(
         sk.reference.forgetting_attention, in_fp64(inputs), dy.double()
@@ -166,7 +152,7 @@ def test_half_precision_is_as_good_as_its_inputs(dtype):
 
 
 def test_autocast_does_not_reach_inside():
-    inputs, dy = problem(L=257, decay=-1.0)
+    inputs, dy = forgetting_problem(L=257, decay=-1.0)
     plain = value_and_grads(sk.forgetting_attention, inputs, dy)
     with torch.autocast("cpu", torch.bfloat16):
         inside = value_and_grads(sk.forgetting_attention, inputs, dy)
@@ -175,7 +161,7 @@ def test_autocast_does_not_reach_inside():
 
 @pytest.mark.parametrize("decay", [-3.0, 6.0])
 def test_fp64_and_its_gradcheck(decay):
-    inputs, _ = problem(L=12, H=2, G=1, Dh=4, Dv=6, decay=decay, dtype=torch.float64)
+    inputs, _ = forgetting_problem(L=12, H=2, G=1, Dh=4, Dv=6, decay=decay, dtype=torch.float64)
     expected = sk.reference.forgetting_attention(**inputs)
     torch.testing.assert_close(sk.forgetting_attention(**inputs), expected, rtol=1e-11, atol=1e-11)
     assert torch.autograd.gradcheck(
@@ -188,13 +174,13 @@ def test_devices_without_a_flash_kernel(monkeypatch, decay):
     """The dense partial attention of other devices, run here on the CPU: same bounds, in chunks of
     100 at most.
     """
-    monkeypatch.setattr(sdpa, "has_flash", lambda device: False)
-    monkeypatch.setattr(sdpa, "MAX_DENSE_CHUNK", 100)
-    check_exact(*problem(B=2, L=257, H=4, G=2, decay=decay))
+    monkeypatch.setattr(chunked, "has_flash", lambda device: False)
+    monkeypatch.setattr(chunked, "MAX_DENSE_CHUNK", 100)
+    check_exact(*forgetting_problem(B=2, L=257, H=4, G=2, decay=decay))
 
 
 def test_one_token_may_wipe_out_everything_before_it():
-    inputs, dy = problem(L=300, decay=-5.0)
+    inputs, dy = forgetting_problem(L=300, decay=-5.0)
     log_forget = inputs["log_forget"].detach().clone()
     log_forget[:, 150] = -1e30
     log_forget[:, 200:203] = -500.0
@@ -212,8 +198,8 @@ def test_one_token_may_wipe_out_everything_before_it():
 
 @pytest.mark.parametrize("decay", [-5.0, 1.0])
 def test_later_tokens_do_not_change_earlier_outputs(decay):
-    inputs, _ = problem(L=600, decay=decay)
-    changed, _ = problem(L=600, decay=decay, seed=1)
+    inputs, _ = forgetting_problem(L=600, decay=decay)
+    changed, _ = forgetting_problem(L=600, decay=decay, seed=1)
     cut = 400
     mixed = {name: torch.cat((x[:, :cut], changed[name][:, cut:]), 1) for name, x in inputs.items()}
     mixed["log_forget"][:, cut:] *= 20
@@ -227,21 +213,19 @@ def test_memory_is_linear_in_length():
 
     One matrix of scores would take 134 MB.
     """
-    script = f"""
-import resource, sys, torch
-sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
-from tests.kernels.test_forgetting import problem
+    script = """
+import resource
 import sisa_kernels as sk
+from sisa_kernels.testing import forgetting_problem
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-sk.forgetting_attention(**problem(L=64)[0]).sum().backward()
-inputs, _ = problem(L=4096, decay=0.0)
+sk.forgetting_attention(**forgetting_problem(L=64)[0]).sum().backward()
+inputs, _ = forgetting_problem(L=4096, decay=0.0)
 before = peak()
 sk.forgetting_attention(**inputs).sum().backward()
 print((peak() - before) / 1024)
 """
-    done = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, check=True
-    )
+    command = [sys.executable, "-c", script]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     assert float(done.stdout) < 100
 
 
@@ -252,7 +236,8 @@ def test_the_gpu_form_is_the_operator(monkeypatch, G):
     """
     monkeypatch.setattr(forgetting, "HALF_CHUNK", 100)
     check_exact(
-        *problem(B=2, L=257, H=4, G=G, Dh=32, Dv=48, decay=-4.0), function=forgetting.half_document
+        *forgetting_problem(B=2, L=257, H=4, G=G, Dh=32, Dv=48, decay=-4.0),
+        function=forgetting.half_document,
     )
 
 
@@ -262,7 +247,7 @@ def test_the_gpu_form_holds_the_bias_in_half_precision(dtype, decay):
     """Against rounding alone: twice for y, four times for q, k and v; at decay 1, g falls by 1,300
     to a bias of 5 bf16 digits.
     """
-    inputs, dy = problem(L=1000, H=2, Dh=32, decay=decay, dtype=dtype)
+    inputs, dy = forgetting_problem(L=1000, H=2, Dh=32, decay=decay, dtype=dtype)
     y, grads = value_and_grads(forgetting.half_document, inputs, dy)
     y_ref, grads_ref = value_and_grads(
         sk.reference.forgetting_attention, in_fp64(inputs), dy.double()
@@ -291,7 +276,7 @@ def test_alibi_is_the_published_bias():
     finally:
         torch.set_default_dtype(torch.float32)
 
-    inputs, _ = problem(L=300, H=12, Dh=16)
+    inputs, _ = forgetting_problem(L=300, H=12, Dh=16)
     q, k, v = (inputs[name].transpose(1, 2) for name in ("q", "k", "v"))
     place = torch.arange(300.0)
     bias = -sk.alibi_slopes(12)[:, None, None] * (place[:, None] - place)
@@ -326,7 +311,7 @@ def walk(inputs, sizes, lengths=None):
 @pytest.mark.parametrize("decay", [-5.3, -0.9, 1.0])
 @pytest.mark.parametrize("sizes", [[1], [390], [40, 1, 300, 30, 1]], ids=str)
 def test_pieces_over_a_cache_are_the_whole(sizes, decay):
-    inputs, _ = problem(B=2, L=400, H=6, G=2, Dh=16, Dv=24, decay=decay)
+    inputs, _ = forgetting_problem(B=2, L=400, H=6, G=2, Dh=16, Dv=24, decay=decay)
     inputs["log_forget"] = inputs["log_forget"].detach().clone()
     inputs["log_forget"][
         0, [30, 100, 395], 1
@@ -345,7 +330,7 @@ def test_pieces_over_a_cache_are_the_whole(sizes, decay):
 
 
 def test_rows_of_unequal_beginnings_go_on_from_their_last_token():
-    inputs, _ = problem(B=3, L=60, H=4, G=2, Dh=16, decay=-2.0)
+    inputs, _ = forgetting_problem(B=3, L=60, H=4, G=2, Dh=16, decay=-2.0)
     lengths = [1, 50, 23]
     y, cache = walk(inputs, [50, 4], lengths)
     assert cache.lengths == [11, 60, 33]
@@ -359,7 +344,7 @@ def test_rows_of_unequal_beginnings_go_on_from_their_last_token():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_over_a_cache_is_as_good_as_its_inputs(dtype):
-    inputs, _ = problem(B=2, L=100, decay=-1.0, dtype=dtype)
+    inputs, _ = forgetting_problem(B=2, L=100, decay=-1.0, dtype=dtype)
     expected = sk.reference.forgetting_attention(**in_fp64(inputs))
     with torch.autocast("cpu", dtype):
         y, _ = walk(inputs, [40, 30])
@@ -369,7 +354,7 @@ def test_half_precision_over_a_cache_is_as_good_as_its_inputs(dtype):
 
 @torch.no_grad()
 def test_bad_uses_of_a_cache_are_named():
-    inputs = {name: x.detach() for name, x in problem(B=2, L=5)[0].items()}
+    inputs = {name: x.detach() for name, x in forgetting_problem(B=2, L=5)[0].items()}
     _, cache = walk(inputs, [5])
     before = {name: x.clone() for name, x in cache.buffers.items()}
     one = {name: x[:, :1] for name, x in inputs.items()}
@@ -395,7 +380,7 @@ def test_bad_uses_of_a_cache_are_named():
 
 @torch.no_grad()
 def test_an_error_on_the_way_leaves_the_cache(monkeypatch):
-    inputs, _ = problem(L=20)
+    inputs, _ = forgetting_problem(L=20)
     head, tail = (
         {name: x.detach()[:, piece] for name, x in inputs.items()}
         for piece in (slice(10), slice(10, 20))
@@ -429,7 +414,7 @@ def test_tokens_that_would_corrupt_a_cache_are_named():
 
 
 def test_op_is_registered_and_compiles():
-    inputs, dy = problem(L=63, H=4, G=2, decay=0.0)
+    inputs, dy = forgetting_problem(L=63, H=4, G=2, decay=0.0)
     torch.library.opcheck(forgetting.forgetting, tuple(inputs.values()))
     torch._dynamo.reset()
     plain = value_and_grads(sk.forgetting_attention, inputs, dy)
@@ -462,7 +447,7 @@ BAD = {
 
 @pytest.mark.parametrize("message", BAD)
 def test_bad_input_is_named(message):
-    inputs, _ = problem(L=63, H=4)
+    inputs, _ = forgetting_problem(L=63, H=4)
     with pytest.raises((ValueError, TypeError)) as error:
         sk.forgetting_attention(**{**inputs, **BAD[message]})
     assert message in str(error.value)

@@ -1,6 +1,4 @@
-"""backend="flash": the table of stock kernels by call, every row that runs here, and what a wrong
-kernel leads to.
-"""
+"""backend="one_call": the table of stock kernels, every row that runs here, and wrong kernels."""
 
 import contextlib
 import functools
@@ -15,10 +13,11 @@ from torch.utils.checkpoint import checkpoint
 
 import sisa_kernels as sk
 from sisa_kernels import selfcheck
-from sisa_kernels.paths import one_call as flash
-from sisa_kernels.paths.augment import _guard_compiled
+from sisa_kernels.inputs import SisaInputs
+from sisa_kernels.paths import one_call
 from sisa_kernels.paths.one_call import Call, Kernel
-from tests.support import ROOT, in_fp64, problem, relative, value_and_grads
+from tests.support import ROOT
+from tests.support.problems import in_fp64, oracle, problem, relative, value_and_grads
 
 HOPPER, AMPERE, ADA, BLACKWELL, TURING = (9, 0), (8, 0), (8, 9), (10, 0), (7, 5)
 CUDA, CPU = torch.device("cuda", 0), torch.device("cpu")
@@ -62,20 +61,20 @@ EXPECTED = [
 )
 def test_the_table(monkeypatch, asked, name, widths):
     monkeypatch.setattr(selfcheck, "possible", lambda device: False)
-    monkeypatch.setattr(flash, "_installed", lambda module: False)
-    kernel, found = flash.choose(asked, "clamped", 64, asked.dtype)
+    monkeypatch.setattr(one_call, "_installed", lambda module: False)
+    kernel, found = one_call.choose(asked, "clamped", 64, asked.dtype)
     assert (kernel.name, found) == (name, widths)
-    assert len({row.name for row in flash.TABLE}) == len(flash.TABLE)
-    assert all(len(row.reason) > 20 for row in flash.TABLE)
+    assert len({row.name for row in one_call.TABLE}) == len(one_call.TABLE)
+    assert all(len(row.reason) > 20 for row in one_call.TABLE)
 
 
 def test_the_table_with_the_flash_attn_packages(monkeypatch):
     """4 where cuDNN cannot run, exact widths on Hopper; 2 in place of PyTorch's own copy."""
     monkeypatch.setattr(selfcheck, "possible", lambda device: False)
-    monkeypatch.setattr(flash, "_installed", lambda module: True)
+    monkeypatch.setattr(one_call, "_installed", lambda module: True)
 
     def chosen(asked):
-        kernel, widths = flash.choose(asked, "clamped", 64, asked.dtype)
+        kernel, widths = one_call.choose(asked, "clamped", 64, asked.dtype)
         return kernel.name, widths
 
     assert chosen(call()) == ("cudnn", (80, 64))
@@ -85,7 +84,7 @@ def test_the_table_with_the_flash_attn_packages(monkeypatch):
     assert chosen(call(BLACKWELL, width=200)) == ("flash-attn-2", (200, 200))
     assert chosen(call(deterministic=True)) == ("flash-attn-2", (80, 80))
     assert chosen(call(AMPERE)) == ("flash-attn-2", (80, 80))
-    states = flash.state(call(AMPERE))
+    states = one_call.state(call(AMPERE))
     assert states["cudnn"] == "it needs compute capability 9.x or 10.x, this is 8.0"
     assert states["flash"] == "available"
 
@@ -93,26 +92,34 @@ def test_the_table_with_the_flash_attn_packages(monkeypatch):
 @pytest.mark.parametrize("name", ["cpu", "math"])
 @pytest.mark.parametrize("mode", ["exact", "clamped"])
 def test_every_row_that_runs_here(name, mode):
-    kernel = next(row for row in flash.TABLE if row.name == name)
+    kernel = next(row for row in one_call.TABLE if row.name == name)
     inputs, dy = problem(L=257, H=4, G=2, Dh=32, Ds=16, Dv=80, decay=-4.0)
-    one_call = functools.partial(flash.one_call, cos=None, sin=None, mode=mode, kernel=kernel)
-    y, grads = value_and_grads(one_call, inputs, dy)
-    y_ref, grads_ref = value_and_grads(
-        sk.reference.sisa_attention, in_fp64(inputs), dy.double(), mode=mode
-    )
+
+    def attend(**x):
+        return one_call.one_call(SisaInputs(**x), mode, kernel)
+
+    y, grads = value_and_grads(attend, inputs, dy)
+    y_ref, grads_ref = oracle(inputs, dy, mode=mode)
     assert relative(y, y_ref) <= 5e-6
     assert max(relative(grads[name], grads_ref[name]) for name in grads) <= 2e-5
 
 
 def test_a_row_that_is_not_legal_is_refused_before_any_work():
-    kernel = next(row for row in flash.TABLE if row.name == "cudnn")
+    kernel = next(row for row in one_call.TABLE if row.name == "cudnn")
     inputs, _ = problem(L=16)
-    with pytest.raises(ValueError, match="kernel 'cudnn' of backend 'flash' needs a CUDA device"):
-        flash.one_call(**inputs, cos=None, sin=None, mode="clamped", kernel=kernel)
+    with pytest.raises(
+        ValueError, match="kernel 'cudnn' of backend 'one_call' needs a CUDA device"
+    ):
+        one_call.one_call(SisaInputs(**inputs), "clamped", kernel)
+
+
+def checked():
+    """The kernels of this path of which a verdict is known."""
+    return [path for path, *_ in selfcheck._verdicts if path != "augment"]
 
 
 def wrong_by_a_hundredth(q, k, v, scale, deterministic):
-    return 1.01 * flash.TABLE[-1].attend(q, k, v, scale, deterministic)
+    return 1.01 * one_call.TABLE[-1].attend(q, k, v, scale, deterministic)
 
 
 def raises(q, k, v, scale, deterministic):
@@ -124,19 +131,16 @@ def test_a_wrong_kernel_is_out_for_the_process_and_said_once(monkeypatch):
         Kernel(name, "broken for the test", lambda call: (100, 100), f)
         for name, f in (("crooked", wrong_by_a_hundredth), ("absent", raises))
     ]
-    monkeypatch.setattr(flash, "TABLE", (*rows, *flash.TABLE))
+    monkeypatch.setattr(one_call, "TABLE", (*rows, *one_call.TABLE))
     inputs, _ = problem(L=63, decay=-4.0)
     attend = functools.partial(sk.sisa_attention, mode="clamped")
     y_ref = sk.reference.sisa_attention(**in_fp64(inputs))
-    with pytest.warns(UserWarning, match="backend 'flash' leaves its kernel") as told:
+    with pytest.warns(UserWarning, match="backend 'one_call' leaves its kernel") as told:
         y = attend(**inputs)
     assert relative(y, y_ref) <= 5e-6
     said = [str(w.message) for w in told]
     assert len(said) == 2
-    assert (
-        "'crooked' out and runs 'cpu': on a small problem (Dh 64, Ds 16, Dv 64, torch.float32) it is wrong"
-        in said[0]
-    )
+    assert "'crooked' out and runs 'cpu': on a small problem (Dh 64, Ds 16, Dv 64, " in said[0]
     assert "relative error of y by 1.0e-02" in said[0]
     assert said[1].endswith("it fails on cpu: RuntimeError: no kernel image")
     assert torch.equal(attend(**inputs), y), "and not said again: a warning here would be an error"
@@ -161,12 +165,12 @@ def test_a_first_use_within(context):
     selfcheck._verdicts.clear()
     inputs, _ = problem(L=64, Dh=24)
     with context():
-        y = sk.sisa_attention(**inputs, backend="flash")
-    assert len(selfcheck._verdicts) == 1
+        y = sk.sisa_attention(**inputs, backend="one_call")
+    assert checked() == ["cpu"]
     assert relative(y, sk.reference.sisa_attention(**in_fp64(inputs))) <= 5e-6
 
 
-@pytest.mark.parametrize("backend", ["flash", "sdpa"])
+@pytest.mark.parametrize("backend", ["one_call", "chunked"])
 @pytest.mark.parametrize(
     "context", [lambda: torch.device("meta"), lambda: default_dtype(torch.float64)]
 )
@@ -175,7 +179,6 @@ def test_a_first_use_under_other_defaults(context, backend):
     error).
     """
     selfcheck._verdicts.clear()
-    _guard_compiled.cache_clear()
     inputs, _ = problem(L=64, Dh=24)
     y_ref = sk.reference.sisa_attention(**in_fp64(inputs))
     with context():
@@ -194,9 +197,9 @@ def test_a_first_use_under_an_activation_checkpoint():
     selfcheck._verdicts.clear()
     inputs, dy = problem(L=64, Dh=24)
     expected = value_and_grads(sk.reference.sisa_attention, inputs, dy)[1]
-    attend = functools.partial(sk.sisa_attention, backend="flash")
+    attend = functools.partial(sk.sisa_attention, backend="one_call")
     y = checkpoint(attend, *inputs.values(), use_reentrant=False)
-    assert len(selfcheck._verdicts) == 1
+    assert checked() == ["cpu"]
     grads = torch.autograd.grad(y, list(inputs.values()), dy)
     assert max(relative(grad, right) for grad, right in zip(grads, expected.values())) <= 2e-5
 
@@ -205,14 +208,14 @@ def test_a_kernel_for_inference_alone_is_checked_without_its_backward(monkeypatc
     def legal(call):
         return "has no backward" if call.grad else (80, 80)
 
-    row = Kernel("forward", "for the test", legal, flash.TABLE[0].attend)
-    monkeypatch.setattr(flash, "TABLE", (row, *flash.TABLE))
+    row = Kernel("forward", "for the test", legal, one_call.TABLE[0].attend)
+    monkeypatch.setattr(one_call, "TABLE", (row, *one_call.TABLE))
     inputs, _ = problem(L=63)
     with torch.no_grad():  # a warning that it is left out would be an error
-        sk.sisa_attention(**inputs, backend="flash")
+        sk.sisa_attention(**inputs, backend="one_call")
         assert (
-            flash.choose(
-                flash.Call(CPU, (0, 0), torch.float32, 63, 80, 64, grad=False),
+            one_call.choose(
+                one_call.Call(CPU, (0, 0), torch.float32, 63, 80, 64, grad=False),
                 "exact",
                 64,
                 torch.float32,
@@ -244,40 +247,49 @@ def test_a_check_is_no_part_of_an_observed_call():
     assert recorder.names.count("sisa::augment") == 1
 
 
-BROKEN = f"""
-import sys, warnings
-sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
+BROKEN = """
+import warnings
 import torch
-from tests.support import in_fp64, problem, relative, value_and_grads
 import sisa_kernels as sk
-from sisa_kernels import augment as A
+from sisa_kernels.inputs import SisaInputs
+from sisa_kernels.paths.augment import augment_eager
+from sisa_kernels.testing import oracle, problem, relative_errors, value_and_grads
 calls = []
 def broken(*x):
     calls.append(1)
-    q_aug, k_aug = A.augment_eager(*x)
+    q_aug, k_aug = augment_eager(*x)
     return q_aug, 1.001 * k_aug
 warnings.simplefilter("ignore")
 library = torch.library.Library("sisa", "FRAGMENT")
 library.impl("augment", broken, "CPU", allow_override=True)
-inputs, dy = problem(L=63, decay=-4.0)
+dtypes = torch.float32, torch.bfloat16
+compiled = torch.compile(sk.sisa_attention, fullgraph=True)
+small, _ = problem(L=63, decay=-4.0)
+before = compiled(**small._asdict(), mode="clamped").detach()
+assert calls == [1]
 with warnings.catch_warnings(record=True) as told:
     warnings.simplefilter("always")
-    for dtype in (torch.float32, torch.bfloat16):
+    for dtype in dtypes:
+        inputs, dy = problem(L=63, decay=-4.0, dtype=dtype)
         for mode in ("exact", "clamped"):
-            x = {{n: t.to(dtype) if t.ndim == 4 and n != "theta" else t for n, t in inputs.items()}}
-            y, grads = value_and_grads(sk.sisa_attention, x, dy.to(dtype), mode=mode)
-            right, grads_right = value_and_grads(sk.reference.sisa_attention, in_fp64(x), dy.to(dtype).double(), mode=mode)
+            found = value_and_grads(sk.sisa_attention, inputs, dy, mode=mode)
+            errors = relative_errors(found, oracle(inputs, dy, mode=mode))
             limit = 5e-6 if dtype == torch.float32 else 1e-2
-            assert relative(y, right) <= limit, relative(y, right)
-            assert all(relative(grads[n], grads_right[n]) <= 4 * limit for n in grads)
-assert calls == [1], calls
-print("\\n".join(str(w.message) for w in told))
+            assert max(errors.values()) <= 4 * limit, errors
+assert calls == [1, 1], calls
+right = sk.sisa_attention(**small._asdict(), mode="clamped").detach()
+after = compiled(**small._asdict(), mode="clamped").detach()
+assert (before - right).norm() > 1e-5 * right.norm()
+torch.testing.assert_close(after, right)
+print("\\n".join(str(w.message) for w in told if "augmentation" in str(w.message)))
 """
 
 
 @pytest.mark.skipif(sk.backends()["extension"] != "available", reason="the extension is not built")
 def test_a_wrong_augmentation_is_out_for_the_process_and_said_once():
-    done = subprocess.run([sys.executable, "-c", BROKEN], capture_output=True, text=True)
+    """Also for a call that was compiled before anything was known."""
+    command = [sys.executable, "-c", BROKEN]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     said = done.stdout.splitlines()
     assert len(said) == 1, said
@@ -288,7 +300,7 @@ def test_a_wrong_augmentation_is_out_for_the_process_and_said_once():
 
 def test_the_table_is_shown():
     shown = sk.backends(table=True)
-    assert list(shown)[4:] == [f"flash/{row.name}" for row in flash.TABLE]
+    assert list(shown)[4:] == [f"flash/{row.name}" for row in one_call.TABLE]
     if not torch.cuda.is_available():
         assert shown["flash/cpu"] == "available"
         assert shown["flash/efficient"] == "it needs a CUDA device"
@@ -301,8 +313,8 @@ def test_the_table_is_shown():
 def test_every_legal_row_on_the_gpu(dtype, Ds, grouped):
     """Each row against the oracle on its own; its CPU twins are the rows that run above."""
     device = torch.device("cuda", torch.cuda.current_device())
-    asked = Call(device, flash.capability(device), dtype, 257, 64 + Ds, 64, grouped)
-    legal = [row for row in flash.TABLE if not isinstance(row.legal(asked), str)]
+    asked = Call(device, one_call.capability(device), dtype, 257, 64 + Ds, 64, grouped)
+    legal = [row for row in one_call.TABLE if not isinstance(row.legal(asked), str)]
     assert legal[-1].name == "math"
-    faults = {row.name: flash.kernel_fault(row, asked, "clamped", 64, dtype) for row in legal}
+    faults = {row.name: one_call.kernel_fault(row, asked, "clamped", 64, dtype) for row in legal}
     assert not any(faults.values()), faults

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import sisa_kernels as sk
-from tests.support import problem
+from tests.support.problems import problem
 
 
 def by_hand(q, k, v, b, c, log_decay, theta, lam, clamped):

@@ -17,14 +17,16 @@ from torch.utils._python_dispatch import BaseTorchDispatchMode
 
 import sisa_kernels as sk
 from sisa_kernels import attention, ops, selfcheck
+from sisa_kernels.inputs import SisaInputs
 from sisa_kernels.rotation import rotate
 from sisa_kernels.triton import tiles
 from sisa_kernels.triton.tiles import Tile, Tiles
-from tests.support import (
+from tests.support import ROOT
+from tests.support.problems import (
     NAMES,
-    ROOT,
     gradient_errors,
     in_fp64,
+    oracle,
     problem,
     relative,
     value_and_grads,
@@ -32,6 +34,7 @@ from tests.support import (
 )
 
 ta = pytest.importorskip("sisa_kernels.triton.op", reason="needs the package triton")
+horizon = pytest.importorskip("sisa_kernels.triton.horizon", reason="needs the package triton")
 tune = pytest.importorskip("sisa_kernels.triton.tune", reason="needs the package triton")
 
 # The interpreter runs on the CPU; a GPU runs the kernels themselves.
@@ -95,10 +98,8 @@ def check(inputs, dy, function=sk.sisa_attention, **kwargs):
     kernel = {**kwargs, "backend": "triton"} if function is sk.sisa_attention else kwargs
     y, grads = value_and_grads(function, inputs, dy, **kernel)
     kwargs = {name: x for name, x in kwargs.items() if name != "horizon"}
-    y_ref, grads_ref = value_and_grads(
-        sk.reference.sisa_attention, in_fp64(inputs), dy.double(), **kwargs
-    )
-    stock = value_and_grads(sk.sisa_attention, inputs, dy, **kwargs, backend="sdpa")
+    y_ref, grads_ref = oracle(inputs, dy, **kwargs)
+    stock = value_and_grads(sk.sisa_attention, inputs, dy, **kwargs, backend="chunked")
     baselines = [value_and_grads(same_dtype, inputs, dy, **kwargs), stock]
     factor, floor = (3, 4e-7) if dy.dtype == torch.float32 else (2, 1e-4)
     assert relative(y, y_ref) <= factor * max(relative(x, y_ref) for x, _ in baselines) + floor
@@ -237,10 +238,9 @@ def importance(q, k, v, b, c, log_decay, theta, lam):
     b, c = (rotate(x, phase.cos(), phase.sin()).transpose(1, 2) for x in (b, c))
     g = g.transpose(1, 2)
     L = g.shape[2]
-    fall = (g[..., :, None] - g[..., None, :]).masked_fill(
-        ~torch.ones(L, L, dtype=torch.bool, device=g.device).tril(), -math.inf
-    )
-    return lam[:, None, None] * fall.exp() * (c @ b.mT)
+    above = ~torch.ones(L, L, dtype=torch.bool, device=g.device).tril()
+    exponent = (g[..., :, None] - g[..., None, :]).masked_fill(above, -math.inf)
+    return lam[:, None, None] * exponent.exp() * (c @ b.mT)
 
 
 def skipped(starts, ends, tile, L):
@@ -265,19 +265,18 @@ def test_no_product_past_the_horizon_exceeds_the_bound(tile, decay):
     inputs, _ = on_device(*problem(B=2, L=500, H=2, decay=decay))
     exact = in_fp64(inputs)
     tolerance = 1e-3
-    q, k, _, b, c, log_decay, theta, lam = inputs.values()
-    _, _, x = ta.prologue(q, k, b, c, log_decay, theta, lam, None, None, False)
+    _, _, x = ta.prologue(SisaInputs(**inputs).scores(), False)
     starts, ends = (f(x, tile, tolerance) for f in (ta.horizon_starts, ta.horizon_ends))
     size = importance(**exact).abs()
     for left_out in skipped(starts, ends, tile, 500):
         assert left_out.any()
         assert size[left_out].max() <= tolerance * (1 + 1e-5)
-    need, reach = ta._bounds(x, tile, tolerance)
+    need, reach = horizon.bounds(x, tile, tolerance)
     past = reach[..., None, :] <= need[..., :, None]
     g = exact["log_decay"].cumsum(1).transpose(1, 2)
     for i, j in ((3, 0), (4, 1), (5, 3)):
         rows, cols = slice(i * tile.m, (i + 1) * tile.m), slice(j * tile.n, (j + 1) * tile.n)
-        bound = lam.double() * (g[..., rows][..., 0] - g[..., cols][..., -1]).exp()
+        bound = exact["lam"] * (g[..., rows][..., 0] - g[..., cols][..., -1]).exp()
         bound = (
             bound
             * exact["c"].norm(dim=-1)[:, rows].amax(1)
@@ -300,9 +299,10 @@ def test_the_bound_is_tight(factor, left_out):
     """
     inputs, _ = on_device(*problem(L=256, H=1, Ds=16))
     ones = torch.zeros_like(inputs["b"]).index_fill(3, torch.tensor([0], device=DEVICE), 1.0)
-    lam, tolerance = torch.ones_like(inputs["lam"]), 1 / factor
-    zeros = torch.zeros_like(inputs["log_decay"]), torch.zeros_like(inputs["theta"])
-    _, _, x = ta.prologue(inputs["q"], inputs["k"], ones, ones, *zeros, lam, None, None, False)
+    tolerance = 1 / factor
+    still = {name: torch.zeros_like(inputs[name]) for name in ("log_decay", "theta")}
+    aligned = {**inputs, **still, "b": ones, "c": ones, "lam": torch.ones_like(inputs["lam"])}
+    _, _, x = ta.prologue(SisaInputs(**aligned).scores(), False)
     tile = Tile(64, 64, 4, 2)
     assert bool((ta.horizon_starts(x, tile, tolerance) > 0).all()) is left_out
     assert bool((ta.horizon_ends(x, tile, tolerance) == 0).all()) is left_out
@@ -315,8 +315,7 @@ def test_products_past_the_horizon_are_not_made_and_no_others():
     inputs, dy = on_device(*problem(L=257, H=2, decay=-3.0))
     exact = in_fp64(inputs)
     tolerance = 2.0
-    q, k, _, b, c, log_decay, theta, lam = inputs.values()
-    _, _, x = ta.prologue(q, k, b, c, log_decay, theta, lam, None, None, False)
+    _, _, x = ta.prologue(SisaInputs(**inputs).scores(), False)
     starts = ta.horizon_starts(x, SMALL.forward, tolerance)
     left_out, _ = skipped(starts, starts.new_zeros(1, 2, 9), SMALL.forward, 257)
     assert 0.1 < left_out.double().mean() < 0.5
@@ -421,38 +420,28 @@ def test_inductor_compiles_prologue_and_epilogue():
     the same result.
     """
     inputs, _ = on_device(*problem(L=63, H=4, G=2, dtype=torch.float16))
-    q, k, _, b, c, log_decay, theta, lam = (x.detach() for x in inputs.values())
     angle = torch.rand(63, 32, device=DEVICE) * 6
-    tables = angle.cos(), angle.sin()
+    rotary = angle.cos(), angle.sin()
+    record = SisaInputs(**{name: x.detach() for name, x in inputs.items()}, rotary=rotary)
+    operands = record.scores()
 
     def compare(function, *args):
         results = function(*args)
-        torch.testing.assert_close(
-            torch.compile(function, fullgraph=True)(*args), results, rtol=1e-5, atol=1e-6
-        )
+        found = torch.compile(function, fullgraph=True)(*args)
+        torch.testing.assert_close(found, results, rtol=1e-5, atol=1e-6)
         return results
 
-    _, _, x = compare(ta.prologue, q, k, b, c, log_decay, theta, lam, *tables, True)
-    g = log_decay.double().cumsum(1).transpose(1, 2) / math.log(2)
-    compiled = torch.compile(ta.prologue)(q, k, b, c, log_decay, theta, lam, *tables, True)[2]
+    _, _, x = compare(ta.prologue, operands, True)
+    g = operands.log_decay.double().cumsum(1).transpose(1, 2) / math.log(2)
+    compiled = torch.compile(ta.prologue)(operands, True)[2]
     assert all((y.g_hi.double() + y.g_lo - g).abs().max() < 1e-12 for y in (x, compiled))
-    compare(ta.unrotate, q, k, *tables)
-    compare(ta.row_products, q, q.flip(1))
+    compare(ta.rotate_qk, operands.q, operands.k, rotary)
+    compare(ta.unrotate, operands.q, operands.k, *rotary)
+    compare(ta.row_products, operands.q, operands.q.flip(1))
     _, last = ta._documents(63, torch.tensor([0, 20, 63], dtype=torch.int32, device=DEVICE), DEVICE)
-    own = torch.randn(1, 4, 63, device=DEVICE)
+    d_diagonal = torch.randn(1, 4, 63, device=DEVICE)
     for documents in (last, None):
-        compare(
-            ta.importance_gradients,
-            x.c.float(),
-            x.b.float(),
-            own,
-            x.b,
-            x.c,
-            lam,
-            x.cos,
-            x.sin,
-            documents,
-        )
+        compare(ta.importance_gradients, x.c.float(), x.b.float(), d_diagonal, x, documents)
 
 
 @pytest.mark.gpu
@@ -490,7 +479,7 @@ def test_operands_it_does_not_take_are_named():
     inputs, _ = on_device(*problem(L=9, H=1))
     with pytest.raises(
         ValueError,
-        match=r"backend 'triton' cannot run here: its kernels take torch.float32.* not torch.float64",
+        match=r"backend 'triton' cannot run here: its kernels take .* not torch.float64",
     ):
         sk.sisa_attention(**in_fp64(inputs), backend="triton")
     wide, _ = on_device(*problem(L=9, H=1, Dh=136, Ds=130))
@@ -564,10 +553,10 @@ def test_a_broken_kernel_is_out_for_the_process_and_said_once(preferred, monkeyp
     monkeypatch.setattr(
         ta, "importance_gradients", lambda *args: tuple(1.01 * x for x in gradients(*args))
     )
-    expected = sk.sisa_attention(**inputs, backend="sdpa")
+    expected = sk.sisa_attention(**inputs, backend="chunked")
     with pytest.warns(
         UserWarning,
-        match=r"runs the 'sdpa' path .* wrong against the oracle, relative error of b by 1.0e-02, c by",
+        match=r"runs the 'chunked' path .* wrong against the oracle, .* of b by 1.0e-02, c by",
     ):
         assert torch.equal(sk.sisa_attention(**inputs), expected)
     with warnings.catch_warnings():
@@ -580,9 +569,11 @@ def test_a_broken_kernel_is_out_for_the_process_and_said_once(preferred, monkeyp
 
 def test_what_the_kernels_do_not_take_is_said_when_compiling_too(preferred):
     inputs, _ = on_device(*problem(L=33, Dh=130))
-    with pytest.warns(UserWarning, match=r"runs the 'sdpa' path .* widths up to 128, not Dh = 130"):
+    with pytest.warns(
+        UserWarning, match=r"runs the 'chunked' path .* widths up to 128, not Dh = 130"
+    ):
         y = torch.compile(sk.sisa_attention, fullgraph=True)(**inputs)
-    torch.testing.assert_close(y, sk.sisa_attention(**inputs, backend="sdpa"))
+    torch.testing.assert_close(y, sk.sisa_attention(**inputs, backend="chunked"))
 
 
 def test_a_kernel_that_fails_is_out_and_said(preferred, monkeypatch):
@@ -595,7 +586,9 @@ def test_a_kernel_that_fails_is_out_and_said(preferred, monkeypatch):
     with pytest.warns(
         UserWarning, match=r"not 'triton': it fails on \w+: RuntimeError: out of resources"
     ):
-        assert torch.equal(sk.sisa_attention(**inputs), sk.sisa_attention(**inputs, backend="sdpa"))
+        assert torch.equal(
+            sk.sisa_attention(**inputs), sk.sisa_attention(**inputs, backend="chunked")
+        )
 
 
 # ---- Tiles ---------------------------------------------------------------------------------------
@@ -614,7 +607,7 @@ def resources(*arguments):
 
 
 def test_compiled_ahead_of_time_nothing_spills_and_hopper_runs_wgmma():
-    rows = resources("--arch", "90", "--state-widths", "0", "16")
+    rows = resources("--arch", "90", "--d-states", "0", "16")
     assert [row.split()[-1] for row in rows] == ["wgmma"] * 6
 
 
@@ -682,10 +675,10 @@ def tuning(monkeypatch, tmp_path):
     def current():
         return next(iter(tiles.tuned_tiles().values()), tiles.SAFE[0][2])
 
-    def attention(*inputs):
+    def attention(**inputs):
         if failing in (current().forward, current().query, current().key):
             raise RuntimeError("out of resources")
-        y = ta.exact_attention(*inputs)
+        y = ta.exact_attention(**inputs)
         return 1.1 * y if wrong in (current().forward, current().query, current().key) else y
 
     def timer(call):
@@ -701,13 +694,13 @@ def tuning(monkeypatch, tmp_path):
     )
 
 
-def test_autotuning_keeps_the_fastest_and_times_nothing_that_is_wrong(tuning, capsys, monkeypatch):
+def test_autotuning_keeps_the_fastest_and_times_nothing_that_is_wrong(tuning, caplog, monkeypatch):
     timed, bad, autotune = tuning
     best = autotune()
     assert [best.forward.m, best.query.m, best.key.m] == [64, 64, 64]
     assert timed[0] == tiles.SAFE[0][2]
     assert not [tile for x in timed for tile in (x.forward, x.query, x.key) if tile in bad]
-    said = capsys.readouterr().out
+    said = caplog.text
     assert "not timed, relative errors" in said
     assert "not timed, RuntimeError" in said
     monkeypatch.setattr(tiles, "_tuned", None)  # as a new process would

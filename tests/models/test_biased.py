@@ -10,7 +10,8 @@ import torch.nn.functional as F
 
 import sisa_kernels as sk
 import sisa_model as sm
-from tests.support import tokens
+from sisa_model.models.context import Context
+from tests.support.models import tokens
 
 RIVALS = ["fox-tiny", "alibi-tiny"]
 
@@ -30,7 +31,7 @@ def test_the_layer_is_the_published_score(preset, n_kv_heads):
     if preset == "fox-tiny":
         torch.nn.init.normal_(attn.forget_bias)
     x = torch.randn(2, 30, 48, dtype=torch.float64)
-    w = attn.proj.matrices()
+    w = {name: getattr(attn.proj, name).weight for name in attn.proj.sizes}
     q, k, v = (
         (x @ w[name].T).unflatten(-1, (-1, 16)).transpose(1, 2) for name in ("W_Q", "W_K", "W_V")
     )
@@ -48,7 +49,7 @@ def test_the_layer_is_the_published_score(preset, n_kv_heads):
     )
     expected = attn.W_O((score.softmax(-1) @ v).transpose(1, 2).flatten(2))
     torch.testing.assert_close(
-        attn(x, sm.layers.Context(None)), expected, rtol=1e-5, atol=1e-7
+        attn(x, Context(None)), expected, rtol=1e-5, atol=1e-7
     )  # gates are fp32
 
 

@@ -96,7 +96,7 @@ def test_the_rivals_by_hand():
 
 
 def test_every_family_has_a_formula():
-    assert {config["family"] for config in PRESETS.values()} == set(FAMILIES)
+    assert {preset.model.family for preset in PRESETS.values()} == set(FAMILIES)
     assert all(training_flops(preset_config(name), 128) > 0 for name in PRESETS)
 
 

@@ -7,11 +7,11 @@ import pytest
 import torch
 
 import sisa_model as sm
+from sisa_kernels.testing import relative
 from sisa_model.cli import main
 from sisa_model.models.generate import filter_logits
 from sisa_model.runs.config import TrainConfig
 from sisa_model.training.trainer import train
-from tests.support import relative
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +74,7 @@ CACHED = (*SISA, *RIVALS, *HYBRIDS)
 
 
 def small(preset="sisa-tiny-ds16", **overrides):
-    """A model whose heads forget, or halve SISA's importance, within 2 tokens, 30 tokens and so on."""
+    """A model whose heads forget, or halve SISA's importance, within 2 tokens, 30 and so on."""
     torch.manual_seed(0)
     heads = {"n_heads": 4} if preset.startswith("mamba") else {"n_heads": 4, "n_kv_heads": 2}
     model = sm.build(preset, **{"max_seq_len": 64, **heads, **overrides})
@@ -227,7 +227,7 @@ def test_bad_uses_of_a_cache_are_named():
         model(prompt(), cache=cache)
         with pytest.raises(
             ValueError,
-            match=r"input_ids must be 1 to 64 \(max_seq_len\) tokens long, got 58 behind 7 in the cache",
+            match=r"input_ids must be 1 to 64 .* tokens long, got 58 behind 7 in the cache",
         ):
             model(torch.zeros(2, 58, dtype=torch.int64), cache=cache)
         with pytest.raises(

@@ -15,7 +15,7 @@ from sisa_model.models.softmax import TransformerAttention
 from sisa_model.runs.config import TrainConfig, resolve
 from sisa_model.training.optimizer import make_optimizer
 from sisa_model.training.trainer import train
-from tests.support import check_compiles, check_refused, tokens
+from tests.support.models import check_compiles, check_refused, tokens
 
 COUNTS = {
     "mamba2-tiny": 147_920,
@@ -67,7 +67,7 @@ def test_what_the_paper_argues_against_is_as_large_as_the_transformer(scale):
 
 @pytest.mark.parametrize("family", ["mamba2", "mamba3"])
 def test_a_tiny_mamba_is_as_large_as_the_transformer(family):
-    """Of all layer counts and all multiples of 4 state channels, at the Transformer's head width."""
+    """Of all layer counts and multiples of 4 state channels, at the Transformer's head width."""
     target = sm.count_parameters(on_meta("transformer-tiny"))
     best = abs(COUNTS[f"{family}-tiny"] - target)
     for n_layers in (3, 4, 5):  # parameters are linear in the state size: two sizes give all

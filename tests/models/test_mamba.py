@@ -12,13 +12,13 @@ import torch.nn.functional as F
 
 import sisa_model as sm
 from sisa_kernels import ops
+from sisa_kernels.testing import relative, value_and_grads, worst_row
 from sisa_model.models import mamba, mamba_kernels
 from sisa_model.models.config import ModelConfig
 from sisa_model.models.context import Context
 from sisa_model.models.mamba import Mamba2, Mamba3
 from sisa_model.models.mamba_kernels import Kernels
 from sisa_model.models.scan import decayed_scan
-from tests.support import relative, value_and_grads, worst_row
 
 MIXERS = {"mamba2": Mamba2, "mamba3": Mamba3}
 LENGTHS = (1, 63, 257)
@@ -474,7 +474,8 @@ def test_what_keeps_the_kernels_from_loading_is_said(package):
     package("ops.triton.mamba3.mamba3_siso_combined", "import triton_is_not_here")
     reason = mamba_kernels.load_kernels.__wrapped__()
     assert reason == (
-        "mamba-ssm 2.3.2.post1 cannot be imported (ModuleNotFoundError: No module named 'triton_is_not_here')"
+        "mamba-ssm 2.3.2.post1 cannot be imported "
+        "(ModuleNotFoundError: No module named 'triton_is_not_here')"
     )
 
 

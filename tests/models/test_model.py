@@ -6,14 +6,12 @@ import json
 
 import pytest
 import torch
-import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
 import sisa_kernels as sk
 import sisa_model as sm
 from sisa_model.models.config import ModelConfig
-from sisa_model.models.linear import linear
-from tests.support import check_compiles, check_refused, tokens
+from tests.support.models import check_compiles, check_refused, tokens
 
 # The paper's tables, and the rivals' own: preset -> (parameters, d_ff).
 COUNTS = {
@@ -271,63 +269,6 @@ def test_causal_end_to_end():
     torch.testing.assert_close(model(ids)[:, :25], model(changed)[:, :25], rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("preset", FAMILIES)
-def test_packed_projections_are_the_separate_ones(preset):
-    """The state dict names every matrix by itself, and each acts as a plain linear layer of its
-    own.
-    """
-    model = tiny(preset)
-    state = model.state_dict()
-    assert "layers.0.attn.proj.W_Q.weight" in state
-    assert not any("proj.weight" in name for name in state)
-    x = torch.randn(2, 5, 64)
-    for name, part in zip(model.layers[0].attn.proj.sizes, model.layers[0].attn.proj(x)):
-        torch.testing.assert_close(part, x @ state[f"layers.0.attn.proj.{name}.weight"].T)
-    other = tiny(preset, seed=1)
-    other.load_state_dict(state)
-    assert torch.equal(other(tokens()), model(tokens()))
-
-
-@pytest.mark.parametrize(
-    ("rows", "d_in", "d_out"), [((3, 50), 24, 37), ((64,), 40, 48), ((1, 2), 16, 17)]
-)
-def test_linear_is_the_product_with_rows_on_cache_lines(rows, d_in, d_out):
-    x, weight = (
-        torch.randn(*rows, d_in, requires_grad=True),
-        torch.randn(d_out, d_in, requires_grad=True),
-    )
-    dy = torch.randn(*rows, d_out)
-    y = linear(x, weight)
-    assert y.stride(-2) % 16 == 0
-    expected = F.linear(x, weight)
-    torch.testing.assert_close(y, expected)
-    torch.testing.assert_close(
-        torch.autograd.grad(y, (x, weight), dy), torch.autograd.grad(expected, (x, weight), dy)
-    )
-    for needed, frozen in ((x, weight), (weight, x)):
-        frozen.requires_grad_(False)
-        y = linear(x, weight)
-        frozen.requires_grad_(True)
-        torch.testing.assert_close(
-            torch.autograd.grad(y, needed, dy), torch.autograd.grad(F.linear(x, weight), needed, dy)
-        )
-    with torch.autocast("cpu", torch.bfloat16):
-        assert linear(x, weight).dtype == torch.bfloat16
-    assert torch.equal(linear(x.double(), weight.double()), F.linear(x.double(), weight.double()))
-
-
-@pytest.mark.parametrize("preset", ["sisa-tiny-ds16", "mamba2-tiny", "mamba3-tiny"])
-def test_every_linear_is_called(preset):
-    """Not its weight alone: what is put in its place, or hooked to it, has effect."""
-    model, seen = sm.build(preset), []
-    linears = [module for module in model.modules() if isinstance(module, torch.nn.Linear)]
-    for module in linears:
-        module.register_forward_hook(lambda m, *_: seen.append(m))
-    model(tokens())
-    assert linears
-    assert {id(module) for module in seen} == {id(module) for module in linears}
-
-
 def test_meta_model_can_be_materialised():
     with torch.device("meta"):
         model = sm.build("sisa-tiny-ds16")
@@ -337,20 +278,6 @@ def test_meta_model_can_be_materialised():
         torch.manual_seed(0)
         each.reset_parameters()
     assert torch.equal(model(tokens()), plain(tokens()))
-
-
-def test_meta_model_takes_a_state_dict_or_says_that_it_cannot():
-    plain = tiny()
-    with torch.device("meta"):
-        model = sm.build("sisa-tiny-ds16", n_layers=1)
-    with pytest.raises(
-        RuntimeError,
-        match=r"attn.proj.W_Q.weight cannot be copied into a meta model; pass assign=True",
-    ):
-        model.load_state_dict(plain.state_dict())
-    model.load_state_dict(plain.state_dict(), assign=True)
-    assert torch.equal(model(tokens()), plain(tokens()))
-    assert model.layers[0].attn.proj.weight.requires_grad
 
 
 @pytest.mark.parametrize("preset", [*FAMILIES, "sisa-tiny-ds32-bilinear"])
@@ -427,7 +354,7 @@ def test_health_reports_what_the_layers_compute():
     model = tiny(n_layers=2, mode="clamped")
     for layer, bias in zip(model.layers, (-5.0, 2.0)):
         torch.nn.init.constant_(layer.attn.decay_bias, bias)
-        torch.nn.init.zeros_(layer.attn.proj.matrices()["W_alpha"].detach())
+        torch.nn.init.zeros_(layer.attn.proj.W_alpha.weight)
     slow, fast = sm.health(model, tokens())
     rate = torch.nn.functional.softplus(torch.tensor(-5.0)).item()
     assert slow.lam == pytest.approx([0.3133] * 2, abs=1e-4)

@@ -12,10 +12,11 @@ import torch
 import torch.nn.functional as F
 
 import sisa_model as sm
+from sisa_kernels.testing import relative
 from sisa_model.data.blocks import IGNORE
 from sisa_model.training import loss as module
 from sisa_model.training.loss import Objective, linear_cross_entropy
-from tests.support import ROOT, relative
+from tests.support import ROOT
 
 
 def whole(hidden, weight, targets):
@@ -130,8 +131,9 @@ def test_memory_stays_far_below_the_logits():
     """
     code = """
 import resource, torch
-from sisa_model.loss import linear_cross_entropy
-hidden, weight = torch.randn(8192, 32, requires_grad=True), torch.randn(8192, 32, requires_grad=True)
+from sisa_model.training.loss import linear_cross_entropy
+hidden = torch.randn(8192, 32, requires_grad=True)
+weight = torch.randn(8192, 32, requires_grad=True)
 linear_cross_entropy(hidden[:8], weight, torch.zeros(8, dtype=torch.int64)).backward()
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 linear_cross_entropy(hidden, weight, torch.zeros(8192, dtype=torch.int64)).backward()

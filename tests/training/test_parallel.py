@@ -24,7 +24,7 @@ from tests.support import ROOT
 
 # The number of answers differs between processes and micro-batches, and 33 is a multiple of
 # neither.
-RECALL = {"tasks": ("recall",), "batch_size": 33, "micro_batch_size": 16}
+RECALL = {"mix": ("recall",), "batch_size": 33, "micro_batch_size": 16}
 # Sums of fp32 in another order: measured at 5e-9 (the gradient's norm: 2e-7) in the first step,
 # which shows that they are the same sums, and up to 5e-7 (2e-6) in the fourth: Adam's first steps
 # turn the rounding of a gradient near 0 into a part of a whole step.
@@ -76,7 +76,7 @@ def torchrun(processes, *arguments, **kwargs):
 def train_each(processes, folder, *runs):
     """Train ``runs``, fields of TrainConfig, one after the other in one launch."""
     (folder / "runs.json").write_text(json.dumps(runs, default=str))
-    process = torchrun(processes, "tests/torchrun_worker.py", str(folder / "runs.json"))
+    process = torchrun(processes, "tests/training/torchrun_worker.py", str(folder / "runs.json"))
     out, _ = process.communicate(timeout=300)
     assert process.returncode == 0, out
     return out
@@ -188,20 +188,8 @@ def await_rows(process, log, count):
 @pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="finds the workers in /proc")
 def test_sigterm_to_one_process_stops_all_and_a_kill_ends_the_job(corpus, tmp_path):
     run, log = tmp_path / "run", tmp_path / "run" / "train.jsonl"
-    flags = [
-        "--data",
-        corpus,
-        "--out",
-        run,
-        "--steps",
-        "100000",
-        "--seq-len",
-        "32",
-        "--batch-size",
-        "2",
-        "--val-every",
-        "1000000",
-    ]
+    flags = ["--data", corpus, "--out", run]
+    flags += ["--steps", "100000", "--seq-len", "32", "--batch-size", "2", "--val-every", "1000000"]
     command = ["-m", "sisa_model", "train"]
 
     process = torchrun(2, *command, *map(str, flags))
@@ -235,19 +223,9 @@ def test_several_runs_follow_each_other_in_one_launch(corpus, tmp_path, command)
     """A batch of one sequence leaves the second process without a share; what is printed and
     written is, once.
     """
-    flags = [
-        "--data",
-        corpus,
-        "--out",
-        tmp_path / "all",
-        "--steps",
-        "2",
-        "--seq-len",
-        "64",
-        "--batch-size",
-        "1",
-    ]
-    process = torchrun(2, "-m", "sisa_model", *command, *map(str, flags), "--val-every", "2")
+    flags = ["--data", corpus, "--out", tmp_path / "all"]
+    flags += ["--steps", "2", "--seq-len", "64", "--batch-size", "1", "--val-every", "2"]
+    process = torchrun(2, "-m", "sisa_model", *command, *map(str, flags))
     out, _ = process.communicate(timeout=120)
     assert process.returncode == 0, out
     runs = [path.parent for path in (tmp_path / "all").glob("*/final")]

@@ -3,6 +3,7 @@ one process group.
 """
 
 import json
+import logging
 import sys
 from pathlib import Path
 
@@ -11,12 +12,11 @@ import torch.distributed as dist
 from sisa_model.runs.config import TrainConfig
 from sisa_model.training.trainer import train
 
+logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
 dist.init_process_group("gloo")
 for fields in json.loads(Path(sys.argv[1]).read_text()):
-    data, out, tasks = (
-        tuple(map(Path, fields["data"])),
-        Path(fields["out"]),
-        tuple(fields.get("tasks", ())),
-    )
-    train(TrainConfig(**{**fields, "data": data, "out": out, "tasks": tasks}))
+    fields["data"] = tuple(map(Path, fields["data"]))
+    fields["out"] = Path(fields["out"])
+    fields["mix"] = tuple(fields.get("mix", ()))
+    train(TrainConfig(**fields))
 dist.destroy_process_group()

@@ -1,0 +1,114 @@
+"""The files of an evaluation: a JSON record a task, and the rows of RUN/eval.jsonl."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+from sisa_model.evaluation.config import EvalConfig
+from sisa_model.evaluation.needles import NEEDLE_TESTS
+from sisa_model.evaluation.statistics import Measurement
+from sisa_model.evaluation.subject import Subject
+from sisa_model.runs.log import read_rows
+from sisa_model.utils.files import write_json, write_text
+from sisa_model.utils.machine import versions
+
+
+class Records:
+    """Names and writes what is measured of ``subject`` as ``config`` asks."""
+
+    def __init__(self, config: EvalConfig, subject: Subject):
+        self.config = config
+        self.subject = subject
+        self.folder = config.run / "eval"
+
+    @property
+    def left_out(self) -> str | None:
+        """Why the figures are not in eval.jsonl, which has those of a known step on all examples;
+        None: they are.
+        """
+        if self.subject.step is None:
+            return "of unknown step"
+        return None if self.config.limit is None else "a quick look"
+
+    def title(self, task: str) -> str:
+        """The task's name in eval.jsonl: bare where protocol and model are the paper's, whose
+        curves nothing else should meet.
+        """
+        harness = task not in NEEDLE_TESTS and self.config.protocol == "harness"
+        marks = ["harness"] * harness + ["lambda 0"] * self.config.lam_zero
+        return f"{task} ({', '.join(marks)})" if marks else task
+
+    def path(self, task: str, suffix: str = ".json") -> Path:
+        """The file of a task's record, or with another ``suffix`` its picture."""
+        step = self.subject.step
+        limit = self.config.limit
+        marks = [
+            None if step is None else f"step-{step:08d}",
+            task,
+            None if task in NEEDLE_TESTS else self.config.protocol,
+            "lambda0" if self.config.lam_zero else None,
+            None if limit is None else f"limit{limit}",
+        ]
+        return self.folder / ("-".join(mark for mark in marks if mark) + suffix)
+
+    def write(self, task: str, measurements: list[Measurement]) -> None:
+        """Write a task's record with all that its figures depend on, and its row in eval.jsonl."""
+        record = {
+            "task": self.title(task),
+            "step": self.subject.step,
+            "weights": self.subject.weights,
+            "figures": [dataclasses.asdict(x) for x in measurements],
+            "settings": dataclasses.asdict(self.config),
+            "versions": versions(),
+        }
+        self.folder.mkdir(parents=True, exist_ok=True)
+        write_json(self.path(task), record)
+        shares = [x for x in measurements if x.right]
+        if self.left_out or not shares:
+            return
+        # HellaSwag's acc_norm is what is commonly reported; of the other tasks, acc.
+        normed = [x for x in shares if x.metric == "acc_norm" and task == "hellaswag"]
+        best = (normed or shares)[0]
+        row = {
+            "step": self.subject.step,
+            "task": self.title(task),
+            "accuracy": best.value,
+            "low": best.low,
+            "high": best.high,
+            "chance": best.chance,
+            "count": best.count,
+            "metric": best.metric,
+        }
+        add_rows(self.config.run / "eval.jsonl", [{**row, **best.details}])
+
+
+def add_rows(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Append ``rows`` to a jsonl file in place of earlier ones of the same step and task; the file
+    is replaced as a whole.
+    """
+    again = {(row["step"], row["task"]) for row in rows}
+    kept = [row for row in read_rows(path) if (row["step"], row["task"]) not in again]
+    write_text(path, "".join(json.dumps(row) + "\n" for row in kept + rows))
+
+
+def read_evaluations(run: Path) -> list[dict[str, Any]]:
+    """The rows of RUN/eval.jsonl, shares in [0, 1]; ValueError for one that is no evaluation."""
+    path = run / "eval.jsonl"
+    found = []
+    for row in read_rows(path):
+        try:
+            found.append(_checked(row))
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"{path} must hold rows of step, task and accuracy, got {row}: {error!r}"
+            ) from error
+    return found
+
+
+def _checked(row: dict[str, Any]) -> dict[str, Any]:
+    edges = [name for name in ("low", "high") if row.get(name) is not None]
+    shares = {name: float(row[name]) for name in ("accuracy", *edges)}
+    if not 0 <= shares["accuracy"] <= 1:
+        raise ValueError(f"accuracy must be in [0, 1], got {row['accuracy']}")
+    return {**row, "step": int(row["step"]), "task": str(row["task"]), **shares}

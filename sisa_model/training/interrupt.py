@@ -1,0 +1,48 @@
+"""Ctrl-C and SIGTERM, which end a run after the step under way."""
+
+import contextlib
+import logging
+import signal
+from typing import Any
+
+log = logging.getLogger(__name__)
+
+STOPS = (signal.SIGINT, signal.SIGTERM)
+
+
+class Interrupt:
+    """A context in which Ctrl-C and SIGTERM ask for a stop (``requested``); a second Ctrl-C
+    interrupts at once. ``main``: whether this process says so.
+    """
+
+    def __init__(self, main: bool):
+        self.main = main
+        self.requested = False
+        self._before: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> "Interrupt":
+        self._before = _on_signals(self._request, *STOPS)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            _on_signals(handler, number)
+
+    def refuse(self) -> None:
+        """Let nothing interrupt what follows in the context."""
+        _on_signals(signal.SIG_IGN, *STOPS)
+
+    def _request(self, number: int, frame: Any) -> None:
+        self.requested = True
+        if self.main:
+            log.info("\nstopping after this step; Ctrl-C again to stop at once, without saving")
+        _on_signals(signal.default_int_handler, signal.SIGINT)
+
+
+def _on_signals(handler: Any, *numbers: signal.Signals) -> dict[signal.Signals, Any]:
+    """Set what signals do from here on, and return what they did; nothing outside the main thread,
+    which alone may.
+    """
+    with contextlib.suppress(ValueError):
+        return {number: signal.signal(number, handler) for number in numbers}
+    return {}

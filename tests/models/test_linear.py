@@ -1,0 +1,258 @@
+"""Linear layers: rows on cache lines, and projections of one input that are parameters of their own
+whether one product computes them or each is called.
+"""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.utils import parametrize
+
+import sisa_model as sm
+from sisa_model.models.linear import FEW_WEIGHTS, MANY_ROWS, Linear, PackedLinear, linear
+from sisa_model.models.presets import PRESETS
+from tests.support.models import tiny, tokens
+
+SIZES = {"W_Q": 40, "W_K": 16, "w_gate": 7}
+
+
+@pytest.mark.parametrize(
+    ("rows", "d_in", "d_out"), [((3, 50), 24, 37), ((64,), 40, 48), ((1, 2), 16, 17)]
+)
+def test_linear_is_the_product_with_rows_on_cache_lines(rows, d_in, d_out):
+    x, weight = (
+        torch.randn(*rows, d_in, requires_grad=True),
+        torch.randn(d_out, d_in, requires_grad=True),
+    )
+    dy = torch.randn(*rows, d_out)
+    y = linear(x, weight)
+    assert y.stride(-2) % 16 == 0
+    expected = F.linear(x, weight)
+    torch.testing.assert_close(y, expected)
+    torch.testing.assert_close(
+        torch.autograd.grad(y, (x, weight), dy), torch.autograd.grad(expected, (x, weight), dy)
+    )
+    for needed, frozen in ((x, weight), (weight, x)):
+        frozen.requires_grad_(False)
+        y = linear(x, weight)
+        frozen.requires_grad_(True)
+        torch.testing.assert_close(
+            torch.autograd.grad(y, needed, dy), torch.autograd.grad(F.linear(x, weight), needed, dy)
+        )
+    with torch.autocast("cpu", torch.bfloat16):
+        assert linear(x, weight).dtype == torch.bfloat16
+    assert torch.equal(linear(x.double(), weight.double()), F.linear(x.double(), weight.double()))
+
+
+def packed(seed=0, d_in=24, sizes=SIZES):
+    torch.manual_seed(seed)
+    module = PackedLinear(d_in, sizes)
+    module.reset_parameters(0.5)
+    return module
+
+
+@pytest.fixture
+def products(monkeypatch):
+    """The shapes of the weights that products are made with."""
+    seen = []
+
+    def counted(x, weight):
+        seen.append(tuple(weight.shape))
+        return linear(x, weight)
+
+    monkeypatch.setattr("sisa_model.models.linear.linear", counted)
+    return seen
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_one_product_gives_what_each_projection_gives(products, autocast):
+    module, x = packed(), torch.randn(2, 5, 24, requires_grad=True)
+    results = []
+    for call in (module, lambda x: [child(x) for child in module.children()]):
+        module.zero_grad()
+        x.grad = None
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            outputs = call(x)
+        sum(y.float().square().sum() for y in outputs).backward()
+        results.append((outputs, x.grad, [p.grad for p in module.parameters()]))
+    assert products == [(63, 24), (40, 24), (16, 24), (7, 24)]
+    one, each = results
+    assert one[0][0].dtype == (torch.bfloat16 if autocast else torch.float32)
+    assert {grad.dtype for grad in one[2]} == {torch.float32}
+    tolerance = {"rtol": 5e-2, "atol": 0.1} if autocast else {}
+    torch.testing.assert_close(one, each, **tolerance)
+
+
+def test_few_rows_without_gradients_are_not_worth_a_copy(products):
+    large = {"W_Q": FEW_WEIGHTS // 24, "W_K": 24}
+    for sizes, rows, grad, calls in [
+        (SIZES, 1, False, 1),
+        (large, 1, False, 2),
+        (large, 1, True, 1),
+        (large, MANY_ROWS, False, 1),
+    ]:
+        module, x = packed(sizes=sizes), torch.randn(rows, 24)
+        products.clear()
+        with torch.set_grad_enabled(grad):
+            found = module(x)
+        assert len(products) == calls
+        for y, child in zip(found, module.children()):
+            torch.testing.assert_close(y, F.linear(x, child.weight))
+
+
+class LowRank(nn.Module):
+    """What PEFT's LoRA puts in a linear layer's place, by hand."""
+
+    def __init__(self, base):
+        super().__init__()
+        self.base = base.requires_grad_(False)
+        self.down = nn.Linear(base.in_features, 2, bias=False)
+        self.up = nn.Linear(2, base.out_features, bias=False)
+
+    def forward(self, x):
+        return self.base(x) + self.up(self.down(x))
+
+
+def test_a_projection_can_be_replaced():
+    model, ids = tiny(), tokens()
+    before = model(ids)
+    proj = model.layers[0].attn.proj
+    proj.W_Q = LowRank(proj.W_Q)
+    nn.init.zeros_(proj.W_Q.up.weight)
+    torch.testing.assert_close(model(ids), before)
+    nn.init.normal_(proj.W_Q.up.weight)
+    after = model(ids)
+    assert (after - before).abs().max() > 1e-3
+    after.logsumexp(-1).sum().backward()
+    assert all(p.grad.any() for p in (proj.W_Q.up.weight, proj.W_Q.down.weight, proj.W_K.weight))
+    assert proj.W_Q.base.weight.grad is None
+
+
+def test_lora_of_peft():
+    peft = pytest.importorskip("peft")
+    ids = tokens()
+    before = tiny()(ids)
+    config = peft.LoraConfig(target_modules=["W_Q", "w_up"], init_lora_weights=False)
+    model = peft.get_peft_model(tiny(), config)
+    after = model(ids)
+    assert (after - before).abs().max() > 1e-3
+    after.logsumexp(-1).sum().backward()
+    adapters = [p for name, p in model.named_parameters() if "lora_" in name]
+    assert len(adapters) == 2 * 2 * len(model.base_model.model.layers)
+    assert all(p.grad.any() for p in adapters)
+
+
+class Doubled(nn.Module):
+    def forward(self, weight):
+        return 2 * weight
+
+
+class Quantised(torch.Tensor):
+    """A tensor subclass, which a copy of its numbers would not do justice."""
+
+
+def hook(module):
+    module.register_forward_hook(lambda module, args, y: 2 * y)
+
+
+def pre_hook(module):
+    module.register_forward_pre_hook(lambda module, args: (2 * args[0],))
+
+
+def own_forward(module):
+    module.forward = lambda x, plain=module.forward: 2 * plain(x)
+
+
+def parametrization(module):
+    parametrize.register_parametrization(module, "weight", Doubled())
+
+
+def bias(module):
+    module.bias = nn.Parameter(torch.ones(module.out_features))
+
+
+def subclass(module):
+    module.__class__ = type(
+        "Other", (Linear,), {"forward": lambda self, x: 2 * linear(x, self.weight)}
+    )
+
+
+@pytest.mark.parametrize("change", [hook, pre_hook, own_forward, parametrization, bias, subclass])
+def test_what_is_done_to_a_projection_has_effect(change):
+    module, x = packed(), torch.randn(3, 24)
+    q, k, gate = module(x)
+    change(module.W_K)
+    found = module(x)
+    torch.testing.assert_close(found[0], q)
+    torch.testing.assert_close(found[1], k + 1 if change is bias else 2 * k)
+    torch.testing.assert_close(found[2], gate)
+
+
+def test_backward_hooks_are_called():
+    module, seen = packed(), []
+    module.W_K.register_full_backward_hook(lambda module, dx, dy: seen.append(dy[0].shape))
+    sum(y.sum() for y in module(torch.randn(3, 24, requires_grad=True))).backward()
+    assert seen == [(3, 16)]
+
+
+def test_other_kinds_of_weights_are_not_packed(products):
+    module, x = packed(), torch.randn(3, 24)
+    module.W_K.weight = nn.Parameter(module.W_K.weight.detach().as_subclass(Quantised))
+    assert type(module.W_K.weight) is not nn.Parameter
+    module(x)
+    assert len(products) == 3
+    module = packed()
+    module.W_K.double()
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(RuntimeError):
+        module(x)  # each by itself, and that one's dtype has no product with x
+
+
+@pytest.mark.parametrize("preset", ["sisa-tiny-ds16", "mamba2-tiny", "mamba3-tiny"])
+def test_every_linear_is_called(preset):
+    """Not its weight alone: what is put in its place, or hooked to it, has effect."""
+    model, seen = sm.build(preset), []
+    linears = [module for module in model.modules() if isinstance(module, nn.Linear)]
+    for module in linears:
+        module.register_forward_hook(lambda m, *_: seen.append(m))
+    model(tokens())
+    assert linears
+    assert {id(module) for module in seen} == {id(module) for module in linears}
+
+
+@pytest.mark.parametrize("preset", [name for name in PRESETS if "-tiny" in name])
+def test_parameters_have_the_names_and_the_memory_of_what_is_saved(preset):
+    model = tiny(preset)
+    parameters, state = dict(model.named_parameters()), model.state_dict()
+    assert list(parameters) == list(state)
+    assert len({p.untyped_storage().data_ptr() for p in parameters.values()}) == len(parameters)
+    assert all(p.data_ptr() == state[name].data_ptr() for name, p in parameters.items())
+
+
+def test_copies_and_casts_keep_their_own_weights():
+    model, ids = tiny(), tokens()
+    before = model(ids)
+    other = copy.deepcopy(model)
+    nn.init.zeros_(other.layers[0].attn.proj.W_V.weight)
+    assert torch.equal(model(ids), before)
+    assert not torch.equal(other(ids), before)
+    weight = other.bfloat16().layers[0].attn.proj.W_K.weight
+    assert weight.dtype == torch.bfloat16
+    assert other(ids).dtype == torch.bfloat16
+
+
+def test_a_meta_model_takes_a_state_dict():
+    plain = tiny()
+    with torch.device("meta"):
+        model = sm.build("sisa-tiny-ds16")
+    model.load_state_dict(plain.state_dict(), assign=True)
+    assert torch.equal(model(tokens()), plain(tokens()))
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_values_are_one_draw_split_by_rows():
+    module = packed(seed=3, d_in=5)  # whose matrices fill no 16 numbers that are drawn together
+    torch.manual_seed(3)
+    drawn = torch.empty(63, 5).normal_(std=0.5)
+    assert torch.equal(torch.cat([*module.parameters()]), drawn)

@@ -1,6 +1,4 @@
-"""The authors' formulation, op by op, from the paper's Proposition 1: the rival that every bench
-times beside ours.
-"""
+"""The authors' formulation, op by op (Proposition 1): the rival that every bench times."""
 
 import torch
 import torch.nn.functional as F
@@ -40,9 +38,7 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, **options) -> Tensor:
 
 
 def attention(x: SisaInputs, clamp: float = CLAMP) -> Tensor:
-    """The chain, then stock attention with v as narrow as it is, by whichever kernel SDPA picks for
-    d_qk != d_v.
-    """
+    """The chain, then stock attention with v as narrow as it is, by whichever kernel SDPA picks."""
     q_aug, k_aug = eager_chain(x, clamp)
     return sdpa(q_aug, k_aug, x.v, scale=x.q.shape[3] ** -0.5)
 

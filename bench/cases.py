@@ -1,6 +1,4 @@
-"""What the benches time, by section: groups of cases that take turns, each with the check that
-gates it (paths.py).
-"""
+"""What the benches time, by section: groups of cases that take turns, each with its check."""
 
 import functools
 import math
@@ -172,9 +170,9 @@ def attention_case(
 
 
 def stock_groups(s: Setting) -> list[list[Case]]:
-    """Each stock backend at the widths of augmented operands, v as it is or padded to them;
-    baseline: the plain widths.
-    """
+    """Each stock backend at the widths of augmented operands, v as it is or padded to them.
+
+    Baseline: the plain widths."""
     Dh = s.head_dim
     widths = [(Dh, Dh)]
     for ds in s.d_states:
@@ -194,9 +192,9 @@ def stock_groups(s: Setting) -> list[list[Case]]:
 
 
 def attention_groups(s: Setting, paths: Sequence[Path] = ATTENTION) -> list[list[Case]]:
-    """Every attention path, forward and forward + backward; baseline: plain attention with RoPE by
-    the fastest stock backend.
-    """
+    """Every attention path, forward and forward + backward.
+
+    Baseline: plain attention with RoPE by the fastest stock backend."""
     return [
         [
             attention_case("attention", path, shape, passes, s, baseline=path in STOCK)
@@ -245,9 +243,9 @@ def prologue_failure(shape: Shape, s: Setting, again: bool) -> str | None:
 
 
 def prologue_groups(s: Setting) -> list[list[Case]]:
-    """The Triton path's prologue, compiled and op by op, as the forward and the backward run it;
-    baseline: a copy of its bytes.
-    """
+    """The Triton path's prologue, compiled and op by op, as the forward and the backward run it.
+
+    Baseline: a copy of its bytes."""
     groups = []
     for shape in s.shapes(2048, 16384):
         costs = {stage.name: stage for stage in stages("exact", shape)}
@@ -316,9 +314,7 @@ def augmentation_bytes(shape: Shape, dtype: torch.dtype) -> tuple[int, int]:
 
 
 def augmentation_groups(s: Setting, baseline: str = "copy") -> list[list[Case]]:
-    """The extension's augmentation, the authors' chain of ops, that chain compiled, and a copy of
-    the bytes that they must move.
-    """
+    """The extension's augmentation, the authors' chain, that compiled, and a copy of the bytes."""
     on_gpu = s.device.type == "cuda"
     groups = []
     for shape in s.shapes(2048):
@@ -358,9 +354,9 @@ def augmentation_groups(s: Setting, baseline: str = "copy") -> list[list[Case]]:
 
 
 def preset_gate(preset: str, s: Setting) -> dict[str, Any]:
-    """The check and the tests that gate a model: those of its attention; of a rival's, its layer
-    against the same in fp64.
-    """
+    """The check and the tests that gate a model: those of its attention.
+
+    Of a rival's it is its layer against the same in fp64."""
     config = preset_config(authors.ours(preset))
     if config.family == "transformer":
         return {"check": no_check}
@@ -387,9 +383,9 @@ def layer_limit(s: Setting) -> float:
 
 @functools.cache
 def layer_failure(preset: str, s: Setting) -> str | None:
-    """Why a model's first layer must not be timed: y and dL/dx, autocast as timed, against the
-    layer's own formulas in fp64.
-    """
+    """Why a model's first layer must not be timed: y and dL/dx against its formulas in fp64.
+
+    With autocast as timed."""
     model = one_layer(preset, s.device)
     x, dy = torch.randn(2, 1, CHECK_LENGTH, model.config.d_model, device=s.device).unbind()
     found = []
@@ -424,9 +420,9 @@ def layer_step(preset: str, batch: int, length: int, s: Setting) -> Callable[[],
 
 
 def layer_groups(s: Setting) -> list[list[Case]]:
-    """One layer of each model, forward + backward, fp32 weights, autocast to a half dtype;
-    baseline: the first model's.
-    """
+    """One layer of each model, forward + backward, fp32 weights, autocast to a half dtype.
+
+    Baseline: the first model's."""
     return [
         [
             Case(
@@ -447,9 +443,7 @@ def layer_groups(s: Setting) -> list[list[Case]]:
 
 
 def decode_step(preset: str, length: int, s: Setting) -> Callable[[], object]:
-    """The first layer's next token behind ``length`` tokens; every 32nd takes a cache of tokens
-    back to them.
-    """
+    """The next token behind ``length`` tokens; every 32nd takes a cache of tokens back to them."""
     model = one_layer(preset, s.device).to(s.dtype)
     layer = model.layers[0]
     cache = layer.mixer.make_cache(1)
@@ -472,9 +466,7 @@ def decode_step(preset: str, length: int, s: Setting) -> Callable[[], object]:
 
 @functools.cache
 def decode_failure(preset: str, s: Setting) -> str | None:
-    """Why a model's decoding must not be timed: the next token's states against the layer in fp64
-    without a cache.
-    """
+    """Why a model's decoding must not be timed: the next token against fp64 without a cache."""
     found = decode_step(preset, CHECK_LENGTH, s)()
     model = one_layer(preset, s.device).to(s.dtype)
     states = torch.randn(1, CHECK_LENGTH + 1, model.config.d_model, device=s.device).to(s.dtype)
@@ -486,9 +478,9 @@ def decode_failure(preset: str, s: Setting) -> str | None:
 
 
 def decode_groups(s: Setting) -> list[list[Case]]:
-    """One token of one layer of each model behind a cache, weights in the setting's dtype;
-    baseline: the first model's.
-    """
+    """One token of one layer of each model behind a cache, weights in the setting's dtype.
+
+    Baseline: the first model's."""
     return [
         [
             Case(
@@ -531,9 +523,9 @@ def training_step(
 
 
 def model_groups(s: Setting) -> list[list[Case]]:
-    """A training step: bf16 autocast over fp32 weights on a GPU, as the trainer runs it and under
-    torch.compile; fp32 on a CPU.
-    """
+    """A training step, as the trainer runs it and under torch.compile.
+
+    On a GPU bf16 autocast over fp32 weights; fp32 on a CPU, there not compiled."""
     modes = ("eager", "compiled") if s.device.type == "cuda" else ("eager",)
     groups = []
     for length in s.lengths or (2048,):
@@ -581,9 +573,9 @@ def with_tiles(case: Case, shape: Shape, s: Setting, search: bool) -> Callable[[
 
 
 def tune_groups(s: Setting) -> list[list[Case]]:
-    """Exact attention with the tiles in use and with those that autotuning finds (printed, and kept
-    where tiles.py keeps them).
-    """
+    """Exact attention with the tiles in use and with those that autotuning finds.
+
+    These are printed, and kept where tiles.py keeps them."""
     groups = []
     for shape in s.shapes(2048):
         case = attention_case("tune", EXACT, shape, "fwd+bwd", s)

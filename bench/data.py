@@ -20,9 +20,9 @@ from sisa_model.data.text import standard_library
 def loader_rates(
     shards: Shards, seq_len: int, batch_size: int, seconds: float
 ) -> tuple[float, float]:
-    """Tokens a second of wall-clock and of CPU, over as many batches as fit ``seconds`` after one
-    that is not counted.
-    """
+    """Tokens a second of wall-clock and of CPU, over the batches that fit ``seconds``.
+
+    One batch before them is not counted."""
     blocks = Blocks(shards.train, seq_len, 0, "training")
     blocks.take(blocks.ids(0, batch_size))
     wall = time.perf_counter()

@@ -1,10 +1,9 @@
-"""Builds, proves and measures the project on a machine with a GPU; needs no network, installs
-nothing.
+"""Builds, proves and measures the project on a machine with a GPU; needs no network.
 
-Each section runs in a process of its own, within its minutes, and appends rows to
-``<out>/<section>.csv`` as they come, so that a run that is cut off keeps what it has. What a path's
-check or test refuses gets a row with the reason and no number, and so does whatever raises. The
-last thing printed is one table.
+It installs nothing. Each section runs in a process of its own, within its minutes, and appends rows
+to ``<out>/<section>.csv`` as they come, so that a run that is cut off keeps what it has. What a
+path's check or test refuses gets a row with the reason and no number, and so does whatever raises.
+The last thing printed is one table.
 
 Times are milliseconds of the GPU between two events around a call: the 20th, 50th and 80th
 percentile of rounds in which all variants of a problem take turns, each warm, its gradients dropped

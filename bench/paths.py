@@ -1,5 +1,4 @@
-"""The paths of attention that the benches time, and the check that each must pass in this process
-first.
+"""The paths of attention that the benches time, and the check that each must pass first.
 
 A path's results and gradients at 257 tokens may err at most twice as much, against the fp64 oracle,
 as its own formula written densely in the operands' dtype, plus a floor: a path that fails is
@@ -102,9 +101,9 @@ def dense_augmented(x: SisaInputs) -> Tensor:
 
 
 def stock(backend: SDPBackend) -> Attend:
-    """Plain attention by one stock backend; RoPE is compiled on a GPU, the fastest that a user gets
-    without a kernel.
-    """
+    """Plain attention by one stock backend, RoPE compiled on a GPU.
+
+    It is the fastest that a user gets without a kernel."""
 
     def call(x: SisaInputs) -> Tensor:
         q = x.q
@@ -152,9 +151,7 @@ def compiled_flex(length: int, device: torch.device) -> Callable[..., Tensor]:
 
 @torch.no_grad()
 def flex(x: SisaInputs) -> Tensor:
-    """The authors' chain, then FlexAttention, which takes v as narrow as it is; its scores know no
-    second product of vectors.
-    """
+    """The authors' chain, then FlexAttention, whose scores know no second product of vectors."""
     attend = compiled_flex(x.q.shape[1], x.q.device)
     q_aug, k_aug = (t.transpose(1, 2) for t in eager_chain(x))
     y = attend(q_aug, k_aug, x.v.detach().transpose(1, 2), scale=x.q.shape[3] ** -0.5)
@@ -207,9 +204,7 @@ ATTENTION_ON_CPU = [
 
 
 def reason(error: BaseException, told: Sequence[warnings.WarningMessage] = ()) -> str:
-    """The first line of an error; where SDPA only says that no kernel is available, the warning in
-    which it says why.
-    """
+    """The first line of an error; of SDPA's "no kernel", the warning in which it says why."""
     first = str(error).strip().partition("\n")[0]
     if re.search("No available kernel|No viable backend", first):
         for warning in told:
@@ -242,9 +237,7 @@ def failure(
     device: torch.device,
     with_rope: bool,
 ) -> str | None:
-    """Why a path must not be timed at these widths (Dh, Ds, Dv): what it raises, or its results are
-    wrong; None: it may be.
-    """
+    """Why a path must not be timed at widths (Dh, Ds, Dv): it raises, or is wrong; None: it may."""
     x, dy = problem(Shape(1, CHECK_LENGTH, 2, *widths), dtype, device, CHECK_HALF_LIFE)
     if not with_rope:
         x = x._replace(rotary=None)

@@ -86,12 +86,12 @@ class Stage(NamedTuple):
 def horizon_tokens(
     d_state: int, half_life: float, tolerance: float = TOLERANCE, lam: float = LAM
 ) -> float:
-    """Distance in tokens from which on no importance product is made: half_life log2(max(lam, 1) Ds
-    / tolerance).
+    """The distance in tokens from which on no importance product is made.
 
-    A block pair needs none where lam exp(g_start(I) - g_end(J)) max|c_I| max|b_J| <= tolerance, lam
-    taken as at least 1 (see sisa_kernels/triton/horizon.py). Here each norm is sqrt(Ds), that of
-    channels of unit variance, and g falls by ln 2 each half_life."""
+    ``half_life log2(max(lam, 1) Ds / tolerance)``. A block pair needs none where lam exp(g_start(I)
+    - g_end(J)) max|c_I| max|b_J| <= tolerance, lam taken as at least 1 (see
+    sisa_kernels/triton/horizon.py). Here each norm is sqrt(Ds), that of channels of unit variance,
+    and g falls by ln 2 each half_life."""
     check_positive(d_state=d_state, half_life=half_life, tolerance=tolerance, lam=lam)
     largest = max(lam, 1) * d_state / tolerance
     return half_life * math.log2(largest) if largest > 1 else 0.0
@@ -99,11 +99,11 @@ def horizon_tokens(
 
 @cache
 def causal_scores(length: int, tile: tuple[int, int] = (1, 1), horizon: float = math.inf) -> int:
-    """Scores of a head in whole blocks of ``tile`` = (queries, keys): length (length + 1) / 2 for
-    tile (1, 1).
+    """Scores of a head in whole blocks of ``tile`` = (queries, keys).
 
-    With a ``horizon`` in tokens, those that get an importance product: the key block reaches into
-    the query block, or its last token lies less than horizon tokens before the query block's first.
+    For tile (1, 1) length (length + 1) / 2. With a ``horizon`` in tokens, those that get an
+    importance product: the key block reaches into the query block, or its last token lies less than
+    horizon tokens before the query block's first.
     """
     rows, columns = tile
     check_positive(length=length, tile_queries=rows, tile_keys=columns)
@@ -191,11 +191,11 @@ def stages(
     horizon: float = math.inf,
     tile: tuple[int, int] = (1, 1),
 ) -> list[Stage]:
-    """The path's kernels with their FLOPs and compulsory bytes: every tensor read or written once a
-    kernel.
+    """The path's kernels with their FLOPs and compulsory bytes.
 
-    ``horizon`` in tokens is for ``exact`` alone. ``tile`` (queries, keys) counts scores in whole
-    blocks; (1, 1) counts the causal ones, which is the floor."""
+    Every tensor is read or written once a kernel. ``horizon`` in tokens is for ``exact`` alone.
+    ``tile`` (queries, keys) counts scores in whole blocks; (1, 1) counts the causal ones, which is
+    the floor."""
     if path not in PATHS:
         raise ValueError(f"path must be one of {', '.join(PATHS)}, got {path!r}")
     if path != "exact" and horizon != math.inf:
@@ -228,9 +228,7 @@ def bound_ms(path: str, shape: Shape, device: Device, **options) -> float:
 
 
 def bounds_row(shape: Shape, device: Device, horizon: float, tile: tuple[int, int]) -> str:
-    """A row of the first table: plain, exact, exact within the horizon in full, of the others the
-    bound over plain's.
-    """
+    """A row of the first table: plain, exact, exact within the horizon; the others over plain."""
     yardstick = bound_ms("plain", shape, device, tile=tile)
     parts = [f"{shape.length:6} {shape.d_state:4}"]
     for path, reach in (("plain", math.inf), ("exact", math.inf), ("exact", horizon)):

@@ -61,9 +61,7 @@ class Run:
 
 
 def gpu_milliseconds(calls: Calls, seconds: float = 3.0) -> list[list[float]]:
-    """The milliseconds of each call on the GPU in each of 10 to 50 rounds, as many as fit in
-    ``seconds``.
-    """
+    """Milliseconds on the GPU of each call in 10 to 50 rounds, as many as fit ``seconds``."""
     # 256 MiB, several times any L2 cache.
     flush = torch.empty(1 << 28, dtype=torch.int8, device="cuda")
 
@@ -86,9 +84,7 @@ def gpu_milliseconds(calls: Calls, seconds: float = 3.0) -> list[list[float]]:
 
 
 def cpu_milliseconds(calls: Calls, seconds: float = 20.0, least: int = 5) -> list[list[float]]:
-    """The wall-clock milliseconds of each call in each of ``least`` to 50 rounds, as many as fit in
-    ``seconds``.
-    """
+    """Wall-clock milliseconds of each call in ``least`` to 50 rounds, as fit ``seconds``."""
 
     def one_round() -> list[float]:
         took = []
@@ -102,9 +98,9 @@ def cpu_milliseconds(calls: Calls, seconds: float = 20.0, least: int = 5) -> lis
 
 
 def _rounds(one_round: Callable[[], list[float]], seconds: float, least: int) -> list[list[float]]:
-    """The series of each call after one round that only says how long a round is; all take turns in
-    every round.
-    """
+    """The series of each call; all take turns in every round.
+
+    One round before them only says how long a round is."""
     begin = time.monotonic()
     one_round()
     fitting = int(seconds / (time.monotonic() - begin))
@@ -141,9 +137,9 @@ def cpu_peak(call: Callable[[], object]) -> int:
 
 
 def attempt(function: Callable[[], T]) -> tuple[T | None, str]:
-    """(Its result, "") or, where it raises, (None, why); what it warns of is printed, such as tiles
-    that no table has.
-    """
+    """(Its result, "") or, where it raises, (None, why).
+
+    What it warns of is printed, such as tiles that no table has."""
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
         try:

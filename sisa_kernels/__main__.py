@@ -19,28 +19,25 @@ PATHS = (("exact", "triton"), ("exact", "chunked"), ("exact", "one_call"), ("cla
 
 
 def self_check(device: torch.device) -> list[str]:
-    """One line a (decay, dtype, mode, backend): error of y, the worst gradient's error and name,
-    time of forward + backward.
-    """
+    """One line a (decay, dtype, mode, backend): the errors, and the time of forward + backward."""
     columns = f"{'error of y':>11} {'worst gradient':>22} {'fwd+bwd ms':>11}"
     lines = [f"{'decay':13} {'dtype':9} {'mode':8} {'backend':8} {columns}"]
     paths = PATHS if device.type == "cuda" else PATHS[1:]
     for name, decay in CASES.items():
         for dtype in DTYPES:
-            small = problem(L=LENGTH, decay=decay, dtype=dtype, device=device)
-            right = oracle(*small)
+            inputs, dy = problem(L=LENGTH, decay=decay, dtype=dtype, device=device)
+            right = oracle(inputs, dy)
             for mode, backend in paths:
                 head = f"{name:13} {str(dtype)[6:]:9} {mode:8} {backend:8}"
                 try:
-                    lines.append(f"{head} {_row(small, right, mode=mode, backend=backend)}")
+                    lines.append(f"{head} {_row(inputs, dy, right, mode=mode, backend=backend)}")
                 except Exception as error:  # whatever keeps a path from running here
                     lines.append(f"{head} {described(error)}")
     return lines
 
 
-def _row(small: tuple[SisaInputs, Tensor], right: ValueAndGrads, **choice: str) -> str:
+def _row(inputs: SisaInputs, dy: Tensor, right: ValueAndGrads, **choice: str) -> str:
     """The errors of a path, and its time once it has registered and compiled what it needs."""
-    inputs, dy = small
     found = value_and_grads(sisa_attention, inputs, dy, **choice)
     start = time.perf_counter()
     value_and_grads(sisa_attention, inputs, dy, **choice)

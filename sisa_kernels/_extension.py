@@ -1,6 +1,4 @@
-"""The compiled extension: loaded where it fits this torch and this CPU, and otherwise said once,
-with the command that helps.
-"""
+"""The compiled extension: loaded where it fits this torch and this CPU, otherwise said once."""
 
 import importlib.util
 import os
@@ -52,7 +50,5 @@ if not LOADED and os.environ.get("SISA_EXTENSION") != "0":
 
 
 def build_info() -> str:
-    """One line a fact of the build: torch, vector width, compiler, flags, OpenMP, CUDA
-    architectures; empty where not built.
-    """
+    """One line a fact of the build (torch, vector width, compiler ...); empty where not built."""
     return "\n".join(f"{name:10} {value or 'none'}" for name, value in RECORD.items())

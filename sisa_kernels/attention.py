@@ -7,7 +7,7 @@ from torch import Tensor
 
 from sisa_kernels import _extension, reference, selfcheck
 from sisa_kernels.checks import check_attention
-from sisa_kernels.inputs import BACKENDS, Backend, Mode, Rotary, SisaInputs
+from sisa_kernels.inputs import BACKENDS, Backend, Mode, Rotary, SisaInputs, joined
 from sisa_kernels.ops import refuse_forward_mode, say_once, without_autocast
 from sisa_kernels.paths import one_call
 from sisa_kernels.paths.augment import guard_compiled
@@ -24,11 +24,11 @@ ALIASES = {"flash": "one_call", "sdpa": "chunked"}
 
 
 def backends(*, table: bool = False) -> dict[str, str]:
-    """What can run here: each of "triton", "flash" (one_call), "sdpa" (chunked) and "extension"
-    mapped to "available" or to why it is not.
+    """What can run here, each by name "available" or why it is not.
 
-    ``table``: with each stock kernel of "flash", in its order of preference, as "flash/NAME", for a
-    training call of width 64 + 16 in bf16 on the current GPU, or in fp32 on the CPU."""
+    The names are "triton", "flash" (one_call), "sdpa" (chunked) and "extension"; with ``table``
+    also "flash/NAME" of each stock kernel, in the order of preference, for a training call of width
+    64 + 16 in bf16 on the current GPU, or in fp32 on the CPU."""
     found = {
         "triton": _triton_state(),
         "flash": "available",
@@ -80,9 +80,9 @@ def _preferred(mode: str, device: torch.device) -> str:
 
 
 def asked_backend(backend: str) -> tuple[str, str]:
-    """SISA_BACKEND if set, else ``backend``, an old name resolved, and which of the two counts;
-    ValueError where it is no backend.
-    """
+    """SISA_BACKEND if set, else ``backend``, an old name resolved; and which of the two counts.
+
+    Raises ValueError where it is no backend."""
     source = "SISA_BACKEND" if "SISA_BACKEND" in os.environ else "backend"
     backend = os.environ.get("SISA_BACKEND", backend)
     if backend not in BACKENDS:
@@ -126,13 +126,13 @@ def sisa_attention(
     backend: Backend = "auto",
     cu_seqlens: Tensor | None = None,
 ) -> Tensor:
-    """SISA: causal softmax attention with an importance term from a state-space model inside the
-    score (arXiv 2606.02332), y [B, L, H, Dv] in q's dtype, differentiable in q .. lam.
+    """SISA: causal softmax attention with a state-space model's importance term in the score.
 
     ``s_ij = q_i.k_j / sqrt(Dh) + lam exp(g_i - g_j) (R(Phi_i) c_i).(R(Phi_j) b_j)`` for i >= j (Eq.
-    2), ``y_i = sum_j softmax_j(s_ij) v_j``; g and Phi are the running sums of ``log_decay`` and
-    ``theta``, R rotates the channel pairs (2n, 2n+1). With fewer key heads than query heads, head h
-    uses key head h // (H/G), its b, log_decay and theta.
+    2 of arXiv 2606.02332), ``y_i = sum_j softmax_j(s_ij) v_j``; g and Phi are the running sums of
+    ``log_decay`` and ``theta``, R rotates the channel pairs (2n, 2n+1). With fewer key heads than
+    query heads, head h uses key head h // (H/G), its b, log_decay and theta. Returns y [B, L, H,
+    Dv] in q's dtype, differentiable in q .. lam.
 
     Args:
         q, k, v: [B, L, H, Dh], [B, L, G, Dh], [B, L, G, Dv], of one dtype: fp32, bf16, fp16, fp64.
@@ -177,7 +177,5 @@ def _attend(inputs: SisaInputs, mode: Mode, backend: str) -> Tensor:
             return triton_op.attend(inputs)
         guard_compiled(inputs.scores())
         if path == "chunked" and mode == "exact":
-            pieces = [chunked(document) for document in inputs.documents()]
-        else:
-            pieces = [one_call.one_call(document, mode) for document in inputs.documents()]
-    return pieces[0] if len(pieces) == 1 else torch.cat(pieces, 1)
+            return joined([chunked(document) for document in inputs.documents()])
+        return joined([one_call.one_call(document, mode) for document in inputs.documents()])

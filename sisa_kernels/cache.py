@@ -13,9 +13,7 @@ def uniform(lengths: list[int]) -> int | None:
 
 
 def write(buffer: Tensor, x: Tensor, lengths: list[int]) -> None:
-    """Put x [B, T, heads, ...] into buffer [B, heads, capacity, ...], behind the first
-    ``lengths[r]`` tokens of each row r.
-    """
+    """Put x [B, T, heads, ...] in buffer [B, heads, capacity, ...], row r behind ``lengths[r]``."""
     T, x = x.shape[1], x.transpose(1, 2)
     start = uniform(lengths)
     if start is not None:
@@ -49,9 +47,7 @@ def visible(lengths: list[int], new: int, device: torch.device) -> Tensor:
 
 
 def check_lengths(lengths: list[int], held: list[int], length: int, name: str = "lengths") -> None:
-    """Raise ValueError unless ``lengths`` are the real tokens of each row, of the first [batch,
-    length] into an empty cache.
-    """
+    """ValueError unless ``lengths`` are each row's real tokens of the first [batch, length]."""
     if any(held):
         raise ValueError(f"{name} is for the first tokens of an empty cache, this one holds {held}")
     fitting = isinstance(lengths, (list, tuple)) and len(lengths) == len(held)
@@ -69,8 +65,7 @@ def refuse_gradients(inputs: dict[str, Tensor]) -> None:
 
 
 class TokenCache:
-    """Named buffers [B, heads, capacity(, channels)], of which row r holds tokens in the first
-    ``lengths[r]`` slots.
+    """Named buffers [B, heads, capacity(, channels)]; row r holds its first ``lengths[r]`` slots.
 
     They take the dtype and device of what is first appended, and grow by half, so that a token
     costs no copy on average. Rows may differ in length: prompts are padded on the right, where
@@ -84,9 +79,7 @@ class TokenCache:
         self.buffers: dict[str, Tensor] = {}
 
     def check(self, new: dict[str, Tensor], lengths: list[int] | None) -> None:
-        """Refuse, before anything is written, tokens [B, T, heads(, channels)] that the cache
-        cannot take.
-        """
+        """Refuse, before any write, tokens [B, T, heads(, channels)] that the cache cannot take."""
         refuse_gradients(new)
         if not new:
             raise ValueError("a cache needs at least one tensor of new tokens, got none")
@@ -125,9 +118,7 @@ class TokenCache:
             )
 
     def reserve(self, new: dict[str, Tensor]) -> None:
-        """Make room for tokens such as ``new`` [B, T, heads(, channels)], of which only shape,
-        dtype and device matter.
-        """
+        """Make room for tokens such as ``new``, of which shape, dtype and device matter."""
         buffers = {}
         for name, x in new.items():
             batch, length, heads, *channels = x.shape
@@ -144,9 +135,7 @@ class TokenCache:
         self.buffers |= buffers  # all, or after an error none
 
     def put(self, new: dict[str, Tensor]) -> None:
-        """Write tokens [B, T, heads(, channels)] behind those held, among which :meth:`advance`
-        will count them.
-        """
+        """Write tokens [B, T, heads(, channels)] behind those held; :meth:`advance` counts them."""
         self.reserve(new)
         for name, x in new.items():
             write(self.buffers[name], x, self.lengths)

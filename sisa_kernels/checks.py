@@ -130,9 +130,7 @@ def check_log(name: str, x: Tensor, meaning: str) -> None:
 
 
 def check_shapes(x: ScoreInputs) -> None:
-    """Check all of a SISA layer's inputs but v, and all but their values (shapes in
-    :class:`SisaInputs`).
-    """
+    """Check shape, dtype and device of all of a SISA layer's inputs but v."""
     check_qk(x.q, x.k)
     B, L, H, _ = x.q.shape
     G = x.k.shape[2]
@@ -152,9 +150,9 @@ def check_shapes(x: ScoreInputs) -> None:
 
 
 def check_operands(x: ScoreInputs) -> None:
-    """:func:`check_shapes`, and for CPU tensors ``log_decay <= 0`` and ``lam > 0``; on a GPU that
-    would stall the device.
-    """
+    """Check all of a SISA layer's inputs but v, and for CPU tensors their values too.
+
+    These are ``log_decay <= 0`` and ``lam > 0``; on a GPU the check would stall the device."""
     check_shapes(x)
     check_log("log_decay", x.log_decay, "decay")
     if x.q.device.type == "cpu" and not torch.compiler.is_compiling():

@@ -1,5 +1,4 @@
-"""Decoding: a cache of keys, and sisa_decode, which appends new tokens to it and attends from them
-over all of it.
+"""Decoding: a cache of keys, and sisa_decode, which appends new tokens and attends from them.
 
 What token j brings to every later score (Eq. 2) is k_j, R(Phi_j) b_j and g_j: they are written once
 and stay as they are. The weight ``exp(g_i - g_j)`` is formed when it is used and never above 1,
@@ -31,7 +30,7 @@ from sisa_kernels.scans import cumulative_decay, work_dtype
 
 
 class Held(NamedTuple):
-    """The tensors of a cache that a step reads and changes, and how many tokens each row holds."""
+    """What a step reads and changes of a cache, k, v and b in the compute dtype."""
 
     k: Tensor
     """With RoPE, [B, G, capacity, Dh]."""
@@ -44,15 +43,14 @@ class Held(NamedTuple):
     phase: Tensor
     """Of each row's last token, [B, G, Ds / 2] fp64."""
     lengths: list[int]
+    """The tokens of each row."""
 
 
 class SisaCache(TokenCache):
     """What :func:`sisa_decode` keeps of the tokens so far, for ``batch`` sequences; empty at first.
 
-    ``buffers`` are k (with RoPE) [B, G, capacity, Dh], b (rotated by the phase) [..., Ds] and v
-    [..., Dv] in the compute dtype and g [B, G, capacity] fp64; ``phase`` [B, G, Ds / 2] fp64 is
-    that of each row's last token, ``lengths`` the tokens a row holds. Raises ValueError for a batch
-    below 1."""
+    ``buffers`` are k, v, b and g, ``phase`` beside them, all as in :class:`Held`; ``lengths`` are
+    the tokens a row holds. Raises ValueError for a batch below 1."""
 
     def __init__(self, batch: int):
         super().__init__(batch)
@@ -78,9 +76,7 @@ def _wrapped_phase(theta: Tensor, before: Tensor | float = 0.0) -> Tensor:
 
 
 def _rotated_keys(inputs: SisaInputs, phase: Tensor) -> tuple[Tensor, Tensor]:
-    """k with RoPE (tables [T, Dh/2] or [B, T, Dh/2]) and b rotated by ``phase`` [B, T, G, Ds/2]
-    fp64, in their dtype.
-    """
+    """k with RoPE (tables [T, Dh/2] or [B, T, Dh/2]) and b at ``phase``, in their dtype."""
     k = inputs.k
     work = work_dtype(k)
     if inputs.rotary is not None:
@@ -92,9 +88,7 @@ def _rotated_keys(inputs: SisaInputs, phase: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _check_step(inputs: SisaInputs, held: Held) -> None:
-    """Refuse what csrc/sisa.cpp refuses: every wrong shape, dtype, device or range of a direct call
-    of the op.
-    """
+    """Refuse what csrc/sisa.cpp refuses of a direct call: a wrong shape, dtype, device or range."""
     q = inputs.q
     check_shapes(inputs.scores()._replace(rotary=None))
     check_values(inputs.v, inputs.k)
@@ -156,9 +150,10 @@ def _step(inputs: SisaInputs, held: Held) -> Tensor:
 
 
 def _attend(q: Tensor, c: Tensor, g: Tensor, lam: Tensor, held: Held) -> Tensor:
-    """Attention of new tokens, rotated queries [B, T, H, channels], g [B, T, G] and lam [G, heads,
-    1, 1], over a cache in which they lie behind ``held.lengths``: y [B, T, H, Dv].
-    """
+    """Attention of new tokens over a cache in which they lie behind ``held.lengths``.
+
+    Given rotated q and c [B, T, H, channels], g [B, T, G] and lam [G, heads, 1, 1]: y [B, T, H,
+    Dv]."""
     T = q.shape[1]
     heads = lam.shape[1]
     slots = max(held.lengths) + T
@@ -201,8 +196,7 @@ def decode_eager(
     phase: Tensor,
     lengths: list[int],
 ) -> Tensor:
-    """One new token a row: written into slot ``lengths[r]`` of the caches, y [B, 1, H, Dv] over it
-    and the slots before.
+    """One new token a row in slot ``lengths[r]``: y [B, 1, H, Dv] over it and the slots before.
 
     Caches are those of :class:`Held`, ``phase`` moves on to the new token, ``cos`` and ``sin``
     [B or 1, 1, Dh/2] are of its position; the other arguments are those of :func:`sisa_decode` with
@@ -244,14 +238,16 @@ def sisa_decode(
     lengths: list[int] | None = None,
     backend: Backend = "auto",
 ) -> Tensor:
-    """Append T new tokens to ``cache`` and return their attention over all it then holds:
-    :func:`sisa_attention`, continued; y [B, T, H, Dv] in q's dtype, without a gradient.
+    """Append T new tokens to ``cache`` and return their attention over all it then holds.
 
-    Fed any pieces of a sequence one after another, it returns the pieces of what mode "exact" gives
-    for the whole (Eq. 2), at any length and decay. One token over n costs O(n (Dh + Ds + Dv)) a
-    head: on a CPU in one compiled op, elsewhere in PyTorch. The first tokens (the prompt) run
-    through :func:`sisa_attention`; several tokens over a cache that holds n cost T n scores. k and
-    b are rounded to q's dtype after their rotation, in the cache.
+    :func:`sisa_attention`, continued: y [B, T, H, Dv] in q's dtype, without a gradient. Fed any
+    pieces of a sequence one after another, it returns the pieces of what mode "exact" gives for the
+    whole (Eq. 2), at any length and decay.
+
+    One token over n costs O(n (Dh + Ds + Dv)) a head: on a
+    CPU in one compiled op, elsewhere in PyTorch. The first tokens (the prompt) run through
+    :func:`sisa_attention`; several tokens over a cache that holds n cost T n scores. k and b are
+    rounded to q's dtype after their rotation, in the cache.
 
     Args:
         q, k, v, b, c, log_decay, theta, lam: as in :func:`sisa_attention`, [B, T, heads, channels];

@@ -18,13 +18,8 @@ from torch import Tensor
 
 from sisa_kernels.cache import MAX_ROWS, TokenCache, last, refuse_gradients, visible
 from sisa_kernels.checks import check_forgetting
-from sisa_kernels.inputs import Rotary, by_document
-from sisa_kernels.ops import (
-    no_second_derivative,
-    refuse_forward_mode,
-    register,
-    without_autocast,
-)
+from sisa_kernels.inputs import Rotary, by_document, joined
+from sisa_kernels.ops import no_second_derivative, refuse_forward_mode, register, without_autocast
 from sisa_kernels.paths import chunked
 from sisa_kernels.rotation import rotate
 from sisa_kernels.scans import cumulative_decay, work_dtype
@@ -37,8 +32,7 @@ HALF_PARTS = 3  # bf16 numbers that together hold a bias to fp32
 
 
 def alibi_slopes(heads: int, device: torch.device | str | None = None) -> Tensor:
-    """ALiBi's slopes (arXiv 2108.12409, section 3), [heads] fp32: ``log_forget = -slopes`` at every
-    token is ALiBi.
+    """ALiBi's slopes (arXiv 2108.12409, section 3), [heads] fp32: ``log_forget = -slopes``.
 
     For a power of two of heads ``2^(-8h/heads)``, h = 1 .. heads; for other numbers those of the
     power of two below, then every other one of twice that power's. Raises ValueError for less than
@@ -61,12 +55,12 @@ def forgetting_attention(
     rotary: Rotary | None = None,
     cu_seqlens: Tensor | None = None,
 ) -> Tensor:
-    """Causal softmax attention with a forget gate (FoX, arXiv 2503.02130, section 3), y [B, L, H,
-    Dv] in q's dtype, differentiable in q, k, v and log_forget; ALiBi with :func:`alibi_slopes`.
+    """Causal softmax attention with a forget gate (FoX); ALiBi with :func:`alibi_slopes`.
 
-    ``s_ij = q_i.k_j / sqrt(Dh) + g_i - g_j`` for i >= j, ``y_i = sum_j softmax_j(s_ij) v_j``; g is
-    the running sum of ``log_forget``. With fewer key heads than query heads, head h uses key head h
-    // (H/G).
+    ``s_ij = q_i.k_j / sqrt(Dh) + g_i - g_j`` for i >= j, ``y_i = sum_j softmax_j(s_ij) v_j`` (arXiv
+    2503.02130, section 3); g is the running sum of ``log_forget``. With fewer key heads than query
+    heads, head h uses key head h // (H/G). Returns y [B, L, H, Dv] in q's dtype, differentiable in
+    q, k, v and log_forget.
 
     Args:
         q: queries [B, L, H, Dh], fp32, bf16, fp16 or fp64.
@@ -97,9 +91,9 @@ def forgetting_attention(
             q, k = (rotate(x, cos, sin) for x in (q, k))
         q, k, v = (x.to(dtype if half else work_dtype(x)) for x in (q, k, v))
         documents = by_document(cu_seqlens, q, k, v, log_forget)
-        pieces = [half_document(*x) if half else forgetting(*x)[0] for x in documents]
-        y = pieces[0] if len(pieces) == 1 else torch.cat(pieces, 1)
-        return y.to(dtype)
+        return joined([half_document(*x) if half else forgetting(*x)[0] for x in documents]).to(
+            dtype
+        )
 
 
 def forgetting_decode(
@@ -111,10 +105,10 @@ def forgetting_decode(
     *,
     lengths: list[int] | None = None,
 ) -> Tensor:
-    """Append T new tokens to ``cache`` and return their attention over all it then holds:
-    :func:`forgetting_attention`, continued; y [B, T, H, Dv] in q's dtype, without a gradient.
+    """Append T new tokens to ``cache`` and return their attention over all it then holds.
 
-    The cache holds k, v and g: a score's bias ``g_i - g_j`` is formed when it is used, from running
+    :func:`forgetting_attention`, continued: y [B, T, H, Dv] in q's dtype, without a gradient. The
+    cache holds k, v and g: a score's bias ``g_i - g_j`` is formed when it is used, from running
     sums in fp64 (8 bytes a token and query head). The first tokens run through
     :func:`forgetting_attention`; T tokens over n take T (n + T) scores a head.
 
@@ -171,14 +165,14 @@ def _attend_over(q: Tensor, g: Tensor, cache: TokenCache) -> Tensor:
 
 
 def half_document(q: Tensor, k: Tensor, v: Tensor, log_forget: Tensor) -> Tensor:
-    """Forgetting attention of one document by stock SDPA in half precision, each bias in
-    ``HALF_PARTS`` channels: y [B, L, H, Dv].
+    """Forgetting attention of one document, y [B, L, H, Dv], by stock SDPA in half precision.
 
-    No value is read from the device: chunks have a fixed length. A bias is off by 2^-24 of its
-    size, which is the rounding of a logit of 1 in bf16 where g falls by 2^15 in a chunk. The
-    gradient of log_forget is a running sum over tokens in which the rounding of y inside any
-    half-precision flash backward adds up: in bf16 0.7 % at half-lives of 100 tokens, 14 % at one
-    token (L = 257 and 2,500, against 0.6 % and 10 % for exact arithmetic on a rounded y)."""
+    Each bias is spread over ``HALF_PARTS`` channels. No value is read from the device: chunks have
+    a fixed length. A bias is off by 2^-24 of its size, which is the rounding of a logit of 1 in
+    bf16 where g falls by 2^15 in a chunk. The gradient of log_forget is a running sum over tokens
+    in which the rounding of y inside any half-precision flash backward adds up: in bf16 0.7 % at
+    half-lives of 100 tokens, 14 % at one token (L = 257 and 2,500, against 0.6 % and 10 % for exact
+    arithmetic on a rounded y)."""
     L, H, Dh = q.shape[1:]
     G = k.shape[2]
     Dv = v.shape[3]
@@ -213,18 +207,14 @@ def _in_parts(bias: Tensor, dtype: torch.dtype) -> list[Tensor]:
 
 
 def _lower_right(queries: int, keys: int) -> Tensor:
-    """The causal mask that aligns the last query with the last key, where SDPA's is_causal aligns
-    the first ones.
-    """
+    """The causal mask that aligns the last query with the last key; SDPA's is_causal the first."""
     from torch.nn.attention.bias import causal_lower_right  # here: it loads TorchDynamo, 4 seconds
 
     return causal_lower_right(queries, keys)
 
 
 def _head_channels(q: Tensor, G: int) -> Tensor:
-    """[H, H/G]: 1 in the channel that holds the query head's bias among those of its key head's
-    group.
-    """
+    """[H, H/G]: 1 in the channel of the query head's bias among those of its key head."""
     return torch.eye(q.shape[2] // G, dtype=q.dtype, device=q.device).repeat(G, 1)
 
 
@@ -234,9 +224,7 @@ def _middle(g: Tensor, start: int, end: int) -> Tensor:
 
 
 def _operands(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor, slice]:
-    """Queries with their constants, keys with room for biases and values, of one width; and the
-    bias channels.
-    """
+    """Queries with their constants, keys and values, of one width; and the biases' channels."""
     H, Dh = q.shape[2:]
     G = k.shape[2]
     bias = slice(Dh, Dh + H // G)
@@ -247,9 +235,7 @@ def _operands(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor, 
 
 
 def _chunks(k_aug: Tensor, log_forget: Tensor, bias: slice) -> Iterator[tuple[int, int]]:
-    """Yield (start, end) of each chunk of queries, the keys up to its end holding their biases
-    relative to it.
-    """
+    """Yield (start, end) of each chunk, the keys up to its end holding their biases about it."""
     G = k_aug.shape[2]
     g = cumulative_decay(log_forget)
     longest = g.shape[1] if chunked.has_flash(g.device) else chunked.MAX_DENSE_CHUNK
@@ -260,9 +246,7 @@ def _chunks(k_aug: Tensor, log_forget: Tensor, bias: slice) -> Iterator[tuple[in
 
 
 def forgetting_eager(q: Tensor, k: Tensor, v: Tensor, log_forget: Tensor) -> tuple[Tensor, Tensor]:
-    """Forgetting attention of one document in fp32 or fp64: (y [B, L, H, Dv], log-sum-exp [B, H, L]
-    relative to its chunk).
-    """
+    """One document in fp32 or fp64: (y [B, L, H, Dv], log-sum-exp [B, H, L] within its chunk)."""
     B, L, H, Dh = q.shape
     Dv = v.shape[3]
     scale = Dh**-0.5

@@ -2,6 +2,7 @@
 
 from typing import Literal, NamedTuple, get_args
 
+import torch
 from torch import Tensor
 
 Rotary = tuple[Tensor, Tensor]
@@ -26,6 +27,11 @@ def by_document(cu_seqlens: Tensor | None, *tensors: Tensor) -> list[tuple[Tenso
         return [tensors]
     lengths = cu_seqlens.diff().tolist()
     return list(zip(*(x.split(lengths, 1) for x in tensors)))
+
+
+def joined(pieces: list[Tensor]) -> Tensor:
+    """The results of :func:`by_document`, as one sequence again; one alone is not copied."""
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces, 1)
 
 
 class ScoreInputs(NamedTuple):

@@ -1,9 +1,6 @@
-"""How the operators are registered, and what all of them do alike: refuse, leave autocast, and say
-a thing once.
-"""
+"""How operators are registered, and what all do alike: refuse, leave autocast, say it once."""
 
 import contextlib
-import inspect
 import warnings
 from collections.abc import Callable
 from typing import Any, NoReturn
@@ -30,7 +27,7 @@ def register(
     """The op sisa::``name``, whose schema is that of ``eager``, which runs it on every device.
 
     Args:
-        fake: of the same arguments by place, results without values.
+        fake: of the same arguments, results without values.
         backward, setup_context: as in ``torch.library.register_autograd``.
         mutates: the arguments that it changes.
         in_extension: the compiled extension has kernels of it, which go before ``eager`` on their
@@ -48,21 +45,14 @@ def register(
         )
     undefined = f"{name}_eager" if compiled else name
     library.define(undefined + schema, tags=(torch.Tag.pt2_compliant_tag,))
-    by_place = _by_place(eager, fake)
     for op in {name, undefined}:
         library.impl(op, eager, "CompositeExplicitAutograd")
-        torch.library.register_fake(f"sisa::{op}", by_place, lib=library)
+        torch.library.register_fake(f"sisa::{op}", fake, lib=library)
         if backward is not None:
             torch.library.register_autograd(
                 f"sisa::{op}", backward, setup_context=setup_context, lib=library
             )
     return getattr(torch.ops.sisa, name).default
-
-
-def _by_place(eager: Callable, fake: Callable) -> Callable:
-    """``fake`` of any call of ``eager``'s arguments, which may come by keyword."""
-    signature = inspect.signature(eager)
-    return lambda *args, **kwargs: fake(*signature.bind(*args, **kwargs).args)
 
 
 def no_second_derivative(ctx: Any, *grads: Tensor) -> NoReturn:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from sisa_kernels.checks import check_attention, check_forgetting
-from sisa_kernels.inputs import Mode, Rotary, SisaInputs
+from sisa_kernels.inputs import Mode, Rotary, SisaInputs, by_document, joined
 
 CLAMP = 11.0  # the authors' bound on the exponent g - m
 LOWEST_LOG = -1e3  # exp of it is 0 in fp64, and a running sum of -inf would lose g_i - g_j
@@ -40,15 +40,16 @@ def sisa_attention(
     H, Dv] in q's dtype."""
     inputs = SisaInputs(q, k, v, b, c, log_decay, theta, lam, rotary, cu_seqlens)
     check_attention(inputs, mode)
-    *tokens, lam64 = (x.double() for x in inputs.tensors())
+    dtype = q.dtype
+    heads = q.shape[2] // k.shape[2]
+    *tokens, lam = (x.double() for x in inputs.tensors())
     tokens[:2] = _with_rotary(tokens[0], tokens[1], rotary)
     pieces = []
-    for document in _documents(cu_seqlens, tokens):
-        x = SisaInputs._make((*document, lam64, None, None))
-        content, importance = scores(x.q, x.k, x.b, x.c, x.log_decay, x.theta, x.lam, mode)
-        values = x.v.repeat_interleave(q.shape[2] // k.shape[2], 2)
-        pieces.append(torch.einsum("bhij,bjhd->bihd", (content + importance).softmax(-1), values))
-    return torch.cat(pieces, 1).to(q.dtype)
+    for q, k, v, b, c, log_decay, theta in by_document(cu_seqlens, *tokens):
+        content, importance = scores(q, k, b, c, log_decay, theta, lam, mode)
+        weight = (content + importance).softmax(-1)
+        pieces.append(torch.einsum("bhij,bjhd->bihd", weight, v.repeat_interleave(heads, 2)))
+    return joined(pieces).to(dtype)
 
 
 def scores(
@@ -61,8 +62,7 @@ def scores(
     lam: Tensor,
     mode: Mode = "exact",
 ) -> tuple[Tensor, Tensor]:
-    """The two terms of Eq. 2, whose sum is s_ij: ``q_i.k_j / sqrt(Dh)`` and the importance term,
-    each fp64 [B, H, L, L].
+    """The terms of s_ij, fp64 [B, H, L, L]: ``q_i.k_j / sqrt(Dh)``, and the importance.
 
     Above the diagonal the first is -inf and the second 0. Arguments are those of
     :func:`sisa_attention`, with RoPE applied to q, k."""
@@ -93,8 +93,7 @@ def forgetting_attention(
     rotary: Rotary | None = None,
     cu_seqlens: Tensor | None = None,
 ) -> Tensor:
-    """Forgetting attention (arXiv 2503.02130, section 3), O(L^2) memory, computed in fp64 whatever
-    comes in.
+    """Forgetting attention (arXiv 2503.02130, section 3), O(L^2) memory, in fp64.
 
     ``s_ij = q_i.k_j / sqrt(Dh) + F_i - F_j`` for i >= j, ``y_i = sum_j softmax_j(s_ij) v_j``, with
     F the running sum of ``log_forget``. Arguments, shapes and errors are those of
@@ -102,8 +101,8 @@ def forgetting_attention(
     check_forgetting(q, k, v, log_forget, rotary, cu_seqlens)
     tokens = [x.double() for x in (q, k, v, log_forget)]
     tokens[:2] = _with_rotary(tokens[0], tokens[1], rotary)
-    pieces = [_forgetting_document(*document) for document in _documents(cu_seqlens, tokens)]
-    return torch.cat(pieces, 1).to(q.dtype)
+    pieces = [_forgetting_document(*document) for document in by_document(cu_seqlens, *tokens)]
+    return joined(pieces).to(q.dtype)
 
 
 def _forgetting_document(q: Tensor, k: Tensor, v: Tensor, log_forget: Tensor) -> Tensor:
@@ -129,11 +128,3 @@ def _with_rotary(q: Tensor, k: Tensor, rotary: Rotary | None) -> tuple[Tensor, T
         return q, k
     cos, sin = (table.double()[:, None] for table in rotary)
     return _rotated(q, cos, sin), _rotated(k, cos, sin)
-
-
-def _documents(cu_seqlens: Tensor | None, tokens: list[Tensor]) -> list[tuple[Tensor, ...]]:
-    """The part of ``tokens`` [1, L, ...] in each packed document; without cu_seqlens, all."""
-    if cu_seqlens is None:
-        return [tuple(tokens)]
-    lengths = cu_seqlens.diff().tolist()
-    return list(zip(*(x.split(lengths, 1) for x in tokens)))

@@ -66,9 +66,7 @@ def ruled_out(path: str, device_type: str) -> bool:
 
 
 def possible(device: torch.device) -> bool:
-    """Whether a check may run now: inside a traced, captured or observed call it would become a
-    part of it.
-    """
+    """Whether a check may run now: no part of a traced, captured or observed call."""
     if torch.compiler.is_compiling() or device.type == "meta":
         return False
     if torch._C._len_torch_dispatch_stack() > 0:

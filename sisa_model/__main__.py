@@ -1,6 +1,4 @@
-"""``python -m sisa_model``: the command ``sisa``, in the form that torchrun starts (``torchrun ...
--m sisa_model train``).
-"""
+"""``python -m sisa_model``: the command ``sisa``, in the form that torchrun starts."""
 
 import sys
 

@@ -1,6 +1,4 @@
-"""``import sisa_model.adapt``: SISA in a Hugging Face Llama (extra ``hf``); it lives in
-``sisa_model.interop``.
-"""
+"""``import sisa_model.adapt``: SISA in a Hugging Face Llama (extra ``hf``), from ``interop``."""
 
 from sisa_model.interop.llama import LlamaSisaAttention, SisaCacheLayer, replace_attention
 

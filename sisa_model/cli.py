@@ -42,9 +42,7 @@ DESCRIPTION = """Exact SISA attention: train, compare and sample its models.
 
 @dataclass(frozen=True, kw_only=True)
 class ConvertConfig:
-    """Turn a checkpoint of the paper's authors into this package's format: config.json and
-    model.safetensors.
-    """
+    """Turn a checkpoint of the paper's authors into config.json and model.safetensors."""
 
     checkpoint: tyro.conf.Positional[Path]
     """The authors' .pt file."""
@@ -98,8 +96,8 @@ def _costs(size: ModelSize) -> list[tuple[str, str]]:
         ("FLOPs a token, forward", f"{size.forward_flops:,.0f}"),
         ("FLOPs a token, with backward", f"{size.training_flops:,.0f}"),
         ("weights", mib(size.weights)),
-        ("gradients", mib(size.gradients)),
-        ("optimizer's moments", mib(size.optimizer)),
+        ("gradients", mib(size.weights)),
+        ("optimizer's moments", mib(2 * size.weights)),
         ("activations of a sequence, fp32", mib(size.activations)),
         ("activations of a sequence, bf16", mib(size.activations_bf16)),
     ]
@@ -150,22 +148,20 @@ COMMANDS = {
     "convert": Command(ConvertConfig, convert),
     "info": Command(InfoConfig, info),
 }
-# What flags were called before, and are still understood as.
-FORMER_FLAGS: dict[str, dict[str, list[str]]] = {
-    "train": {"--tasks": ["--mix"]},
-    "study": {"--tasks": ["--mix"]},
-    "info": {"--preset": []},
+# What flags were called before, and are still understood as; "" for a value without a flag.
+FORMER_FLAGS = {
+    "train": {"--tasks": "--mix"},
+    "study": {"--tasks": "--mix"},
+    "info": {"--preset": ""},
 }
 
 
 def parse(args: list[str]) -> tuple[Command, Any]:
-    """The command that ``args`` name, and its settings: of its --config file, and over them those
-    of the flags.
+    """The command that ``args`` name, and its settings: its --config file's, flags over them.
 
     Raises FileNotFoundError or ValueError for the file, SystemExit for the rest."""
     name = args[0] if args else ""
-    renamed = FORMER_FLAGS.get(name, {})
-    args = [part for arg in args for part in renamed.get(arg, [arg])]
+    args = [part for arg in args for part in _renamed(arg, FORMER_FLAGS.get(name, {}))]
     file = _config_file(args)
     choices = []
     for known, command in COMMANDS.items():
@@ -186,10 +182,16 @@ def parse(args: list[str]) -> tuple[Command, Any]:
     return COMMANDS[name], parsed.settings
 
 
+def _renamed(arg: str, former: dict[str, str]) -> list[str]:
+    """``arg``, which may be FLAG=VALUE, with the name that its flag has now."""
+    flag, _, value = arg.partition("=")
+    if flag not in former:
+        return [arg]
+    return [part for part in (former[flag], value) if part]
+
+
 def _with_config_flag(config: type, whole: bool) -> Any:
-    """``config`` and the flag --config as one record for tyro, with the ``whole`` description or
-    its first paragraph.
-    """
+    """``config`` and --config as one record for tyro, with the ``whole`` docstring or a summary."""
     told = tyro.conf.arg(metavar="FILE.toml", help="File of flags; those given here win over it.")
     unprefixed = tyro.conf.arg(name="")
     options = dataclasses.make_dataclass(
@@ -248,9 +250,7 @@ def messages_on(out: TextIO, err: TextIO) -> Iterator[None]:
 
 
 def main(args: list[str] | None = None) -> int:
-    """Run the command line; returns 0, or 1 after one line saying which argument, file or disk was
-    at fault.
-    """
+    """Run a command; 0, or 1 after one line on which argument, file or disk was at fault."""
     args = sys.argv[1:] if args is None else args
     if args == ["--version"]:
         print(f"sisa {sk.__version__}")

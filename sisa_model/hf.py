@@ -1,6 +1,4 @@
-"""``import sisa_model.hf``: the models in Hugging Face transformers (extra ``hf``); they live in
-``sisa_model.interop``.
-"""
+"""``import sisa_model.hf``: Hugging Face transformers' classes (extra ``hf``), from ``interop``."""
 
 from sisa_model.interop.transformers import DecodingCache, SisaConfig, SisaForCausalLM
 

@@ -1,10 +1,9 @@
-"""Registers, spills and shared memory of the CUDA kernels as ptxas reports them: nvcc needed, no
-GPU and no torch with CUDA.
+"""Registers, spills and shared memory of the CUDA kernels, as ptxas reports them.
 
-For every architecture it compiles csrc/cuda/augment.cu, prints one row a kernel, and fails if one
-spills or keeps a stack. Shared memory is what a kernel asks for by itself; the chunk kernels get
-theirs at launch, at most 48 KiB. Threads: in as many blocks as a multiprocessor's registers hold,
-at most what it runs."""
+Needs nvcc, no GPU and no torch with CUDA. For every architecture it compiles csrc/cuda/augment.cu,
+prints one row a kernel, and fails if one spills or keeps a stack. Shared memory is what a kernel
+asks for by itself; the chunk kernels get theirs at launch, at most 48 KiB. Threads: in as many
+blocks as a multiprocessor's registers hold, at most what it runs."""
 
 import argparse
 import re
@@ -40,9 +39,7 @@ def short(name: str) -> str:
 
 
 def compile_for(arch: int) -> list[tuple[str, int, int, int]]:
-    """(name, registers a thread, bytes of stack and spills a thread, bytes of shared memory) of
-    each kernel.
-    """
+    """(name, registers and spilled bytes a thread, bytes of shared memory) of each kernel."""
     with tempfile.TemporaryDirectory() as folder:
         command = ["nvcc", *FLAGS, f"-arch=sm_{arch}", str(SOURCE), "-o", f"{folder}/augment.cubin"]
         done = subprocess.run(command, capture_output=True, text=True)

@@ -1,8 +1,8 @@
-"""Kills a training run with SIGKILL at random moments, resumes it each time, and compares its end
-with a run left alone.
+"""Kills a training run at random moments, resumes it each time, and compares its end.
 
-One process, on the CPU; about a minute. Exits 0 if the final weights are bit for bit the same, and
-every step is logged once."""
+The end is compared with that of a run left alone; the kills are SIGKILL. One process, on the CPU;
+about a minute. Exits 0 if the final weights are bit for bit the same, and every step is logged
+once."""
 
 import argparse
 import os
@@ -26,9 +26,7 @@ STEPS = 600
 
 
 def launch(config: TrainConfig) -> int:
-    """Start or resume the run in a process of its own, forked so that it need not import torch
-    anew; returns its id.
-    """
+    """Start or resume the run in a process of its own, forked with torch imported; its id."""
     pid = os.fork()
     if pid == 0:
         output = os.open(config.out.with_suffix(".txt"), os.O_WRONLY | os.O_CREAT | os.O_TRUNC)

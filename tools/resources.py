@@ -78,9 +78,7 @@ def compile_kernel(name: str, arch: int, dtype: torch.dtype, Dh: int, Ds: int, t
 
 
 def resources(compiled: Any) -> tuple[int, int, int]:
-    """(registers a thread, bytes of stack a thread: spilled registers, bytes of shared memory a
-    block).
-    """
+    """(registers a thread, bytes of stack a thread: spills, bytes of shared memory a block)."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()

@@ -32,18 +32,18 @@ PLACES = {
     "bench": (27, 114, 38),
     "tests": (73, 114, 38),
     "cli": (40, 99, 20),
-    "experiments": (50, 88, 36),
-    "training": (45, 75, 28),
-    "evaluation": (79, 75, 32),
+    "experiments": (55, 88, 40),
+    "training": (46, 75, 31),
+    "evaluation": (80, 75, 32),
     "interop": (16, 61, 22),
-    "runs": (46, 61, 17),
+    "runs": (46, 61, 24),
     "models": (20, 45, 31),
     "data": (53, 45, 23),
     "reporting": (84, 45, 18),
     "utils": (53, 31, 17),
     "sisa_kernels": (20, 13, 31),
     "sisa_kernels.paths": (46.5, 13, 14),
-    "sisa_kernels.triton": (65.5, 13, 16),
+    "sisa_kernels.triton": (65.5, 13, 19),
     "sisa_kernels.testing": (86.5, 13, 18),
     "csrc": (50, 0, 38),
 }
@@ -53,7 +53,7 @@ CAPTIONS = {
     "csrc": ["the compiled extension, for CPUs and CUDA"],
 }
 FRAMES = {"sisa_model": (25, 106), "sisa_kernels": (7, 21.5)}  # each from y to y
-BETWEEN_FRAMES = ((27, 111.1, 106), (73, 111.1, 106), (50, 25, 21.5), (50, 7, 2.9))  # x, y to y
+BETWEEN_FRAMES = ((27, 110.8, 106), (73, 110.8, 106), (50, 25, 21.5), (50, 7, 3.2))  # x, y to y
 COLOURS = ("#e4e9f1", "#dfeaf6", "#dcefeb", "#e8f2d9", "#fbf2d5", "#fae4d4", "#f4dee5")
 INK = "#27364a"
 
@@ -122,9 +122,9 @@ def back_up(rooms: Mapping[str, Mapping[str, list[str]]]) -> list[str]:
 
 
 def levels(graph: Mapping[str, Collection[str]]) -> dict[str, int]:
-    """The level of each node, one above the highest that it points to. Raises ValueError for a
-    circle, naming it.
-    """
+    """The level of each node, one above the highest that it points to.
+
+    Raises ValueError for a circle, naming it."""
     found: dict[str, int] = {}
 
     def visit(node: str, way: tuple[str, ...]) -> int:
@@ -170,7 +170,7 @@ def box_text(files: Collection[str]) -> dict[str, list[str]]:
             box = folder if folder.startswith("sisa_kernels") else room_of(module)
             names[box].append(name)
     lines = {
-        box: textwrap.wrap("   ".join(names[box]), int(1.45 * width))
+        box: textwrap.wrap("   ".join(names[box]), int(1.25 * width))
         for box, (_, _, width) in PLACES.items()
     }
     return lines | CAPTIONS
@@ -181,7 +181,7 @@ def draw(files: Mapping[str, set[str]], out: Path) -> None:
     from matplotlib.figure import Figure
     from matplotlib.patches import FancyBboxPatch
 
-    figure = Figure(figsize=(11, 13))
+    figure = Figure(figsize=(9.5, 11.9))
     axes = figure.add_axes((0, 0, 1, 1))
     axes.set(xlim=(0, 100), ylim=(-5, 119))
     axes.axis("off")
@@ -200,7 +200,7 @@ def draw(files: Mapping[str, set[str]], out: Path) -> None:
         axes.text(4, high - 1, title, size=13, weight="bold", color=INK, va="top")
 
     text = box_text(files)
-    height = {name: 4.2 + 1.5 * len(lines) for name, lines in text.items()}
+    height = {name: 4.7 + 1.72 * len(lines) for name, lines in text.items()}
     row = {room: n for n, rooms in enumerate(ORDER) for room in rooms}
     for name, (x, y, width) in PLACES.items():
         box(x, y, width, height[name], COLOURS[min(row.get(name, 0), len(COLOURS) - 1)])
@@ -208,7 +208,7 @@ def draw(files: Mapping[str, set[str]], out: Path) -> None:
         top = y + height[name] / 2 - 0.9
         lines = "\n".join(text[name])
         axes.text(x, top, title, size=12, weight="bold", color=INK, ha="center", va="top")
-        axes.text(x, top - 2.3, lines, size=8.5, color=INK, ha="center", va="top", linespacing=1.3)
+        axes.text(x, top - 2.6, lines, size=8.5, color=INK, ha="center", va="top", linespacing=1.3)
 
     for start, end in direct(inside(between_rooms(files))):
         (x, y, width), (end_x, end_y, end_width) = PLACES[start], PLACES[end]
@@ -217,7 +217,7 @@ def draw(files: Mapping[str, set[str]], out: Path) -> None:
         arrow((leave, y - height[start] / 2), (arrive, end_y + height[end] / 2))
     for x, y, end_y in BETWEEN_FRAMES:
         arrow((x, y), (x, end_y))
-    figure.savefig(out, dpi=140)
+    figure.savefig(out, dpi=160)
 
 
 def main() -> None:

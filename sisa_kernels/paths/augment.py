@@ -1,5 +1,4 @@
-"""The augmentation: decay, phase and lambda folded into wider queries and keys, so that SISA is one
-attention call.
+"""The augmentation: queries and keys so widened that SISA is one attention call on them.
 
 ``Qhat_i = [q_i ; s exp(g_i - m) R(Phi_i) c_i]``, ``Khat_j = [k_j ; s exp(m - g_j) R(Phi_j) b_j]``,
 ``s = Dh^(1/4) sqrt(lam)`` (paper, Proposition 1). The ops ``sisa::augment`` and
@@ -56,8 +55,8 @@ class _Factors:
 # ---- The ops; like csrc they refuse every wrong shape, dtype, device or range of a direct call ---
 
 
-def _pack(*operands: Any) -> tuple[ScoreInputs, list[int], float]:
-    """The checked (record, starts, clamp) of what both ops take."""
+def _checked(*operands: Any) -> ScoreInputs:
+    """The record of what both ops take: (q .. lam, cos, sin, starts, clamp), all checked."""
     *tensors, cos, sin, starts, clamp = operands
     x = ScoreInputs._make((*tensors, as_rotary(cos, sin)))
     check_shapes(x)
@@ -67,7 +66,7 @@ def _pack(*operands: Any) -> tuple[ScoreInputs, list[int], float]:
     rises = all(lo < hi for lo, hi in zip(starts, [*starts[1:], L]))
     if not starts or starts[0] != 0 or not rises:
         raise ValueError(f"starts must rise from 0 and stay below the length {L}, got {starts}")
-    return x, starts, clamp
+    return x
 
 
 def _check_results(x: ScoreInputs, width: int, dtype: torch.dtype) -> None:
@@ -117,7 +116,7 @@ def augment_eager(
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
     """:func:`augment` as the op takes it. Differentiable."""
-    x, starts, clamp = _pack(q, k, b, c, log_decay, theta, lam, cos, sin, starts, clamp)
+    x = _checked(q, k, b, c, log_decay, theta, lam, cos, sin, starts, clamp)
     _check_results(x, width, dtype)
     Dh = q.shape[3]
     importance = slice(Dh, Dh + b.shape[3])
@@ -136,7 +135,7 @@ def augment_eager(
 
 def _augment_fake(*arguments: Any) -> tuple[Tensor, Tensor]:
     *operands, width, dtype = arguments
-    x, _, _ = _pack(*operands)
+    x = _checked(*operands)
     _check_results(x, width, dtype)
     q_aug, k_aug = (t.new_empty(*t.shape[:3], width, dtype=dtype) for t in (x.q, x.k))
     return q_aug, k_aug
@@ -160,7 +159,7 @@ def augment_backward_eager(
     phase_flux: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """:func:`augment_backward` as the op takes it; the fluxes are its carries."""
-    x, starts, clamp = _pack(q, k, b, c, log_decay, theta, lam, cos, sin, starts, clamp)
+    x = _checked(q, k, b, c, log_decay, theta, lam, cos, sin, starts, clamp)
     _check_gradients(x, len(starts), dq_aug, dk_aug, decay_flux, phase_flux)
     Dh = q.shape[3]
     G = k.shape[2]
@@ -193,8 +192,8 @@ def augment_backward_eager(
 
 
 def _augment_backward_fake(*arguments: Any) -> tuple[Tensor, ...]:
-    dq_aug, dk_aug, *operands, decay_flux, phase_flux = arguments
-    x, starts, _ = _pack(*operands)
+    dq_aug, dk_aug, *operands, starts, clamp, decay_flux, phase_flux = arguments
+    x = _checked(*operands, starts, clamp)
     _check_gradients(x, len(starts), dq_aug, dk_aug, decay_flux, phase_flux)
     return tuple(t.new_empty(t.shape) for t in x.tensors())
 
@@ -252,8 +251,7 @@ def _in_service(name: str, device: torch.device) -> Callable[..., Any]:
 def augment(
     x: ScoreInputs, starts: list[int], clamp: float, width: int, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """Augmented queries [B, L, H, width] and keys [B, L, G, width] in ``dtype``, zero past the
-    first Dh + Ds channels.
+    """q_aug [B, L, H, width] and k_aug [B, L, G, width], zero past the first Dh + Ds channels.
 
     The exponents are taken about the middle m of g's range in each segment (segments begin at
     ``starts``, the first at 0) and clamped to +-``clamp`` (inf: not clamped); m is a constant of
@@ -282,14 +280,13 @@ def augment_backward(
 
 
 def guard_compiled(x: ScoreInputs) -> None:
-    """Check the compiled augmentation on the first use of a device, dtype and widths; plain PyTorch
-    takes a wrong one's place.
-    """
+    """Check the compiled augmentation on its first use; plain PyTorch takes a wrong one's place."""
     device = x.q.device
     dtype = x.q.dtype
     if not _extension.LOADED or dtype == torch.float64:
         return
-    if selfcheck.ruled_out("augment", device.type):
+    # Asked first: a compiled call would guard a verdict, and be compiled anew once there is one.
+    if not selfcheck.possible(device) or selfcheck.ruled_out("augment", device.type):
         return
     key = ("augment", str(device), str(dtype), x.q.shape[3], x.b.shape[3])
     find = functools.partial(_compiled_fault, device, dtype, *key[3:])
@@ -298,7 +295,8 @@ def guard_compiled(x: ScoreInputs) -> None:
         return
     selfcheck.rule_out("augment", device.type, why)
     say_once(
-        f"the compiled augmentation is out on {device.type}, and plain PyTorch runs instead: {why}"
+        f"the compiled augmentation is out on {device.type}, and plain PyTorch runs instead: {why}",
+        stacklevel=4,
     )
 
 
@@ -344,8 +342,7 @@ def augment_qk(
     *,
     rotary: Rotary | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The paper's augmented queries and keys (Proposition 1), clamped to +-11 as its authors run
-    it.
+    """The paper's augmented queries and keys (Proposition 1), clamped to +-11 as published.
 
     ``scaled_dot_product_attention(q_aug, k_aug, v, is_causal=True, scale=Dh ** -0.5)`` on them is
     SISA as published: right while the range of the cumulative log-decay stays under 22, wrong by

@@ -34,9 +34,9 @@ MAX_DENSE_CHUNK = 512
 
 
 def chunk_bounds(g: Tensor, max_length: int) -> list[tuple[int, int]]:
-    """Cut [0, L) greedily into (start, end), each of at most ``max_length`` tokens, over which no
-    head's g [B, L, G] falls by more than ``MAX_RANGE``.
-    """
+    """Cut [0, L) greedily into (start, end) over which no head's g falls by over ``MAX_RANGE``.
+
+    g is [B, L, G]; a piece has at most ``max_length`` tokens."""
     L = g.shape[1]
     fallen = g.transpose(1, 2).reshape(-1, L).neg().contiguous()
     bounds: list[tuple[int, int]] = []
@@ -58,9 +58,7 @@ def has_flash(device: torch.device) -> bool:
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
-    """Softmax attention of operands [B, L, heads, W] of one width W: (out [B, Lq, H, W],
-    log-sum-exp [B, H, Lq]).
-    """
+    """Softmax attention at one width W: (out [B, Lq, H, W], log-sum-exp [B, H, Lq])."""
     if has_flash(q.device):
         out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
             q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), 0.0, causal, scale=scale
@@ -203,8 +201,7 @@ def chunked_eager(
     cos: Tensor | None,
     sin: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """Exact SISA attention (Eq. 2) of one document on stock kernels: (y [B, L, H, Dv], log-sum-exp
-    [B, H, L]).
+    """Exact SISA attention of one document: (y [B, L, H, Dv], log-sum-exp [B, H, L]).
 
     Shapes as in :func:`sisa_kernels.sisa_attention`, ``cos`` and ``sin`` its ``rotary``. Half
     precision is computed in fp32, and y stays fp32 for the backward: augmented operands rounded to
@@ -254,47 +251,31 @@ def chunked_backward_eager(
     inputs = SisaInputs(q, k, v, b, c, log_decay, theta, lam, as_rotary(cos, sin))
     x = _prepare(inputs)
     dout, out = (padded(t, x.value.shape[3]) for t in (dy, y))
-    carries = _Carries.of(x)
+    B, _, G = x.g.shape
+    # dL/dg and dL/dPhi that each chunk's keys have through later chunks, summed.
+    decay_carry = x.g.new_zeros(B, len(x.bounds), G)
+    phase_carry = x.g.new_zeros(B, len(x.bounds), G, b.shape[3] // 2)
     if len(x.bounds) == 1:
         grads = attend_backward(x.q_aug, x.k_aug, x.value, True, dout, out, lse, x.scale)
     else:
-        grads = _backward_by_chunks(x, (dout, out, lse), carries)
+        grads = _backward_by_chunks(x, (dout, out, lse), decay_carry, phase_carry)
     dq_aug, dk_aug, dv = grads
     starts = [start for start, _ in x.bounds]
     dq, dk, db, dc, dlog_decay, dtheta, dlam = augment_backward(
-        dq_aug, dk_aug, inputs.scores(), starts, math.inf, carries.decay, carries.phase
+        dq_aug, dk_aug, inputs.scores(), starts, math.inf, decay_carry, phase_carry
     )
     dv = dv[..., : v.shape[3]].to(v.dtype).contiguous()
     return dq, dk, dv, db, dc, dlog_decay, dtheta, dlam
 
 
-class _Carries(NamedTuple):
-    """dL/dg and dL/dPhi of the keys before each chunk, through later chunks, summed (fp64)."""
-
-    decay: Tensor
-    """[B, chunks, G]."""
-    phase: Tensor
-    """[B, chunks, G, Ds / 2]."""
-
-    @classmethod
-    def of(cls, x: _Operands) -> "_Carries":
-        B, _, G = x.g.shape
-        pairs = (x.importance.stop - x.importance.start) // 2
-        chunks = len(x.bounds)
-        return cls(x.g.new_zeros(B, chunks, G), x.g.new_zeros(B, chunks, G, pairs))
-
-    def add(self, dk: Tensor, keys: Tensor, n: int, bounds: list[tuple[int, int]]) -> None:
-        """What chunk ``n`` adds, of the importance channels of the keys before it."""
-        lasts = [end - 1 for _, end in bounds[:n]]
-        dg, dphase = pair_products(dk, keys)
-        self.decay[:, :n] += dg.cumsum(1)[:, lasts]
-        self.phase[:, :n] -= dphase.cumsum(1)[:, lasts]
-
-
 def _backward_by_chunks(
-    x: _Operands, softmax: tuple[Tensor, Tensor, Tensor], carries: _Carries
+    x: _Operands,
+    softmax: tuple[Tensor, Tensor, Tensor],
+    decay_carry: Tensor,
+    phase_carry: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dq_aug, dk_aug, dv) given (dL/dout, out, log-sum-exp) of all; adds to the carries."""
+    lasts = [end - 1 for _, end in x.bounds]
     dout, out, lse = softmax
     dq_aug, dk_aug, dv = (torch.zeros_like(t) for t in (x.q_aug, x.k_aug, x.value))
     for n, chunk in enumerate(_chunks(x)):
@@ -310,7 +291,9 @@ def _backward_by_chunks(
             dq, dk, dv_past = attend_backward(
                 query, chunk.past, x.value[:, before], False, *of_rows
             )
-            carries.add(dk[..., x.importance], chunk.past[..., x.importance], n, x.bounds)
+            dg, dphase = pair_products(dk[..., x.importance], chunk.past[..., x.importance])
+            decay_carry[:, :n] += dg.cumsum(1)[:, lasts[:n]]
+            phase_carry[:, :n] -= dphase.cumsum(1)[:, lasts[:n]]
             dq_aug[:, rows] += _scaled(dq, chunk.scale_q, x.importance)
             dk_aug[:, before] += _scaled(dk, chunk.scale_k, x.importance)
             dv[:, before] += dv_past

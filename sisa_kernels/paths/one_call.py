@@ -1,5 +1,4 @@
-"""``backend="one_call"``: SISA as one stock attention call on augmented operands, by a table of
-stock kernels, each checked.
+"""``backend="one_call"``: SISA as one call of a stock kernel, from a table, each checked.
 
 SDPA's own choice is never taken. With value heads narrower than the augmented queries and keys it
 leaves its flash kernels without a word: for a kernel without Hopper's instructions on Ampere, for
@@ -281,41 +280,31 @@ def kernel_fault(
 
 
 def choose(call: Call, mode: Mode, Dh: int, input_dtype: torch.dtype) -> tuple[Kernel, Widths]:
-    """The first row of the table that is legal for ``call`` and right on its first use; each wrong
-    one is said once.
-    """
-    kernel, widths, faults = _first_right(call, mode, Dh, input_dtype)
-    for name, fault in faults.items():
-        say_once(
-            f"backend 'one_call' leaves its kernel {name!r} out and runs {kernel.name!r}: {fault}"
-        )
-    return kernel, widths
-
-
-def _first_right(
-    call: Call, mode: Mode, Dh: int, input_dtype: torch.dtype
-) -> tuple[Kernel, Widths, dict[str, str]]:
-    """A row of the table, its widths, and the faults of the legal rows before it, by name."""
+    """The first row that is legal for ``call`` and right on its first use; wrong ones are said."""
     asked = [(kernel, kernel.legal(call)) for kernel in TABLE]
     legal = [(kernel, widths) for kernel, widths in asked if not isinstance(widths, str)]
+    chosen = legal[-1]  # dense scores: what is left, unchecked
     faults: dict[str, str] = {}
     for kernel, widths in legal[:-1]:
         fault = kernel_fault(kernel, call, mode, Dh, input_dtype)
         if fault is None:
-            return kernel, widths, faults
+            chosen = kernel, widths
+            break
         faults[kernel.name] = fault
-    kernel, widths = legal[-1]  # dense scores: what is left, unchecked
-    return kernel, widths, faults
+    runs = chosen[0].name
+    for name, fault in faults.items():
+        say_once(f"backend 'one_call' leaves its kernel {name!r} out and runs {runs!r}: {fault}")
+    return chosen
 
 
 def one_call(inputs: SisaInputs, mode: Mode, kernel: Kernel | None = None) -> Tensor:
-    """SISA as one attention call on augmented operands, padded with zeros to the widths of the
-    kernel that runs it: y [B, L, H, Dv] in q's dtype.
+    """SISA as one attention call on augmented operands: y [B, L, H, Dv] in q's dtype.
 
-    In mode "clamped" this is the authors' formulation. In mode "exact" it is legal while the range
-    of g fits the dtype's exponents, and a ValueError past that. On a CPU half precision runs in
-    fp32. ``kernel``: a row of the table to run unchecked, a ValueError if it is not legal; None: as
-    :func:`choose` finds."""
+    They are padded with zeros to the widths of the kernel that runs. In mode "clamped" this is the
+    authors' formulation. In mode "exact" it is legal while the range of g fits the dtype's
+    exponents, and a ValueError past that. On a CPU half precision runs in fp32. ``kernel``: a row
+    of the table to run unchecked, a ValueError if it is not legal; None: as :func:`choose`
+    finds."""
     q = inputs.q
     Dh = q.shape[3]
     dtype = work_dtype(q) if q.device.type == "cpu" else q.dtype

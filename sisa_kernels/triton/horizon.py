@@ -16,15 +16,15 @@ def _tile_maxima(x: Tensor, size: int) -> Tensor:
 
 
 def bounds(x: Importance, tile: Tile, tolerance: float) -> tuple[Tensor, Tensor]:
-    """(need [B, H, query tiles], reach [B, H, key tiles]): the tiles I and J < I are past the
-    horizon where reach_J <= need_I.
+    """need [B, H, query tiles] and reach [B, H, key tiles], which say what is past the horizon.
 
-    By Cauchy-Schwarz ``|lam exp(g_i - g_j) c_i.b_j| <= lam exp(g_I - g_J) max|c_I| max|b_J|`` for
-    every i in I and j in J, with g_I at I's first token and g_J at J's last. With lam and both
-    norms taken as at least 1, where that is <= tolerance no logit moves by more, and neither does
-    its derivative in lam, or in c_i or b_j over lam: operands that are small, or 0 as at the start
-    of training, keep their gradients. In base-2 logarithms: ``log2 |b_J| - g_J <= log2 tolerance -
-    log2 lam - log2 |c_I| - g_I``."""
+    The tiles I and J < I are past it where reach_J <= need_I. By Cauchy-Schwarz
+    ``|lam exp(g_i - g_j) c_i.b_j| <= lam exp(g_I - g_J) max|c_I| max|b_J|`` for every i in I and j
+    in J, with g_I at I's first token and g_J at J's last. With lam and both norms taken as at least
+    1, where that is <= tolerance no logit moves by more, and neither does its derivative in lam, or
+    in c_i or b_j over lam: operands that are small, or 0 as at the start of training, keep their
+    gradients. In base-2 logarithms:
+    ``log2 |b_J| - g_J <= log2 tolerance - log2 lam - log2 |c_I| - g_I``."""
     H = x.lam.shape[0]
     _, G, L = x.g_hi.shape
     g = x.g_hi.double() + x.g_lo
@@ -39,11 +39,10 @@ def bounds(x: Importance, tile: Tile, tolerance: float) -> tuple[Tensor, Tensor]
 
 
 def horizon_starts(x: Importance, tile: Tile, tolerance: float | None) -> Tensor:
-    """For each query tile the first key that needs the importance product, [B, H, tiles] int32, a
-    multiple of ``tile.n``.
+    """For each query tile the first key that needs the importance product, [B, H, tiles] int32.
 
-    All key tiles before it are past the horizon: leaving their product out changes no logit by more
-    than ``tolerance`` (:func:`bounds`). None: there is no horizon."""
+    A multiple of ``tile.n``. All key tiles before it are past the horizon: leaving their product
+    out changes no logit by more than ``tolerance`` (:func:`bounds`). None: there is no horizon."""
     B, H, L = x.norm_c.shape
     if tolerance is None:
         return torch.zeros(B, H, -(-L // tile.m), dtype=torch.int32, device=x.lam.device)
@@ -53,11 +52,10 @@ def horizon_starts(x: Importance, tile: Tile, tolerance: float | None) -> Tensor
 
 
 def horizon_ends(x: Importance, tile: Tile, tolerance: float | None) -> Tensor:
-    """For each key tile the query from which on none needs the importance product, [B, H, tiles]
-    int32, a multiple of ``tile.m``.
+    """For each key tile the query from which on none needs the product, [B, H, tiles] int32.
 
-    Otherwise as :func:`horizon_starts`. Kernels of other tiles may leave out other pairs: each
-    stays within the tolerance."""
+    A multiple of ``tile.m``. Otherwise as :func:`horizon_starts`. Kernels of other tiles may leave
+    out other pairs: each stays within the tolerance."""
     B, H, L = x.norm_c.shape
     if tolerance is None:
         end = -(-L // tile.m) * tile.m

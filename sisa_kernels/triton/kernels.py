@@ -27,9 +27,7 @@ def _rows(
     ROWS: tl.constexpr,
     WHOLE: tl.constexpr,
 ):
-    """Rows start ... of one head, [ROWS, BLOCK]: zero past the WIDTH channels and, unless the tile
-    is WHOLE, past row L.
-    """
+    """Rows start ... of one head, [ROWS, BLOCK]: zero past WIDTH and, unless WHOLE, past row L."""
     o_r, o_d = tl.arange(0, ROWS), tl.arange(0, BLOCK)
     p = x + tl.cast(start, tl.int64) * stride + o_r[:, None] * stride + o_d[None, :]
     if WHOLE and WIDTH == BLOCK:
@@ -59,17 +57,13 @@ def _load_g(g_hi, g_lo, o, L):
 
 @triton.jit
 def _decay_between(hi_m, lo_m, hi_n, lo_n):
-    """2^(g_m - g_n) for g = hi + lo, 1 where g would rise (in pairs that the causal mask removes,
-    and rows past L).
-    """
+    """2^(g_m - g_n) for g = hi + lo, 1 where g would rise (in masked pairs, and rows past L)."""
     return tl.exp2(tl.minimum((hi_m - hi_n) + (lo_m - lo_n), 0.0))
 
 
 @triton.jit
 def _visible(s, o_m, o_n, first_m, ON_DIAGONAL: tl.constexpr, PACKED: tl.constexpr):
-    """The scores s of queries o_m and keys o_n, both broadcast to its shape; -inf where the key is
-    later or of another document.
-    """
+    """Scores s of queries o_m and keys o_n (broadcast); -inf at later keys, other documents."""
     if ON_DIAGONAL:
         s = tl.where(o_m >= o_n, s, float("-inf"))
     if PACKED:
@@ -92,9 +86,7 @@ def _weights(
     L,
     ON_DIAGONAL: tl.constexpr,
 ):
-    """lam_h exp(g_i - g_j) of a query tile and a key tile whose last token is ``last``; weight_m:
-    the tile's own share of it.
-    """
+    """lam_h exp(g_i - g_j) of a query tile (weight_m its share) and a key tile up to ``last``."""
     hi_n, lo_n = _load_g(g_hi, g_lo, o_n, L)
     if ON_DIAGONAL:
         return lam_h * _decay_between(hi_m[:, None], lo_m[:, None], hi_n[None, :], lo_n[None, :])
@@ -265,12 +257,11 @@ def backward_query_kernel(
     BN: tl.constexpr,
     BD: tl.constexpr,
 ):
-    """dq [B, L, H, DH], dc [B, L, H, DS] without the pairs i = j, and d_diagonal = dL/ds_ii [B, H,
-    L], in fp32.
+    """dq [B, L, H, DH], dc [B, L, H, DS] without the pairs i = j, and d_diagonal [B, H, L].
 
-    One program a query tile and head. dy [B, L, H, DV], delta [B, H, L] = <dy, y> and the rest as
-    in the forward. The pairs i = j do not depend on decay and phase; kept apart, their rounding
-    does not enter those gradients, which are differences."""
+    The last is dL/ds_ii; it and dc are fp32. One program a query tile and head. dy [B, L, H, DV],
+    delta [B, H, L] = <dy, y> and the rest as in the forward. The pairs i = j do not depend on decay
+    and phase; kept apart, their rounding does not enter those gradients, which are differences."""
     STEP: tl.constexpr = (BN, BN, BD)
     tiles = tl.cdiv(L, BM)
     tile = tiles - 1 - tl.program_id(0) % tiles

@@ -55,17 +55,14 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def padded_width(width: int) -> int:
-    """The width a kernel computes at: the next power of two, at least 16 (the least of Triton's
-    products).
-    """
+    """The width a kernel computes at: the next power of two, at least Triton's least, 16."""
     return max(16, triton.next_power_of_2(width))
 
 
 def _documents(
     L: int, cu_seqlens: Tensor | None, device: torch.device
 ) -> tuple[Tensor | None, Tensor | None]:
-    """For each token the first of its document and that document's end, each [L] int32, where
-    documents are packed.
+    """Each token's document, where packed: its first token and its end, each [L] int32.
 
     With ``cu_seqlens`` on the device nothing waits for it: the call may be captured in a CUDA
     graph."""
@@ -131,9 +128,7 @@ class _Launcher:
 
 
 def _readable(x: Tensor) -> Tensor:
-    """x itself where the kernels can address it: channels side by side, and a tile of 128 rows
-    within 2^31 elements.
-    """
+    """x, or a copy: channels side by side, and a tile of 128 rows within 2^31 elements."""
     return x if x.stride(3) == 1 and x.stride(1) < 2**24 else x.contiguous()
 
 
@@ -164,9 +159,9 @@ def triton_exact_eager(
     cu_seqlens: Tensor | None,
     horizon: float | None,
 ) -> tuple[Tensor, Tensor]:
-    """y [B, L, H, Dv] in q's dtype and the base-2 logarithm of each softmax's sum, [B, H, L] fp32;
-    without b: plain attention.
-    """
+    """y [B, L, H, Dv] in q's dtype, and log2 of each softmax's sum [B, H, L] fp32.
+
+    Without b: plain attention."""
     terms = (b, c, log_decay, theta, lam)
     q, k, x = _prepared(q, k, as_rotary(cos, sin), terms, False)
     launch = _Launcher(q, k, _readable(v), x, cu_seqlens)
@@ -208,9 +203,7 @@ def triton_exact_backward_eager(
     cu_seqlens: Tensor | None,
     horizon: float | None,
 ) -> list[Tensor]:
-    """Gradients for q, k, v, and where given for b, c, log_decay, theta, lam, from the forward's
-    inputs and results alone.
-    """
+    """Gradients of what is given of q .. lam, from the forward's inputs and results alone."""
     rotary = as_rotary(cos, sin)
     q, k, x = _prepared(q, k, rotary, (b, c, log_decay, theta, lam), True)
     launch = _Launcher(q, k, _readable(v), x, cu_seqlens)
@@ -323,9 +316,7 @@ def refusal(q: Tensor, v: Tensor, b: Tensor | None) -> str | None:
 
 
 def default_horizon(dtype: torch.dtype) -> float:
-    """Half a unit in the last place of a logit of size 1 in the operands' dtype: 2^-24 in fp32,
-    2^-11 in fp16, 2^-8 in bf16.
-    """
+    """Half a unit in the last place of a logit of size 1: fp32 2^-24, fp16 2^-11, bf16 2^-8."""
     return torch.finfo(dtype).eps / 2
 
 
@@ -349,8 +340,7 @@ def exact_attention(
     cu_seqlens: Tensor | None = None,
     horizon: float | str | None = "auto",
 ) -> Tensor:
-    """SISA attention, Eq. 2: :func:`sisa_kernels.sisa_attention` with ``backend="triton"``, and a
-    choice of the horizon.
+    """:func:`sisa_kernels.sisa_attention` with ``backend="triton"``, and a choice of the horizon.
 
     Args:
         horizon: the largest change of a logit (natural logarithm) that leaving out an importance
@@ -381,8 +371,9 @@ def causal_attention(
     rotary: Rotary | None = None,
     cu_seqlens: Tensor | None = None,
 ) -> Tensor:
-    """Plain causal attention ``softmax(q k^T / sqrt(Dh)) v`` by the same kernels, the importance
-    term absent: SISA's baseline.
+    """Plain causal attention by the same kernels, the importance term absent: SISA's baseline.
+
+    ``softmax(q k^T / sqrt(Dh)) v``.
 
     Args:
         q: [B, L, H, Dh], fp32, fp16 or bf16, Dh at most 128.

@@ -23,9 +23,7 @@ LOG2E = 1 / math.log(2)
 
 
 class Importance(NamedTuple):
-    """The kernels' importance operands: b and c at their phase in their own dtype, and what belongs
-    to them.
-    """
+    """The kernels' importance operands: b and c at their phase, and what belongs to them."""
 
     b: Tensor
     """[B, L, G, Ds]."""
@@ -125,9 +123,7 @@ def _reverse_sums(x: Tensor, last: Tensor | None) -> Tensor:
 
 
 def fused(device: torch.device, function: Callable) -> Callable:
-    """``function`` as it is on the CPU; on a GPU compiled by Inductor, which makes a few passes of
-    the chain.
-    """
+    """``function``; on a GPU compiled by Inductor, which makes few passes of the chain."""
     return _compiled(function) if device.type == "cuda" else function
 
 

@@ -1,6 +1,4 @@
-"""Tile shapes of the Triton kernels: a table by architecture and widths, and the opt-in search that
-overrides it.
-"""
+"""Tiles of the Triton kernels: a table by architecture and widths, and what tuning has found."""
 
 import functools
 import json
@@ -15,8 +13,7 @@ import torch
 
 @dataclass(frozen=True)
 class Tile:
-    """A kernel's tile: ``m`` queries by ``n`` keys on ``warps`` warps, loads running ``stages``
-    iterations ahead.
+    """A kernel's tile: m queries by n keys on ``warps`` warps, loads ``stages`` iterations ahead.
 
     On the diagonal it takes ``diagonal`` rows of the other side at a time: less of them is masked,
     and the element-by-element decay holds fewer registers."""
@@ -142,16 +139,13 @@ _tuned: dict[str, Tiles] | None = None
 
 
 def table_tiles(capability: tuple[int, int], dtype: torch.dtype, width: int, d_state: int) -> Tiles:
-    """The table's row for a compute capability and widths padded as the kernels pad them; one of
-    ``SAFE`` where it has none.
-    """
+    """The table's row for a capability and padded widths; one of ``SAFE`` where it has none."""
     rows = SAFE if dtype == torch.float32 else TABLE.get(capability, SAFE)
     return next(tiles for w, s, tiles in rows if width <= w and d_state <= s)
 
 
 def choose_tiles(device: torch.device, dtype: torch.dtype, width: int, d_state: int) -> Tiles:
-    """The tiles for this device, dtype and padded widths (the larger of Dh and Dv; Ds, 0 for plain
-    attention).
+    """The tiles for a device, dtype and padded widths (the larger of Dh and Dv; Ds, or 0).
 
     What :func:`sisa_kernels.triton.tune.autotune` has found for them, else the table's row; a part
     that is not in the table is said once."""
@@ -174,9 +168,7 @@ def _table_row(device: torch.device, dtype: torch.dtype, width: int, d_state: in
 
 
 def tile_key(device: torch.device, dtype: torch.dtype, width: int, d_state: int) -> str:
-    """What a tuned choice holds for: the device's name, the versions that compile for it, dtype and
-    padded widths.
-    """
+    """What a tuned choice holds for: device, versions that compile for it, dtype and widths."""
     import triton  # here: without it there is nothing to compile, but the table to read
 
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type

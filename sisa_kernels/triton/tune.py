@@ -1,6 +1,4 @@
-"""Autotuning of the Triton kernels' tiles: opt-in, kept on disk, and never timing a tile whose
-results have not been checked.
-"""
+"""Autotuning of the Triton kernels' tiles: opt-in, kept on disk, no wrong tile ever timed."""
 
 import functools
 import logging
@@ -51,12 +49,12 @@ def autotune(
     device: str | torch.device = "cuda",
     timer: Timer = do_bench,
 ) -> Tiles:
-    """Find the fastest tiles for a problem, use them from now on for its device, dtype and widths,
-    and keep them on disk.
+    """Find the fastest tiles for a problem, use them from now on, and keep them on disk.
 
-    One kernel after the other, each of the table's tiles is first run forward and backward on a
-    small problem against the fp64 oracle. One that fails to run, or errs more than twice as much as
-    the tiles in use, is logged and never timed.
+    They hold for its device, dtype and padded widths. One kernel after the other, each of the
+    table's tiles is first run forward and backward on a small problem against the fp64 oracle. One
+    that fails to run, or errs more than twice as much as the tiles in use, is logged and never
+    timed.
 
     Args:
         batch, length, n_heads, n_kv_heads: the problem that is timed, forward + backward

@@ -11,8 +11,7 @@ IGNORE = -100  # targets of positions that are not scored
 
 
 class Blocks:
-    """Blocks of ``seq_len`` tokens and their successors, shuffled anew each epoch; the order is a
-    function of the seed alone.
+    """Blocks of ``seq_len`` tokens and their successors, shuffled anew each epoch.
 
     A block spans documents joined by their end-of-text tokens. There is no state of a loader to
     save: sample n of a run is arithmetic on (seed, n), whoever asks and whatever was read before,
@@ -51,12 +50,11 @@ class Blocks:
 
 
 def pack(inputs: Tensor, targets: Tensor, end_of_text: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Blocks [n, L] as one sequence of documents: inputs and targets, each [1, n * L] int64, and
-    cu_seqlens int32.
+    """Blocks [n, L] as one sequence of documents: inputs, targets and cu_seqlens.
 
-    The end-of-text token of a document opens the next one, as it opens a text that is generated:
-    the first token of a document is predicted from it alone, the last predicts the next. Blocks are
-    cut apart too."""
+    The first two are [1, n * L] int64, the last int32. The end-of-text token of a document opens
+    the next one, as it opens a text that is generated: the first token of a document is
+    predicted from it alone, the last predicts the next. Blocks are cut apart too."""
     opens = inputs == end_of_text
     opens[:, 0] = True
     bounds = [opens.flatten().nonzero()[:, 0], torch.tensor([opens.numel()], device=inputs.device)]

@@ -94,9 +94,7 @@ class Data:
     train: Blocks
     val: Blocks
     train_text: np.ndarray
-    """Training tokens to count n-grams on and to hide needles in, int32: of text all, of shards the
-    first 4 million.
-    """
+    """Training tokens for n-grams and needles' text, int32: of text all, of shards 4 million."""
     val_text: np.ndarray
     """The same of the held-out tokens."""
     fingerprint: str
@@ -106,9 +104,9 @@ class Data:
 
 
 def prepared(data: tuple[Path, ...]) -> Path | None:
-    """The folder of `sisa prepare` that ``data`` is, if it is one; ValueError for one among other
-    data.
-    """
+    """The folder of `sisa prepare` that ``data`` is, if it is one.
+
+    Raises ValueError for one among other data."""
     folders = [path for path in data if (path / INDEX).is_file()]
     if folders and len(data) > 1:
         given = ", ".join(map(str, data))
@@ -117,8 +115,7 @@ def prepared(data: tuple[Path, ...]) -> Path | None:
 
 
 def find_tokenizer(data: tuple[Path, ...], tokenizer: Path | None) -> Path | None:
-    """The tokenizer's file: ``tokenizer``, else the one that a prepared folder brings, else None
-    for bytes.
+    """The tokenizer's file: ``tokenizer``, else a prepared folder's; None for bytes.
 
     Raises ValueError for another one than a folder was prepared with, FileNotFoundError for one
     that is missing."""

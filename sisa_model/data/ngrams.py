@@ -6,11 +6,10 @@ import numpy as np
 def ngram_losses(
     train: np.ndarray, targets: np.ndarray, contexts: np.ndarray, vocab: int
 ) -> tuple[float, float]:
-    """Held-out loss in nats a token of a unigram and a bigram model counted on ``train`` (int32
-    [N]).
+    """Held-out losses of a unigram and a bigram model, nats a token.
 
-    The unigram is add-one smoothed; the bigram backs off to it with the weight of ten observations
-    a context."""
+    Both are counted on ``train`` (int32 [N]). The unigram is add-one smoothed; the bigram backs
+    off to it with the weight of ten observations a context."""
     unigram = (np.bincount(train, minlength=vocab) + 1.0) / (len(train) + vocab)
     followed = train[:-1].astype(np.int64) * vocab + train[1:]
     pairs, pair_counts = np.unique(followed, return_counts=True)

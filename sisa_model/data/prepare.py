@@ -50,14 +50,14 @@ BATCH_CHARACTERS = 2**20  # what a worker encodes at once: about half a second's
 
 @dataclass(frozen=True, kw_only=True)
 class PrepareConfig:
-    """Tokenize text into shards for `sisa train --data OUT`. Stopped or killed, the same command
-    goes on where it was.
-    """
+    """Tokenize text into shards for `sisa train --data OUT`.
+
+    Stopped or killed, the same command goes on where it was. Sources are files or folders of
+    parquet, jsonl or text (lines of <|endoftext|> separate documents), plain, .gz, .xz or .zst,
+    or datasets of the Hugging Face Hub, which are streamed."""
 
     sources: tyro.conf.Positional[tuple[str, ...]] = ("DKYoon/SlimPajama-6B",)
-    """Files or folders of parquet, jsonl, or text (lines of <|endoftext|> separate documents),
-    plain, .gz, .xz or .zst. Datasets of the Hugging Face Hub are streamed: OWNER/NAME, or
-    OWNER/NAME@REVISION."""
+    """Files, folders, or the Hub's datasets: OWNER/NAME, or OWNER/NAME@REVISION."""
     out: Path
     """Folder to make."""
     tokenizer: str = "EleutherAI/gpt-neox-20b"
@@ -69,9 +69,7 @@ class PrepareConfig:
     split: str = "train"
     """Which split of the Hub's datasets."""
     held_out: float = 0.005
-    """Share of the documents that are held out, by the hash of their text: copies of one are on the
-    same side.
-    """
+    """Share of the documents held out, by the hash of their text: copies stay together."""
     shard_tokens: int = 2**27
     """Training tokens a shard, at least; what is lost by a kill."""
     workers: int | None = None
@@ -232,9 +230,10 @@ def _find_tokenizer(name: str) -> Path | None:
 
 
 def _is_finished(out: Path, options: dict[str, Any]) -> bool:
-    """Whether ``out`` is; ValueError for one begun with other options, FileExistsError for one that
-    holds other things.
-    """
+    """Whether ``out`` is finished.
+
+    Raises ValueError for one begun with other options, FileExistsError for one that holds other
+    things."""
     if not out.exists() or (out.is_dir() and not any(out.glob("[!.]*"))):
         return False
     if not (out / INDEX).is_file():
@@ -305,9 +304,9 @@ def _start_worker(*setup: Any) -> None:
 
 
 def _end_with_parent() -> None:
-    """A worker waits on a queue that it holds open itself: without this it would outlive a parent
-    that is killed.
-    """
+    """End this worker with its parent.
+
+    It waits on a queue that it holds open itself, and would outlive a parent that is killed."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     parent.join()

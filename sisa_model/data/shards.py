@@ -29,9 +29,9 @@ SPLITS = ("train", "val")
 
 
 def read_record(path: Path) -> dict[str, Any]:
-    """An index or a shard's record; ValueError naming the file for one that is damaged or of
-    another version.
-    """
+    """An index or a shard's record.
+
+    Raises ValueError naming the file for one that is damaged or of another version."""
     with _parsing(path):
         record = json.loads(path.read_text(encoding="utf-8"))
         version = record["version"]
@@ -43,9 +43,9 @@ def read_record(path: Path) -> dict[str, Any]:
 
 
 def read_index(folder: Path) -> dict[str, Any]:
-    """The index of a folder of `sisa prepare`, finished or not; raises as :func:`read_record`,
-    FileNotFoundError without one.
-    """
+    """The index of a folder of `sisa prepare`, finished or not.
+
+    Raises as :func:`read_record` does, and FileNotFoundError without one."""
     if not (folder / INDEX).is_file():
         raise FileNotFoundError(f"{folder} is not a folder of sisa prepare: it has no {INDEX}")
     index = read_record(folder / INDEX)
@@ -106,11 +106,11 @@ class Tokens:
 
 
 class Shards:
-    """A finished folder of `sisa prepare`; the sizes of its shards are checked, their contents by
-    :meth:`verify`.
+    """A finished folder of `sisa prepare`.
 
-    Raises FileNotFoundError or ValueError, naming the file or shard, for what is missing, damaged
-    or unfinished."""
+    The sizes of its shards are checked, their contents by :meth:`verify`. Raises
+    FileNotFoundError or ValueError, naming the file or shard, for what is missing, damaged or
+    unfinished."""
 
     def __init__(self, folder: Path):
         index = read_index(folder)
@@ -135,15 +135,15 @@ class Shards:
         self.train, self.val = (Tokens(files[split], dtype) for split in SPLITS)
 
     def fingerprint(self) -> str:
-        """A hash of the checksums: two folders with the same have the same tokens in the same
-        order, split alike.
-        """
+        """A hash of the checksums.
+
+        Two folders with the same have the same tokens in the same order, split alike."""
         return hashlib.sha256("".join(self._sha256.values()).encode()).hexdigest()
 
     def verify(self, rank: int = 0, size: int = 1) -> None:
-        """Read everything once, or of ``size`` processes each its share; ValueError names the first
-        shard with another sha256.
-        """
+        """Read everything once, or of ``size`` processes each its share.
+
+        Raises ValueError naming the first shard with another sha256."""
         # The training files, which are the large ones, first.
         mine = sorted(self._sha256, key=lambda path: path.name)[rank::size]
         with ThreadPoolExecutor() as pool:  # hashing releases the interpreter's lock

@@ -1,6 +1,4 @@
-"""A shuffled order computed place by place: nothing of it is held, so any sample of a run is known
-by arithmetic alone.
-"""
+"""A shuffled order computed place by place: any sample of a run is known by arithmetic."""
 
 import math
 
@@ -11,12 +9,12 @@ ROUNDS = 12
 
 
 def shuffled(places: np.ndarray, count: int, key: list[int]) -> np.ndarray:
-    """Which element of a shuffle of ``range(count)`` stands at each of ``places`` (int64, below
-    count); ``key`` picks it.
+    """Which element of a shuffle of ``range(count)`` stands at each of ``places``.
 
-    A generalized Feistel network permutes the cells of a table just as large, a number that lands
-    past the range is sent on until it lands inside, and so the range itself is permuted (Black and
-    Rogaway, "Ciphers with arbitrary finite domains", 2002)."""
+    They are int64, below count; ``key`` picks the shuffle. A generalized Feistel network
+    permutes the cells of a table just as large, a number that lands past the range is sent on
+    until it lands inside, and so the range itself is permuted (Black and Rogaway, "Ciphers with
+    arbitrary finite domains", 2002)."""
     rows = math.isqrt(count - 1) + 1
     columns = -(-count // rows)
     keys = np.random.default_rng(key).integers(2**64, size=ROUNDS, dtype=np.uint64)
@@ -35,9 +33,9 @@ def _feistel(x: np.ndarray, rows: np.uint64, columns: np.uint64, keys: np.ndarra
 
 
 def _hash(x: np.ndarray, key: np.uint64) -> np.ndarray:
-    """The finaliser of SplitMix64 (every bit of x and key reaches every bit), halved so that a sum
-    does not overflow.
-    """
+    """The finaliser of SplitMix64, halved so that a sum does not overflow.
+
+    Every bit of x and key reaches every bit."""
     z = (x ^ key) * np.uint64(0x9E3779B97F4A7C15)
     z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)

@@ -18,9 +18,9 @@ Position = tuple[int, int]  # the number of a source, and how many of its docume
 
 @dataclass(frozen=True)
 class Source:
-    """A file or a dataset of the Hub, and what would tell that it is another one: its size in
-    bytes, or its commit.
-    """
+    """A file or a dataset of the Hub.
+
+    By ``version``, a file's size in bytes or a dataset's commit, a changed one is known."""
 
     name: str
     kind: str
@@ -28,11 +28,10 @@ class Source:
 
 
 def find_sources(names: tuple[str, ...]) -> list[Source]:
-    """The files of the paths, folders and the Hub's datasets (``OWNER/NAME``,
-    ``OWNER/NAME@REVISION``) in ``names``.
+    """The files of paths and folders, and the Hub's datasets, in ``names``.
 
-    Raises FileNotFoundError for a name that is neither, and ValueError for a folder with files of
-    several kinds."""
+    Datasets are OWNER/NAME or OWNER/NAME@REVISION. Raises FileNotFoundError for a name that is
+    neither, and ValueError for a folder with files of several kinds."""
     if not names:
         raise ValueError(
             "sources must be at least one file, folder or dataset of the Hub, got none"

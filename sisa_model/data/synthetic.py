@@ -7,6 +7,7 @@ open is the level called chance."""
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
@@ -51,9 +52,9 @@ class Sample:
 def _pairs(
     rng: np.random.Generator, count: int, keys: int, top: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """``count`` sets of distinct keys and of distinct values, [count, keys], from the tokens below
-    ``top``, the last one.
-    """
+    """``count`` sets of distinct keys and of distinct values, each [count, keys].
+
+    Their tokens end just below ``top``, the last of the vocabulary."""
     key, value = (
         rng.permuted(np.tile(np.arange(POOL), (count, 1)), axis=1)[:, :keys] for _ in range(2)
     )
@@ -84,8 +85,7 @@ def _sample(
 def needle(
     text: np.ndarray, top: int, seq_len: int, count: int, rng: np.random.Generator
 ) -> Sample:
-    """A random key with its random value, hidden at a random depth of real text; the key is asked
-    at the end.
+    """A random key with its random value, hidden in real text; the key is asked at the end.
 
     One needle a text, so its kind gives it away; keeping several apart by their keys is what
     :func:`recall` asks. Measured: with four needles and one asked, a tiny model stays at one in
@@ -106,9 +106,9 @@ def needle(
 
 
 def recall(top: int, seq_len: int, count: int, rng: np.random.Generator) -> Sample:
-    """A stream of pairs over four keys, each key always with its value: every recurrence is asked
-    (associative recall).
-    """
+    """A stream of pairs over four keys, each always with its value (associative recall).
+
+    Every recurrence of a key is asked."""
     pairs = seq_len // 2
     key, value = _pairs(rng, count, RECALL_KEYS, top)
     pick = rng.integers(RECALL_KEYS, size=(count, pairs))
@@ -125,9 +125,9 @@ def recall(top: int, seq_len: int, count: int, rng: np.random.Generator) -> Samp
 def _of_pairs(
     tokens: np.ndarray, asked: np.ndarray, latest: np.ndarray, chance: np.ndarray | float
 ) -> Sample:
-    """A sample of pairs, ``tokens`` [B, 2 pairs]: where ``asked`` [B, pairs] a pair's second token,
-    set by the pair ``latest``.
-    """
+    """A sample of pairs, ``tokens`` [B, 2 pairs].
+
+    Where ``asked`` [B, pairs], a pair's second token is asked, as the pair ``latest`` set it."""
 
     def at_first_tokens(x: np.ndarray | float, dtype: type = float) -> np.ndarray:
         at_tokens: np.ndarray = np.zeros(tokens.shape, dtype)
@@ -142,9 +142,9 @@ def _of_pairs(
 def addition(
     top: int, seq_len: int, count: int, rng: np.random.Generator, modulus: int = 5
 ) -> Sample:
-    """Random digits below ``modulus``; at each, their sum so far modulo ``modulus`` is asked. With
-    modulus 2: parity.
-    """
+    """Random digits below ``modulus``; at each, their sum so far modulo ``modulus`` is asked.
+
+    With modulus 2: parity."""
     digits = rng.integers(modulus, size=(count, seq_len))
     inputs = top - 2 * POOL + digits
     answers = top - POOL + digits.cumsum(1) % modulus
@@ -153,11 +153,10 @@ def addition(
 
 
 def flipflop(top: int, seq_len: int, count: int, rng: np.random.Generator) -> Sample:
-    """The flip-flop language (arXiv 2306.00946): write, ignore and read, each with a bit; what a
-    read has is the last bit written.
+    """The flip-flop language (arXiv 2306.00946): write, ignore and read, each with a bit.
 
-    The first instruction is a write and the last a read; of the others 0.8 are ignored, 0.1 write
-    and 0.1 read. Reads are asked."""
+    What a read has is the last bit written. The first instruction is a write and the last a
+    read; of the others 0.8 are ignored, 0.1 write and 0.1 read. Reads are asked."""
     pairs = seq_len // 2
     write, read, ignore = range(3)
     rest = (1 - IGNORED) / 2
@@ -179,7 +178,8 @@ def _short_recall(
 
 # Mixed into text, of which a needle's haystack is made: (text, top, seq_len, count, rng), top the
 # vocabulary's last token.
-TASKS: dict[str, Callable[[np.ndarray, int, int, int, np.random.Generator], Sample]] = {
+RetrievalTask = Literal["needle", "recall"]
+TASKS: dict[RetrievalTask, Callable[[np.ndarray, int, int, int, np.random.Generator], Sample]] = {
     "needle": needle,
     "recall": _short_recall,
 }
@@ -194,9 +194,9 @@ ALONE: dict[str, Task] = {
 
 
 def find_task(name: str) -> Task:
-    """The task that is trained alone under ``name``: one of ALONE, or addition-K for another
-    modulus; ValueError for any other.
-    """
+    """The task that is trained alone under ``name``: one of ALONE, or addition-K modulo K.
+
+    Raises ValueError for any other name."""
     stem, _, modulus = name.partition("-")
     if stem == "addition" and modulus.isdecimal() and 2 <= int(modulus) <= POOL:
         return functools.partial(addition, modulus=int(modulus))
@@ -209,9 +209,9 @@ def find_task(name: str) -> Task:
 
 
 class TaskBlocks:
-    """A task in the place of a text's :class:`sisa_model.data.blocks.Blocks`: sample n is a
-    function of the seed and n alone.
-    """
+    """A task in the place of a text's :class:`sisa_model.data.blocks.Blocks`.
+
+    Sample n is a function of the seed and n alone."""
 
     def __init__(self, task: Task, top: int, seq_len: int, seed: int):
         self.task = task
@@ -224,9 +224,7 @@ class TaskBlocks:
         return list(range(first, first + count))
 
     def take(self, ids: list[int]) -> tuple[Tensor, Tensor]:
-        """Inputs and targets of sequences, each [len(ids), seq_len] int64 (one less for tasks of
-        pairs).
-        """
+        """Inputs and targets of sequences, each [len(ids), seq_len] int64 (of pairs one less)."""
         drawn = {number: self._draw(number) for number in {n // TOGETHER for n in ids}}
         rows = [(drawn[n // TOGETHER], n % TOGETHER) for n in ids]
         inputs = torch.stack([sample.inputs[n] for sample, n in rows])
@@ -239,18 +237,17 @@ class TaskBlocks:
 
 
 def exam_name(task: str, factor: int) -> str:
-    """What an exam of a task trained alone is called in val.jsonl, its sequences ``factor`` times
-    as long as in training.
-    """
+    """What an exam of a task trained alone is called in val.jsonl.
+
+    Its sequences are ``factor`` times as long as in training."""
     return task if factor == 1 else f"{task}_x{factor}"
 
 
 def exams(task: Task, top: int, seq_len: int, count: int, seed: int) -> dict[int, Sample]:
-    """``count`` sequences at the length of training and at 2 and 4 times it, where only what lies
-    past half of it is asked.
+    """``count`` sequences at each of LENGTHS, in lengths of training.
 
-    A model that does not look ahead answers a position alike in sequences of any length, so each
-    exam holds lengths of its own."""
+    Of the longer ones only what lies past their half is asked. A model that does not look ahead
+    answers a position alike in sequences of any length, so each exam holds lengths of its own."""
     found = {}
     for factor in LENGTHS:
         sample = task(top, factor * seq_len, count, np.random.default_rng([seed, factor]))
@@ -262,9 +259,9 @@ def exams(task: Task, top: int, seq_len: int, count: int, seed: int) -> dict[int
 def accuracy(
     model: nn.Module, sample: Sample, micro_batch_size: int
 ) -> tuple[float, list[float | None]]:
-    """Share of answers whose argmax is right: over all of them, and by the quarter that their
-    ``place`` is in (None: no answer).
-    """
+    """Share of answers whose argmax is right, of all and by the quarter of their ``place``.
+
+    None: no answer is in that quarter."""
     device = next(model.parameters()).device
     hits = []
     pieces = (x.to(device).split(micro_batch_size) for x in (sample.inputs, sample.targets))

@@ -16,18 +16,16 @@ SKIPPED_FOLDERS = {"site-packages", "dist-packages", "__pycache__", "test", "tes
 
 
 def standard_library() -> list[Path]:
-    """The sources of Python's standard library (code and documentation strings, no tests): the
-    default corpus.
-    """
+    """The sources of Python's standard library, without its tests: the default corpus."""
     root = Path(sysconfig.get_paths()["stdlib"])
     sources = root.rglob("*.py")
     return sorted(p for p in sources if not SKIPPED_FOLDERS & set(p.relative_to(root).parts))
 
 
 def find_files(paths: list[Path]) -> list[Path]:
-    """The files of ``paths`` and, but for hidden ones, of the folders among them; FileNotFoundError
-    or ValueError for none.
-    """
+    """The files of ``paths`` and, but for hidden ones, of the folders among them.
+
+    Raises FileNotFoundError or ValueError for none."""
     files: list[Path] = []
     for path in paths:
         if not path.exists():
@@ -59,9 +57,9 @@ def needs(module: str, what: str) -> Any:
 
 @contextlib.contextmanager
 def open_text(path: Path) -> Iterator[TextIO]:
-    """A UTF-8 file, plain or compressed (.gz, .xz, .zst); ValueError naming the file if it is not
-    text.
-    """
+    """A UTF-8 file, plain or compressed (.gz, .xz, .zst).
+
+    Raises ValueError naming the file if it is not text."""
     try:
         if path.suffix == ".zst":  # Arrow's reader: it notices a file that was cut short
             stream = needs("pyarrow", str(path)).input_stream(path, compression="zstd")
@@ -84,9 +82,9 @@ def read_text(path: Path) -> str:
 
 
 def documents(lines: TextIO) -> Iterator[str]:
-    """The documents of a text, separated by lines that end with ``<|endoftext|>``; empty ones are
-    dropped.
-    """
+    """The documents of a text, separated by lines that end with ``<|endoftext|>``.
+
+    Empty ones are dropped."""
     held: list[str] = []
     for line in lines:
         held.append(line)

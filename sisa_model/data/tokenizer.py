@@ -9,12 +9,12 @@ from sisa_model.data.text import END_OF_TEXT
 
 
 class Encoder:
-    """Text to token ids and back: a ``tokenizers`` JSON file, or bytes with token 256 as the end of
-    text.
+    """Text to token ids and back: a ``tokenizers`` JSON file, or bytes.
 
-    What reads ``<|endoftext|>`` inside a document is encoded as the text it is, so that the token
-    stands at the ends of documents alone. Raises FileNotFoundError or ValueError for a file that is
-    no tokenizer or has no special token ``<|endoftext|>``."""
+    The end of text is token 256 of bytes. What reads ``<|endoftext|>`` inside a document is
+    encoded as the text it is, so that the token stands at the ends of documents alone. Raises
+    FileNotFoundError or ValueError for a file that is no tokenizer or has no special token
+    ``<|endoftext|>``."""
 
     def __init__(self, path: Path | None):
         self.tokenizer: Tokenizer | None = None
@@ -52,10 +52,15 @@ class Encoder:
         end = np.array([self.end_of_text])
         return np.concatenate([x.astype(np.int32) for ids in encoded for x in (ids, end)])
 
+    def encode_text(self, text: str) -> list[int]:
+        """Token ids of one text, no end of text after them."""
+        return self.encode([text])[:-1].tolist()
+
     def decode(self, ids: list[int]) -> str:
-        """Text of token ids; bytes that are no UTF-8 become the replacement character, ids past the
-        vocabulary nothing.
-        """
+        """The text of token ids.
+
+        Bytes that are no UTF-8 become the replacement character, ids past the vocabulary
+        nothing."""
         if self.tokenizer is not None:
             return self.tokenizer.decode(ids, skip_special_tokens=False)
         parts = (

@@ -23,48 +23,51 @@ class Benchmark(NamedTuple):
     """The public data set and split that the file holds."""
     examples: int
     """How many it has."""
+    options: Callable[[Row], list[str]]
+    """The answers that an example leaves open."""
     paper: bool = True
     """The paper reports it."""
 
 
 BENCHMARKS = {
     "lambada": Benchmark(
-        "lambada_test.jsonl", {"text": str}, "EleutherAI/lambada_openai, test", 5153
+        "lambada_test.jsonl",
+        {"text": str},
+        "EleutherAI/lambada_openai, test",
+        5153,
+        lambda row: [row["text"]],
     ),
     "hellaswag": Benchmark(
         "hellaswag_validation.jsonl",
         {"query": str, "endings": list, "label": int},
         "Rowan/hellaswag, validation, query = activity_label: ctx without its [brackets]",
         10_042,
+        lambda row: row["endings"],
     ),
     "arc_easy": Benchmark(
         "arc_easy_test.jsonl",
         {"question": str, "choices": list, "label": int},
         "allenai/ai2_arc ARC-Easy, test",
         2376,
+        lambda row: row["choices"],
     ),
     "winogrande": Benchmark(
         "winogrande_xl_validation.jsonl",
         {"sentence": str, "option1": str, "option2": str, "label": int},
         "allenai/winogrande winogrande_xl, validation",
         1267,
+        lambda row: [row["option1"], row["option2"]],
     ),
     "piqa": Benchmark(
         "piqa_validation.jsonl",
         {"goal": str, "sol1": str, "sol2": str},
         "baber/piqa, validation",
         1838,
-        False,
+        lambda row: [row["sol1"], row["sol2"]],
+        paper=False,
     ),
 }
 PIQA_LABELS = "piqa_validation_labels.txt"
-OPTIONS: dict[str, Callable[[Row], list[str]]] = {
-    "lambada": lambda row: [row["text"]],
-    "hellaswag": lambda row: row["endings"],
-    "arc_easy": lambda row: row["choices"],
-    "winogrande": lambda row: [row["option1"], row["option2"]],
-    "piqa": lambda row: [row["sol1"], row["sol2"]],
-}
 
 
 def read_benchmark(task: str, folder: Path, limit: int | None = None) -> list[Row]:
@@ -124,7 +127,7 @@ def _piqa_labels(path: Path) -> list[int]:
 
 
 def _check(where: str, task: str, row: Row) -> None:
-    options = OPTIONS[task](row)
+    options = BENCHMARKS[task].options(row)
     if not all(isinstance(option, str) and option.strip() for option in options):
         raise ValueError(f"{where}: the answers must be texts, none of them empty, got {options}")
     if task == "lambada":
@@ -144,35 +147,32 @@ def chance(task: str, rows: list[Row]) -> float:
     """Accuracy of guessing among the answers; LAMBADA's word is one of a whole vocabulary: 0."""
     if task == "lambada":
         return 0.0
-    return float(np.mean([1 / len(OPTIONS[task](row)) for row in rows]))
+    return float(np.mean([1 / len(BENCHMARKS[task].options(row)) for row in rows]))
 
 
 def paper_options(task: str, row: Row) -> list[tuple[str, str]]:
-    """(context, continuation) of each answer as the authors score it: the tokens of the
-    continuation, given all before them.
+    """(context, continuation) of each answer, as the authors score it.
 
-    LAMBADA: the last word. HellaSwag and ARC-Easy: each ending. WinoGrande: the whole sentence with
-    each name in the blank, from its second token on (context ""). The paper gives no prompt for
-    ARC-Easy; here it is the harness's."""
+    Scored are the tokens of the continuation, given all before them. LAMBADA: the last word.
+    HellaSwag and ARC-Easy: each ending. WinoGrande: the whole sentence with each name in the
+    blank, from its second token on (context ""). The paper gives no prompt for ARC-Easy; here it
+    is the harness's."""
     if task == "lambada":
         context, _, word = row["text"].rpartition(" ")
         return [(context, f" {word}")]
+    options = BENCHMARKS[task].options(row)
     if task == "winogrande":
-        return [("", row["sentence"].replace("_", option)) for option in OPTIONS[task](row)]
+        return [("", row["sentence"].replace("_", option)) for option in options]
     context = row["query"] if task == "hellaswag" else f"Question: {row['question']}\nAnswer:"
-    return [(context, f" {option}") for option in OPTIONS[task](row)]
+    return [(context, f" {option}") for option in options]
 
 
 def encode_pair(encoder: Encoder, context: str, continuation: str) -> Request:
-    """The tokens of both texts together, scored after as many as the context alone takes; nothing
-    predicts the first of all.
-    """
-    return Request(encode(encoder, context + continuation), max(1, len(encode(encoder, context))))
+    """The tokens of both texts together, scored after as many as the context alone takes.
 
-
-def encode(encoder: Encoder, text: str) -> list[int]:
-    """The tokens of ``text``, no end of text after them."""
-    return encoder.encode([text])[:-1].tolist()
+    The first token of all, which nothing predicts, is never scored."""
+    ids = encoder.encode_text(context + continuation)
+    return Request(ids, max(1, len(encoder.encode_text(context))))
 
 
 class PaperBenchmark:
@@ -197,9 +197,9 @@ class PaperBenchmark:
 
 
 def paper_right(task: str, row: Row, scores: list[Score]) -> bool:
-    """Whether the scores of :func:`paper_options` answer ``row``: LAMBADA greedily, else by the
-    greatest mean a token.
-    """
+    """Whether the scores of :func:`paper_options` answer ``row``.
+
+    LAMBADA greedily, else by the greatest mean a token."""
     if task == "lambada":
         return scores[0].greedy
     return int(np.argmax([score.mean for score in scores])) == row["label"]

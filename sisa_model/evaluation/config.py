@@ -16,22 +16,21 @@ Protocol = Literal["harness", "paper"]
 
 @dataclass(frozen=True, kw_only=True)
 class EvalConfig:
-    """Evaluate a model that `sisa train` made, zero-shot: benchmarks (lambada hellaswag arc_easy
-    winogrande piqa) and needles.
+    """Evaluate a model that `sisa train` made, zero-shot, on benchmarks and needles.
 
-    Protocol harness is lm-evaluation-harness with its own prompts and metrics, any of its tasks by
-    name; protocol paper the scoring of the paper's authors. They differ so: LAMBADA: the same rule,
-    all tokens of the last word by argmax; the harness adds perplexity. HellaSwag, ARC-Easy: harness
-    acc compares summed log-likelihoods of the endings, acc_norm those divided by characters; paper
-    compares the mean a token. WinoGrande: harness compares the log-likelihood of what follows the
-    blank, summed, given each name; paper the mean a token of the whole sentence. PIQA is not in the
-    paper. From local HellaSwag files the harness's capital in the second part of a context is
-    missing, as the files have it.
+    Benchmarks are lambada, hellaswag, arc_easy, winogrande and piqa, which is not in the paper.
+    Protocol harness is lm-evaluation-harness with its own prompts and metrics, and any of its tasks
+    by name; protocol paper is the scoring of the paper's authors. They differ so. LAMBADA: the same
+    rule, all tokens of the last word by argmax; the harness adds perplexity. HellaSwag, ARC-Easy:
+    harness acc compares summed log-likelihoods of the endings, acc_norm those divided by
+    characters; paper compares the mean a token. WinoGrande: harness compares the log-likelihood of
+    what follows the blank, summed, given each name; paper the mean a token of the whole sentence.
+    From local HellaSwag files the harness's capital in the second part of a context is missing, as
+    the files have it.
 
     niah: the authors' needle test (512 tokens, 5 needles, 5 seeds of 200). niah_long: the same at
-    256 to 3,072 tokens.
-    needle_grid: random five-digit numbers, every token right, by depth and by length to twice the
-    training length, as a picture.
+    six lengths to 3,072 tokens. needle_grid: random five-digit numbers, every token right, by depth
+    and by length to twice the training length, as a picture.
 
     Figures go to `RUN/eval/*.json` with each example's outcome, and, of all examples, to
     RUN/eval.jsonl, which `sisa plot` draws."""
@@ -39,29 +38,21 @@ class EvalConfig:
     run: tyro.conf.Positional[Path]
     """Run folder of `sisa train`, or with --tokenizer a folder of model weights."""
     checkpoint: str = "newest"
-    """Which weights of a run: its newest (final, once it is finished), the step of a checkpoint, or
-    all, one after the other.
-    """
+    """Weights of a run: newest (final, once finished), the step of a checkpoint, or all in turn."""
     tasks: tuple[str, ...] = ("lambada", "hellaswag", "arc_easy", "winogrande", "niah")
     """Tasks, separated by commas or spaces."""
     protocol: Protocol = "harness"
     """Scoring of the benchmarks: harness (needs pip install "sisa[eval]") or paper."""
     data_dir: Path | None = None
-    """Folder of local files, such as lambada_test.jsonl, instead of downloads; protocol paper needs
-    it.
-    """
+    """Folder of local files in place of downloads (docs/evaluate.md); protocol paper needs it."""
     limit: int | None = None
-    """Take the first N examples of each benchmark, N trials a seed (and cell) of a needle test: a
-    quick look, not in eval.jsonl.
-    """
+    """The first N examples of a benchmark, N trials a seed (and cell); not in eval.jsonl."""
     lam_zero: bool = False
     """Ablation: without SISA's importance term, each layer plain attention."""
     tokenizer: str | None = None
     """For a folder of model weights: its tokenizer, a `tokenizers` JSON file or the word bytes."""
     max_seq_len: int | None = None
-    """Positions for the benchmarks, to score examples longer than the model's; needle tests take
-    what they need, and say so.
-    """
+    """Positions, for benchmark examples longer than the model's; needles take what they need."""
     batch_tokens: int = 8192
     """Tokens a forward pass. Changes memory and speed, not the result beyond rounding."""
     precision: Precision = "auto"

@@ -1,6 +1,4 @@
-"""sisa eval: benchmarks and needles for a trained model, with intervals, chance and a record of
-what each figure depends on.
-"""
+"""sisa eval: benchmarks and needles for a trained model, with intervals, chance and records."""
 
 import dataclasses
 import logging
@@ -28,8 +26,7 @@ log = logging.getLogger(__name__)
 
 
 def evaluate(config: EvalConfig) -> dict[str, list[Measurement]]:
-    """Evaluate, log the table, write the files; returns each task's figures under the name that
-    eval.jsonl has for it.
+    """Evaluate, log the table, write the files; each task's figures by its name in eval.jsonl.
 
     Of several checkpoints, the last one's. Raises ValueError, FileNotFoundError or OSError for bad
     settings, data or folders before the model runs."""

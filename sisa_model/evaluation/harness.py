@@ -7,7 +7,7 @@ import math
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import datasets
 import lm_eval
@@ -18,7 +18,7 @@ from lm_eval.tasks import TaskManager
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from sisa_model.data.tokenizer import Encoder
-from sisa_model.evaluation.benchmarks import Row, encode
+from sisa_model.evaluation.benchmarks import Row
 from sisa_model.evaluation.scoring import Request, Scorer
 from sisa_model.evaluation.statistics import Measurement, measure
 from sisa_model.models.generate import generate
@@ -27,12 +27,22 @@ log = logging.getLogger(__name__)
 
 STRIDE = 16  # tokens generated between looks for a stop string
 
-# Our task -> the harness's, its YAML, the split it evaluates, and an example of ours as the
-# harness's data set has it.
-TASKS: dict[str, tuple[str, str, str, Callable[[Row], Row]]] = {
-    "lambada": ("lambada_openai", "lambada/lambada_openai.yaml", "test", lambda row: row),
+
+class HarnessTask(NamedTuple):
+    """One of the harness's tasks, to be run on examples of ours."""
+
+    name: str
+    yaml: str
+    split: str
+    """The split that it evaluates."""
+    convert: Callable[[Row], Row] = dict
+    """An example of ours as its data set has it."""
+
+
+TASKS = {
+    "lambada": HarnessTask("lambada_openai", "lambada/lambada_openai.yaml", "test"),
     # The harness joins activity_label and ctx again, as they were.
-    "hellaswag": (
+    "hellaswag": HarnessTask(
         "hellaswag",
         "hellaswag/hellaswag.yaml",
         "validation",
@@ -44,7 +54,7 @@ TASKS: dict[str, tuple[str, str, str, Callable[[Row], Row]]] = {
             "label": str(row["label"]),
         },
     ),
-    "arc_easy": (
+    "arc_easy": HarnessTask(
         "arc_easy",
         "arc/arc_easy.yaml",
         "test",
@@ -54,22 +64,22 @@ TASKS: dict[str, tuple[str, str, str, Callable[[Row], Row]]] = {
             "choices": {"text": row["choices"], "label": list("ABCDEFGH"[: len(row["choices"])])},
         },
     ),
-    "winogrande": (
+    "winogrande": HarnessTask(
         "winogrande",
         "winogrande/default.yaml",
         "validation",
         lambda row: {**row, "answer": str(row["label"] + 1)},
     ),
-    "piqa": ("piqa", "piqa/piqa.yaml", "validation", lambda row: row),
+    "piqa": HarnessTask("piqa", "piqa/piqa.yaml", "validation"),
 }
 
 
 class HarnessModel(TemplateLM):
-    """A model and its tokenizer as the harness's LM; a text without context is scored after an
-    end-of-text token.
+    """A model and its tokenizer as the harness's LM.
 
-    Generation is greedy. Raises ValueError for a sequence longer than the model's positions, where
-    the harness's own classes cut."""
+    A text without context is scored after an end-of-text token. Generation is greedy. Raises
+    ValueError for a sequence longer than the model's positions, where the harness's own classes
+    cut."""
 
     def __init__(self, scorer: Scorer, encoder: Encoder):
         super().__init__()
@@ -83,7 +93,7 @@ class HarnessModel(TemplateLM):
     def tok_encode(
         self, string: str, add_special_tokens: bool | None = None, **kwargs: Any
     ) -> list[int]:
-        return encode(self.encoder, string)
+        return self.encoder.encode_text(string)
 
     def _loglikelihood_tokens(self, requests: list, **kwargs: Any) -> list[tuple[float, bool]]:
         sequences = [
@@ -92,13 +102,13 @@ class HarnessModel(TemplateLM):
         return [(score.total, score.greedy) for score in self.scorer(sequences, "log-likelihoods")]
 
     def loglikelihood_rolling(self, requests: list, disable_tqdm: bool = False) -> list[float]:
-        """The log-likelihood of whole texts, each token once, in windows of all the model's
-        positions; the last reaches back.
-        """
+        """The log-likelihood of whole texts, each token once.
+
+        In windows of all the model's positions, of which the last reaches back."""
         limit = self.scorer.model.config.max_seq_len
         totals = []
         for request in requests:
-            tokens = encode(self.encoder, request.args[0])
+            tokens = self.encoder.encode_text(request.args[0])
             windows = get_rolling_token_windows(tokens, self.eot_token_id, limit, 1)
             parts = [make_disjoint_window(window) for window in windows]
             sequences = [
@@ -108,9 +118,7 @@ class HarnessModel(TemplateLM):
         return totals
 
     def generate_until(self, requests: list, disable_tqdm: bool = False) -> list[str]:
-        """Greedy continuations up to the first of the stop strings, the end of text, or
-        ``max_gen_toks`` (256) tokens.
-        """
+        """Greedy continuations to a stop string, end of text or ``max_gen_toks`` (256) tokens."""
         if why := self.scorer.model.cache_refusal():
             log.info(f"every token runs all before it again: {why}")
         return [self._generate(why is None, *request.args) for request in requests]
@@ -120,7 +128,7 @@ class HarnessModel(TemplateLM):
             raise ValueError(f"generation is greedy; the task asks for sampling: {settings}")
         stops = settings.get("until") or []
         stops = [stops] if isinstance(stops, str) else stops
-        prompt = encode(self.encoder, context) or [self.eot_token_id]
+        prompt = self.encoder.encode_text(context) or [self.eot_token_id]
         budget = settings.get("max_gen_toks", 256)
         limit = self.scorer.model.config.max_seq_len
         if len(prompt) + budget > limit:
@@ -145,9 +153,9 @@ class HarnessModel(TemplateLM):
 
 
 def find_tasks(names: list[str], data: dict[str, list[Row]]) -> dict[str, Any]:
-    """The harness's task objects by our names: on the examples of ``data`` where it has a name,
-    else on the task's own data set.
+    """The harness's task objects by our names.
 
+    They have the examples of ``data`` where it has the name, else the task's own data set.
     Raises ValueError for a name the harness does not know, OSError for a data set that cannot be
     had."""
     found = {name: _on_rows(name, data[name]) for name in names if name in data}
@@ -155,7 +163,7 @@ def find_tasks(names: list[str], data: dict[str, list[Row]]) -> dict[str, Any]:
     if not online:
         return found
     manager = TaskManager()
-    known = {name: TASKS[name][0] if name in TASKS else name for name in online}
+    known = {name: TASKS[name].name if name in TASKS else name for name in online}
     for name, theirs in known.items():
         if theirs not in manager.all_tasks:
             near = difflib.get_close_matches(name, manager.all_tasks, n=3)
@@ -204,11 +212,10 @@ def _on_rows(name: str, rows: list[Row]) -> Any:
 def run_harness(
     model: HarnessModel, tasks: dict[str, Any], limit: int | None
 ) -> dict[str, list[Measurement]]:
-    """The figures of each task: every metric the harness gives of every filter of the answers, with
-    intervals from the examples.
+    """The figures of each task: every metric that the harness gives of every filter of answers.
 
-    A metric of texts as a whole, such as BLEU, has no score an example to take an interval from: it
-    is logged, and left out."""
+    Intervals are from the examples. A metric of texts as a whole, such as BLEU, has no score an
+    example to take an interval from: it is logged, and left out."""
     names = {task.config.task: name for name, task in tasks.items()}
     found = lm_eval.simple_evaluate(
         model, tasks=list(tasks.values()), limit=limit, bootstrap_iters=0

@@ -1,5 +1,6 @@
 """sisa inspect: what the importance term does in a run's attention, by layer and head."""
 
+import functools
 import logging
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,11 +45,11 @@ PANELS = {
 
 @dataclass(frozen=True, kw_only=True)
 class InspectConfig:
-    """Show what the importance term does in each head of a SISA run: lambda, half-lives, its share
-    of the logits, entropies.
+    """Show what the importance term does in each head of a SISA run.
 
-    All on held-out text, with dense scores in fp64. Writes OUT/inspect.json, OUT/inspect.png and
-    OUT/inspect.md, the printed table."""
+    Lambda, half-lives, the term's share of the logits and the attention's entropy, on held-out
+    text, from dense scores in fp64. Writes OUT/inspect.json, OUT/inspect.png and OUT/inspect.md,
+    the printed table."""
 
     run: tyro.conf.Positional[Path]
     """Run folder of `sisa train`; of an unfinished run, its newest checkpoint is used."""
@@ -66,25 +67,20 @@ class InspectConfig:
 
 @dataclass
 class Inspection:
-    """A SISA layer on a batch: one value a query head, means over the batch's rows (positions i of
-    all sequences).
+    """A SISA layer on a batch: one value a query head, means over rows.
 
-    With s = e + p the scores of Eq. 2, e = q.k / sqrt(Dh) and p the importance term, and d(x)_ij =
-    x_ij - mean_{j<=i} x_ij what a softmax over row i sees of x (a constant in a row changes
-    nothing)."""
+    Rows are the positions i of all sequences. With s = e + p the scores of Eq. 2, e = q.k /
+    sqrt(Dh) and p the importance term, and d(x)_ij = x_ij - mean_{j<=i} x_ij what a softmax over
+    row i sees of x (a constant in a row changes nothing)."""
 
     layer: int
     """Which of the model's layers, from 0."""
     lam: list[float]
     """lambda."""
     half_life: list[float]
-    """Tokens until a key's importance halves, ln 2 / mean(-log_decay), of the head's key head;
-    6.9e11 where nothing decays.
-    """
+    """Tokens until a key's importance halves, ln 2 / mean(-log_decay); 6.9e11 without decay."""
     share: list[float]
-    """RMS of d(p) over RMS of d(s), over all i >= j: 0 for an idle term; above 1 where it and q.k
-    oppose each other.
-    """
+    """RMS of d(p) over RMS of d(s), over i >= j: 0 if idle, above 1 where it opposes q.k."""
     entropy: list[float]
     """-sum_j w_ij ln w_ij, nats, of the attention w = softmax(s)."""
     entropy_without: list[float]
@@ -92,24 +88,21 @@ class Inspection:
 
 
 def inspect_model(model: Any, input_ids: Tensor) -> list[Inspection]:
-    """The :class:`Inspection` of every SISA layer of ``model`` on ``input_ids`` [B, L]; memory is
-    O(H L^2), for one sequence.
+    """The :class:`Inspection` of every SISA layer of ``model`` on ``input_ids`` [B, L].
 
-    Raises ValueError for a model without a SISA layer: a Transformer, say, or SISA with lambda = 0.
-    """
+    Memory is O(H L^2), for one sequence at a time. Raises ValueError for a model without a SISA
+    layer: a Transformer, say, or SISA with lambda = 0."""
     found: list[Inspection] = []
 
     def measure(layer: int, attn: SisaAttention, x: Tensor, context: Context) -> None:
         inputs = attn.operands(x)
         cos, sin = (table.double()[:, None] for table in context.rotary)
-        q = rotate(inputs.q.double(), cos, sin)
-        k = rotate(inputs.k.double(), cos, sin)
-        operands = {"q": q, "k": k, "b": inputs.b, "c": inputs.c}
-        operands |= {"log_decay": inputs.log_decay, "theta": inputs.theta}
-        parts = []
-        for n in range(len(x)):  # one at a time: its dense scores are what takes the memory
-            sequence: Any = {name: operand[n : n + 1] for name, operand in operands.items()}
-            parts.append(_measure(*scores(**sequence, lam=inputs.lam, mode=attn.mode)))
+        q, k = (rotate(tokens.double(), cos, sin) for tokens in (inputs.q, inputs.k))
+        operands = (q, k, inputs.b, inputs.c, inputs.log_decay, inputs.theta)
+        # One sequence at a time: its dense scores are what takes the memory.
+        of_one: Any = functools.partial(scores, lam=inputs.lam, mode=attn.mode)
+        sequences = zip(*(operand.split(1) for operand in operands))
+        parts = [_measure(*of_one(*sequence)) for sequence in sequences]
         importance, total, entropy, entropy_without = torch.stack(parts).mean(0)
         group = attn.n_heads // attn.n_kv_heads
         lives = half_life(inputs.log_decay).repeat_interleave(group)
@@ -127,9 +120,9 @@ def inspect_model(model: Any, input_ids: Tensor) -> list[Inspection]:
 
 
 def _measure(content: Tensor, importance: Tensor) -> Tensor:
-    """Of one sequence's terms [1, H, L, L]: mean squares of d(p) and of d(s), entropies with and
-    without p, [4, H].
-    """
+    """Mean squares of d(p) and d(s), entropies with and without p: [4, H], of one sequence.
+
+    ``content`` and ``importance`` are its terms [1, H, L, L]."""
     seen = content.isfinite()[0, 0]
     count = seen.sum(1)
 
@@ -146,9 +139,9 @@ def _measure(content: Tensor, importance: Tensor) -> Tensor:
 
 
 def _sequences(config: InspectConfig, record: RunRecord, vocab: int) -> tuple[Tensor, str]:
-    """Tokens [blocks, length] of ``config.text`` or of what the run held out, and where they are
-    from.
-    """
+    """Tokens [blocks, length] to measure on, and where they are from.
+
+    Of ``config.text``, or else of what the run held out."""
     train = record.train
     length = config.length or min(LENGTH, train.seq_len)
     if train.task != "text" and not config.text:
@@ -229,9 +222,9 @@ def _write(out: Path, about: str, settings: dict[str, Any], layers: list[Inspect
 
 
 def table(layers: list[Inspection]) -> str:
-    """A Markdown table, a line a layer: means over heads (half-lives: geometric), minimum to
-    maximum.
-    """
+    """A Markdown table, a line a layer: means over heads, minimum to maximum.
+
+    The mean of half-lives is the geometric one."""
     titles = (
         "layer",
         "lambda",

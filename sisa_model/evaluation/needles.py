@@ -1,5 +1,4 @@
-"""Needles in a haystack: the paper's test as its authors run it, and a harder one over depth and
-length.
+"""Needles in a haystack: the paper's test, and a harder one over depth and length.
 
 The haystack is one sentence over and over; a needle hides in it and is asked for at the end. What
 is right is read off a forward pass given the answer: each of its tokens the likeliest at its place,
@@ -13,7 +12,6 @@ from typing import Any, Literal, get_args
 import numpy as np
 
 from sisa_model.data.tokenizer import Encoder
-from sisa_model.evaluation.benchmarks import encode
 from sisa_model.evaluation.scoring import Request, Score
 from sisa_model.evaluation.statistics import Measurement, measure
 
@@ -31,7 +29,7 @@ NEEDLES = {
     "The magic word is": "ECHO",
 }
 TRIALS = 200  # a seed
-LENGTH = 512
+NIAH_LENGTH = 512
 LONG_LENGTHS = (256, 512, 1024, 1536, 2048, 3072)
 GRID_PHRASE = " The pass key is"
 GRID_VALUES = 90_000  # numbers of five digits
@@ -53,13 +51,12 @@ class Haystack:
         self.needles = [self._asked(phrase, value) for phrase, value in NEEDLES.items()]
 
     def _asked(self, phrase: str, value: str) -> tuple[list[int], list[int]]:
-        """The needle's tokens, and those of them that it shares with every other value: where the
-        question ends.
+        """The needle's tokens, and those that it shares with every other value's: the question.
 
-        So the next token is the value's first whichever way a tokenizer takes the space before it.
-        """
+        So the next token is the value's first whichever way a tokenizer takes the space before
+        it."""
         values = [value, *(set(NEEDLES.values()) - {value})]
-        needle, *others = (encode(self.encoder, f" {phrase} {v}.") for v in values)
+        needle, *others = (self.encoder.encode_text(f" {phrase} {v}.") for v in values)
         for place, tokens in enumerate(zip(needle, *others)):
             if len(set(tokens)) > 1:
                 return needle, needle[:place]
@@ -68,11 +65,10 @@ class Haystack:
     def context(
         self, length: int, needle: list[int], question: list[int], depth: float
     ) -> list[int]:
-        """``length`` tokens: the needle at ``depth`` (0 the start, 1 the end) of the filler, then
-        the question.
+        """``length`` tokens: filler with the needle at ``depth``, then the question.
 
-        Raises ValueError for a length that has no room for the needle and the question.
-        """
+        Depth 0 is the start, 1 the end. Raises ValueError for a length that has no room for the
+        needle and the question."""
         room = length - len(needle) - len(question)
         if room < 1:
             least = length - room
@@ -80,21 +76,21 @@ class Haystack:
                 f"length must be above {least} tokens, a needle and its question, got {length}"
             )
         if len(self.filler) < room:
-            self.filler = encode(self.encoder, FILLER * room)
+            self.filler = self.encoder.encode_text(FILLER * room)
         place = round(depth * room)
         return self.filler[:place] + needle + self.filler[place:room] + question
 
     @property
     def grid_least(self) -> int:
-        """The least length of :meth:`grid`: the phrase twice, a number with its space and stop, and
-        one token of filler.
-        """
-        return 2 * len(encode(self.encoder, GRID_PHRASE)) + len(" 12345.") + 1
+        """The least length of :meth:`grid`.
+
+        It holds the phrase twice, a number with its space and stop, and one token of filler."""
+        return 2 * len(self.encoder.encode_text(GRID_PHRASE)) + len(" 12345.") + 1
 
     def paper(self, length: int, seed: int, trials: int) -> list[Request]:
-        """The authors' trials: one of five needles at a random depth; the value's first token is
-        scored.
-        """
+        """The authors' trials: one of five needles at a random depth.
+
+        Scored is the value's first token."""
         rng = random.Random(seed)
         found = []
         for _ in range(trials):
@@ -104,24 +100,24 @@ class Haystack:
         return found
 
     def grid(self, length: int, depth: float, seed: int, trials: int) -> list[Request]:
-        """The harder trials: a random number of five digits at ``depth``; every token of it is
-        scored.
-        """
+        """The harder trials: a random number of five digits at ``depth``.
+
+        Scored is every token of it."""
         rng = random.Random(f"{seed} {length} {depth}")
-        question = encode(self.encoder, GRID_PHRASE)
+        question = self.encoder.encode_text(GRID_PHRASE)
         found = []
         for _ in range(trials):
             value = f" {10_000 + rng.randrange(GRID_VALUES)}"
-            needle = encode(self.encoder, f"{GRID_PHRASE}{value}.")
-            answer = encode(self.encoder, GRID_PHRASE + value)[len(question) :]
+            needle = self.encoder.encode_text(f"{GRID_PHRASE}{value}.")
+            answer = self.encoder.encode_text(GRID_PHRASE + value)[len(question) :]
             found.append(Request(self.context(length, needle, question, depth) + answer, length))
         return found
 
 
 class Needles:
-    """A needle test's requests, equally many in each cell: a length and a seed, in the grid a
-    length, a depth and a seed.
-    """
+    """A needle test's requests, equally many in each cell.
+
+    A cell is a length and a seed; in the grid a length, a depth and a seed."""
 
     def __init__(self, task: str, cells: dict[tuple, list[Request]]):
         self.task = task
@@ -159,16 +155,16 @@ class Needles:
 
 
 def find_needles(task: str, encoder: Encoder, trained: int, limit: int | None = None) -> Needles:
-    """The needle test ``task`` for a model trained on ``trained`` tokens, at most ``limit`` trials
-    a cell.
+    """The needle test ``task`` for a model trained on sequences of ``trained`` tokens.
 
-    Raises ValueError for a grid of which no length has room for a needle."""
+    It has at most ``limit`` trials a cell. Raises ValueError for a grid of which no length has
+    room for a needle."""
     haystack = Haystack(encoder)
     if task == "needle_grid":
         trials = min(GRID_TRIALS, limit or GRID_TRIALS)
         cells = itertools.product(_roomy_lengths(haystack, trained), GRID_DEPTHS, SEEDS)
         return Needles(task, {cell: haystack.grid(*cell, trials) for cell in cells})
-    lengths = LONG_LENGTHS if task == "niah_long" else (LENGTH,)
+    lengths = LONG_LENGTHS if task == "niah_long" else (NIAH_LENGTH,)
     trials = min(TRIALS, limit or TRIALS)
     pairs = itertools.product(lengths, SEEDS)
     return Needles(task, {pair: haystack.paper(*pair, trials) for pair in pairs})

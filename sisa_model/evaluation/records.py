@@ -24,17 +24,18 @@ class Records:
 
     @property
     def left_out(self) -> str | None:
-        """Why the figures are not in eval.jsonl, which has those of a known step on all examples;
-        None: they are.
-        """
+        """Why the figures are not in eval.jsonl; None: they are.
+
+        It has those of a known step on all examples."""
         if self.subject.step is None:
             return "of unknown step"
         return None if self.config.limit is None else "a quick look"
 
     def title(self, task: str) -> str:
-        """The task's name in eval.jsonl: bare where protocol and model are the paper's, whose
-        curves nothing else should meet.
-        """
+        """The task's name in eval.jsonl.
+
+        It is bare where protocol and model are the paper's, whose curves nothing else should
+        meet."""
         harness = task not in NEEDLE_TESTS and self.config.protocol == "harness"
         marks = ["harness"] * harness + ["lambda 0"] * self.config.lam_zero
         return f"{task} ({', '.join(marks)})" if marks else task
@@ -84,9 +85,9 @@ class Records:
 
 
 def add_rows(path: Path, rows: list[dict[str, Any]]) -> None:
-    """Append ``rows`` to a jsonl file in place of earlier ones of the same step and task; the file
-    is replaced as a whole.
-    """
+    """Put ``rows`` into a jsonl file in place of earlier ones of the same step and task.
+
+    The file is replaced as a whole."""
     again = {(row["step"], row["task"]) for row in rows}
     kept = [row for row in read_rows(path) if (row["step"], row["task"]) not in again]
     write_text(path, "".join(json.dumps(row) + "\n" for row in kept + rows))

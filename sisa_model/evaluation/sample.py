@@ -20,9 +20,7 @@ class GenerateConfig:
     """Continue a prompt with a model that `sisa train` or `sisa convert` made."""
 
     run: tyro.conf.Positional[Path]
-    """Run folder of `sisa train`, of an unfinished run its newest checkpoint, or with --tokenizer a
-    folder of model weights.
-    """
+    """Run folder of `sisa train`, even unfinished, or with --tokenizer a folder of weights."""
     tokenizer: str | None = None
     """For a folder of model weights: its tokenizer, a `tokenizers` JSON file or the word bytes."""
     prompt: str = ""
@@ -51,7 +49,7 @@ def continue_prompt(config: GenerateConfig) -> str:
     subject = find_subject(config.run, config.tokenizer)
     encoder = subject.encoder
     model = load(subject.weights, device)
-    prompt = encoder.encode([config.prompt])[:-1].tolist() if config.prompt else []
+    prompt = encoder.encode_text(config.prompt)
     ids = torch.tensor([[encoder.end_of_text, *prompt]], device=device)
     if why := model.cache_refusal():
         log.warning(f"every token runs all before it again: {why}")

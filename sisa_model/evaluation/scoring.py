@@ -1,6 +1,4 @@
-"""Log-likelihoods of many token sequences at once: batched by length, the output matrix only where
-a token is scored.
-"""
+"""Log-likelihoods of many token sequences, batched by length, logits only where scored."""
 
 import copy
 from dataclasses import dataclass
@@ -18,9 +16,7 @@ LOGITS = 2**25  # of them in memory at a time: 128 MiB in fp32
 
 
 class Request(NamedTuple):
-    """A sequence of tokens, of which those from ``start`` (at least 1) on are scored given all
-    before them.
-    """
+    """A sequence of tokens; those from ``start`` (at least 1) on are scored, given all before."""
 
     ids: list[int]
     start: int
@@ -43,13 +39,13 @@ class Score:
 
 
 class Scorer:
-    """Scores requests with ``model`` in batches of at most ``batch_tokens`` tokens (or one
-    request), padded on the right.
+    """Scores requests in batches of at most ``batch_tokens`` tokens, or of one request.
 
-    A causal model's real positions do not see what follows them, so a batch's result is that of one
-    request at a time; not so in "clamped" mode, whose offset is taken over the whole sequence:
-    there a batch holds requests of one length. Hidden states are made under ``autocast`` (bf16 or
-    nothing), logits always in fp32: bf16's would tie."""
+    Batches are padded on the right. A causal model's real positions do not see what follows
+    them, so a batch's result is that of one request at a time; not so in "clamped" mode, whose
+    offset is taken over the whole sequence: there a batch holds requests of one length. Hidden
+    states are made under ``autocast`` (bf16 or nothing), logits always in fp32: bf16's would
+    tie."""
 
     def __init__(self, model: LanguageModel, batch_tokens: int, autocast: bool = False):
         self.model = model.eval()
@@ -64,9 +60,9 @@ class Scorer:
         return other
 
     def check(self, requests: list[Request], name: str) -> None:
-        """ValueError, before any work, for a request without a scored token or longer than the
-        model's positions.
-        """
+        """Raise ValueError, before any work, for a request that cannot be scored.
+
+        It has no token to score, or more than the model has positions."""
         limit = self.model.config.max_seq_len
         for number, (ids, start) in enumerate(requests):
             if not 1 <= start < len(ids):
@@ -81,9 +77,9 @@ class Scorer:
                 )
 
     def batches(self, requests: list[Request]) -> list[list[int]]:
-        """Which requests go together, the longest first, so that a batch too large for memory fails
-        at once.
-        """
+        """Which requests go together, the longest first.
+
+        So a batch too large for memory fails at once."""
         lengths = [len(ids) - 1 for ids, _ in requests]
         clamped = self.model.config.mode == "clamped"
         found: list[list[int]] = []

@@ -22,9 +22,7 @@ class Measurement:
     chance: float | None = None
     """What guessing gives; None: not defined."""
     right: str = ""
-    """1 or 0 for each example in order, of a metric that is a share of right answers: for paired
-    comparisons of models.
-    """
+    """1 or 0 for each example in order, of a share of right answers: to compare models in pairs."""
     details: dict[str, Any] = field(default_factory=dict)
 
 

@@ -80,9 +80,9 @@ def _in_weights(folder: Path, tokenizer: str | None, checkpoint: str) -> Subject
 
 
 def without_importance(model: LanguageModel) -> LanguageModel:
-    """``model`` with lambda = 0: its weights in the control that has no importance term. ValueError
-    for one that has none.
-    """
+    """``model``'s weights in the control that has no importance term (lambda = 0).
+
+    Raises ValueError for a model that has none."""
     if model.config.family != "sisa" or model.config.lam == "zero":
         raise ValueError("lam_zero needs a model with an importance term, and this one has none")
     config = dataclasses.replace(model.config, lam="zero", mode="exact", backend="auto")
@@ -95,9 +95,9 @@ def without_importance(model: LanguageModel) -> LanguageModel:
 
 
 def with_positions(model: LanguageModel, count: int) -> LanguageModel:
-    """``model``, its weights shared, for sequences of up to ``count`` tokens: RoPE has no table to
-    outgrow.
-    """
+    """``model``, its weights shared, for sequences of up to ``count`` tokens.
+
+    RoPE has no table to outgrow."""
     longer = copy.copy(model)
     longer.config = dataclasses.replace(model.config, max_seq_len=count)
     return longer

@@ -6,16 +6,16 @@ import logging
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 
-from sisa_model.data.synthetic import LENGTHS, exam_name
+from sisa_model.data.synthetic import LENGTHS, TASKS, exam_name
 from sisa_model.experiments.study import train_all
 from sisa_model.models.presets import preset_config
 from sisa_model.reporting.figures import Rows, plot_compare, plot_task
 from sisa_model.reporting.tables import markdown, spread
-from sisa_model.runs.config import RetrievalTask, TrainConfig
+from sisa_model.runs.config import TrainConfig
 from sisa_model.runs.folder import free_folder, is_taken
 from sisa_model.runs.log import read_rows
 from sisa_model.training.parallel import world
@@ -32,18 +32,16 @@ DEFAULTS = {
 
 @dataclass(frozen=True, kw_only=True)
 class CompareConfig:
-    """Compare models trained alike, every preset with every seed: on text with needles and recall
-    in it, or on one task alone.
+    """Compare models trained alike, every preset with every seed.
 
-    The same command after a kill continues: finished runs are kept, the one under way is resumed,
-    the next is begun."""
+    On text with needles and recall in it, or on one task alone. OUT gets one run folder a preset
+    and seed, compare.png, table.md and results.json. The same command after a kill continues:
+    finished runs are kept, the one under way is resumed, the next is begun."""
 
     presets: tuple[str, ...] = ("sisa-tiny-ds16", "transformer-tiny")
     """Models to compare; `sisa info` lists them."""
     task: str = "text"
-    """What to train on: text, or one task alone: parity, addition (modulo 5; addition-7 for another
-    modulus), flipflop, recall.
-    """
+    """text, or one task alone: parity, addition (modulo 5; addition-7: 7), flipflop, recall."""
     seeds: tuple[int, ...] = (0,)
     """A run of every preset for each: its initial weights, its order of the data, its tasks."""
     data: tuple[Path, ...] = ()
@@ -51,15 +49,11 @@ class CompareConfig:
     tokenizer: Path | None = None
     """A `tokenizers` JSON file. Default: that of a prepared folder, or bytes."""
     out: Path | None = None
-    """Folder to make: one run folder a preset and seed, compare.png, table.md, results.json.
-    Default: runs/compare or runs/compare-TASK, with -2, -3 ... where another comparison has
-    that."""
+    """Folder to make. Default: runs/compare[-TASK], or with -2, -3 ... if another has that."""
     steps: int | None = None
     """Optimizer steps of each run. Default: 2500 on text, 1000 on a task."""
     seq_len: int | None = None
-    """Tokens a sequence. Default: 128 of text, 64 of a task, which is evaluated at 2 and 4 times
-    that too.
-    """
+    """Tokens a sequence. Default: 128 of text, 64 of a task (evaluated at 2 and 4 times it too)."""
     batch_size: int | None = None
     """Sequences a step. Default: 8 of text, to which each of its tasks adds 16; 64 of a task."""
     lr: float | None = None
@@ -69,15 +63,13 @@ class CompareConfig:
     device: str = "auto"
     """cpu, cuda, cuda:1 ...; auto: a GPU if there is one."""
     resume: bool = False
-    """Go on in a folder that holds something else, another comparison say, whose runs are kept and
-    whose figure is replaced.
-    """
+    """Go on in a folder of other runs, which are kept; its figure is replaced."""
 
 
 def resolve(config: CompareConfig) -> CompareConfig:
-    """Fill in the defaults of text or of a task; ValueError for presets or seeds that cannot be
-    compared.
-    """
+    """Fill in the defaults of text or of a task.
+
+    Raises ValueError for presets or seeds that cannot be compared."""
     if len(set(config.presets)) < 2 or len(set(config.presets)) < len(config.presets):
         raise ValueError(
             f"presets must name at least two different models, got {', '.join(config.presets)}"
@@ -92,8 +84,7 @@ def resolve(config: CompareConfig) -> CompareConfig:
 
 
 def compare(config: CompareConfig) -> Path:
-    """Train every preset with every seed, and write compare.png, table.md and results.json into
-    ``config.out``.
+    """Train every preset with every seed; write compare.png, table.md and results.json.
 
     A comparison that was stopped goes on where it was: finished runs are kept, the one under way is
     resumed, the next begun. Returns the folder. Raises as :func:`sisa_model.training.trainer.train`
@@ -109,9 +100,9 @@ def compare(config: CompareConfig) -> Path:
 
 
 def _folder(config: CompareConfig) -> Path:
-    """``out``, or the first of runs/compare, -2, -3 ... that is free or this comparison's;
-    FileExistsError for another's.
-    """
+    """``out``, or the first of runs/compare, -2, -3 ... that is free or this comparison's.
+
+    Raises FileExistsError for another's."""
     if config.out is None:
         wanted = Path("runs/compare" if config.task == "text" else f"runs/compare-{config.task}")
         return free_folder(wanted, lambda folder: _is_anothers(config, folder))
@@ -144,7 +135,7 @@ def _run_folder(out: Path, preset: str, seed: int) -> Path:
 def _train_configs(config: CompareConfig, out: Path) -> list[TrainConfig]:
     shared = TrainConfig(
         task=config.task,
-        mix=get_args(RetrievalTask) if config.task == "text" else (),
+        mix=tuple(TASKS) if config.task == "text" else (),
         data=config.data,
         tokenizer=config.tokenizer,
         steps=config.steps,
@@ -192,9 +183,7 @@ def _write(config: CompareConfig, out: Path) -> None:
 
 
 def summary(runs: dict[str, list[Rows]], training: dict[str, list[Rows]]) -> str:
-    """A Markdown table: final values as mean and (minimum to maximum) over seeds, and the median
-    training throughput.
-    """
+    """A Markdown table of final values, as mean and range over seeds, and of throughput."""
     titles = (
         "model",
         "held-out loss",
@@ -203,22 +192,21 @@ def summary(runs: dict[str, list[Rows]], training: dict[str, list[Rows]]) -> str
         "first step with needle >= 90 %",
         "tokens/s",
     )
-    exams = get_args(RetrievalTask)
     table = []
     for name, seeds in runs.items():
         loss = spread([rows[-1]["loss"] for rows in seeds], "{:.3f}")
         reached = _reached(seeds, "needle", 0.9)
-        table.append((name, loss, *_accuracies(seeds, exams), reached, _rate(training[name])))
-    table.append(("chance", "", *_chances(runs, exams), "", ""))
+        table.append((name, loss, *_accuracies(seeds, TASKS), reached, _rate(training[name])))
+    table.append(("chance", "", *_chances(runs, TASKS), "", ""))
     return markdown(titles, table)
 
 
 def task_summary(
     runs: dict[str, list[Rows]], training: dict[str, list[Rows]], exams: dict[str, str]
 ) -> str:
-    """As :func:`summary`, of a task trained alone: its accuracy by the position of the answer,
-    ``exams`` name -> in words.
-    """
+    """As :func:`summary`, of a task trained alone: accuracy by the position of the answer.
+
+    ``exams`` gives those of each exam in words."""
     accuracies = [f"accuracy at {lengths}" for lengths in exams.values()]
     first = next(iter(exams))
     table = []

@@ -34,11 +34,11 @@ POINTS = 300  # of a training curve: each the mean of as many steps as it takes
 
 @dataclass(frozen=True, kw_only=True)
 class PlotConfig:
-    """Draw runs of `sisa train` against each other: losses, learning rate, gradient norm,
-    throughput, tasks, SISA's health.
+    """Draw runs of `sisa train` against each other.
 
-    Accuracies of RUN/eval.jsonl (rows of "step", "task", "accuracy") are drawn too: those of a 152M
-    model on niah and lambada beside the paper's curves by step, dashed."""
+    Losses, learning rate, gradient norm, throughput, tasks and SISA's health. Accuracies of
+    RUN/eval.jsonl (rows of "step", "task", "accuracy") are drawn too: those of a 152M model on
+    niah and lambada beside the paper's curves by step, dashed."""
 
     runs: tyro.conf.Positional[tuple[Path, ...]]
     """Run folders of `sisa train`, finished or not."""
@@ -58,8 +58,8 @@ class RunRows(NamedTuple):
 
 class Line(NamedTuple):
     """One curve of a panel; ``low`` and ``high`` are the edges of its band, where it has one.
-    ``run`` < 0: the paper's.
-    """
+
+    ``run`` < 0: the paper's."""
 
     run: int
     label: str
@@ -85,11 +85,10 @@ def plot_runs(config: PlotConfig) -> Path:
 
 
 def name_runs(runs: tuple[Path, ...]) -> list[tuple[str, Path]]:
-    """What to call each run folder, and its whole path: its name, or where two have the same, the
-    path as given.
+    """What to call each run folder, and its whole path.
 
-    Raises ValueError for no run and for one named twice.
-    """
+    That is its name, or where two have the same, the path as given. Raises ValueError for no run
+    and for one named twice."""
     folders = [folder.resolve() for folder in runs]
     if not folders or len(set(folders)) < len(folders):
         raise ValueError(
@@ -108,9 +107,9 @@ def _read(folder: Path, name: str) -> RunRows:
 
 
 def panels(runs: list[RunRows]) -> dict[str, list[Line]]:
-    """The curves of each panel by its title, in order; a panel that no run has anything for is left
-    out.
-    """
+    """The curves of each panel by its title, in order.
+
+    A panel that no run has anything for is left out."""
     every = list(enumerate(runs))
     fields = [field for run in runs for row in run.val[:1] for field in row]
     accuracies = dict.fromkeys(field for field in fields if field.endswith("_accuracy"))

@@ -1,5 +1,4 @@
-"""The paper's published results as data, to set ours against: percent, zero-shot, models trained on
-5 B tokens.
+"""The paper's published results: percent, zero-shot, of models trained on 5 B tokens.
 
 Models are named as our presets, tasks as our evaluations. Where a table by step says "end", that is
 step 9,536."""

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import tyro
 
-from sisa_model.evaluation.needles import LENGTH
+from sisa_model.evaluation.needles import NIAH_LENGTH
 from sisa_model.evaluation.records import read_evaluations
 from sisa_model.experiments import published as paper
 from sisa_model.experiments.plot_runs import name_runs
@@ -48,12 +48,12 @@ NOTE = (
 
 @dataclass(frozen=True, kw_only=True)
 class ReportConfig:
-    """Set runs and their evaluations beside the paper's figures: OUT/report.md, and its tables
-    drawn in OUT/report.png.
+    """Set runs and their evaluations into the paper's tables, beside its figures.
 
-    Runs are known by preset: 152m, 50m and 369m models fill the paper's tables (a ds32 trained with
-    lambda-lr-scale 0 is the paper's frozen lambda), what the paper has no figure of stands in a
-    table of its own. Several runs of a preset are its seeds."""
+    Writes OUT/report.md, and its tables drawn in OUT/report.png. Runs are known by preset: models
+    of 50m, 152m and 369m fill the paper's tables (a ds32 trained with lambda-lr-scale 0 is its
+    frozen lambda), what the paper has no figure of stands in a table of its own. Several runs of a
+    preset are its seeds."""
 
     runs: tyro.conf.Positional[tuple[Path, ...]]
     """Run folders of `sisa train`, finished or not, evaluated (`sisa eval`) or not."""
@@ -75,9 +75,7 @@ class Results(NamedTuple):
 
     name: str
     model: str
-    """Its row in the paper's tables: the preset, with "-frozen" for a lambda that could not move;
-    a shape of one's own says in what it differs.
-    """
+    """Its row in the tables: the preset, what a shape of one's own changes, "-frozen" lambda."""
     scale: Scale
     config: ModelConfig
     train: ResolvedConfig
@@ -88,9 +86,7 @@ class Results(NamedTuple):
     """Median training throughput, tokens/s."""
     commit: str
     tasks: dict[str, dict[int, Accuracy]]
-    """Task -> step -> accuracy: RUN/eval.jsonl's, of equal steps the last, and the retrieval tasks
-    of RUN/val.jsonl.
-    """
+    """Task -> step -> accuracy, of RUN/eval.jsonl and of the retrieval tasks in RUN/val.jsonl."""
     niah: dict[int, dict[int, Accuracy]]
     """Length of the authors' needle test -> step -> accuracy."""
 
@@ -166,7 +162,7 @@ def collect(folder: Path, name: str) -> Results:
         lengths = _lengths(row)
         for length, at in lengths.items():
             niah.setdefault(length, {})[accuracy.step] = at or accuracy
-        if row["task"] != "niah" or LENGTH in lengths:
+        if row["task"] != "niah" or NIAH_LENGTH in lengths:
             tasks.setdefault(row["task"], {})[accuracy.step] = accuracy
     rates = [row["tokens_per_s"] for row in training]
     return Results(
@@ -193,12 +189,12 @@ def _row_of(train: ResolvedConfig) -> str:
 
 
 def _lengths(row: dict[str, Any]) -> dict[int, Accuracy | None]:
-    """The lengths of the authors' needle test that a row holds, with their accuracy; None: the
-    row's own.
-    """
+    """The lengths of the authors' needle test that a row holds, with their accuracy.
+
+    None: the row's own."""
     if row["task"] not in ("niah", "niah_long"):
         return {}
-    by_length = row.get("by_length", {row.get("length", LENGTH): None})
+    by_length = row.get("by_length", {row.get("length", NIAH_LENGTH): None})
     if len(by_length) == 1:
         return {int(length): None for length in by_length}
     return {int(length): Accuracy(100 * value, row["step"]) for length, value in by_length.items()}
@@ -320,9 +316,9 @@ def _scaled_titles(scaled: list[tuple[str, Scale]]) -> tuple[str, ...]:
 
 
 def _throughput(models: Models) -> Table:
-    """Training throughput at 152M; relative to the Transformer, as the machines differ, and so are
-    the FLOPs a token.
-    """
+    """Training throughput at 152M, and FLOPs a token.
+
+    Relative to the Transformer, as the machines differ."""
     measured = {name: runs for name, runs in models.items() if runs[0].scale == "152m"}
     rates = {name: [run.rate for run in runs if run.rate] for name, runs in measured.items()}
     base = rates.get(BASELINE)
@@ -351,9 +347,7 @@ def _throughput(models: Models) -> Table:
 
 
 def _unpublished(models: Models) -> list[Table]:
-    """Final accuracies in whatever the paper has no figure of, by model and task; no table if there
-    are none.
-    """
+    """A table of final accuracies in whatever the paper has no figure of, if there are any."""
     found: dict[str, dict[str, list[Accuracy]]] = {}
     for run in (run for runs in models.values() for run in runs):
         for title, by_step in _beyond_the_paper(run).items():
@@ -372,7 +366,7 @@ def _unpublished(models: Models) -> list[Table]:
 def _beyond_the_paper(run: Results) -> dict[str, dict[int, Accuracy]]:
     """By title, a run's accuracies by step in tasks and at lengths that were not published."""
     tasks = paper.RESULTS.get(run.model, {})
-    lengths = {LENGTH}
+    lengths = {NIAH_LENGTH}
     for curve in paper.NIAH_BY_LENGTH:
         if run.model in curve.presets:
             lengths |= curve.points.keys()
@@ -407,9 +401,9 @@ def _last(by_step: dict[int, Accuracy]) -> Accuracy:
 
 
 def _accuracy(found: list[Accuracy], expected: set[int]) -> str:
-    """Mean and range of several accuracies, or one with its interval; with the steps where they
-    aren't the ``expected`` ones.
-    """
+    """Mean and range of several accuracies, or one with its interval.
+
+    With the steps where they aren't the ``expected`` ones."""
     if not found:
         return MISSING
     text = spread([accuracy.value for accuracy in found], "{:.1f}")

@@ -1,6 +1,4 @@
-"""sisa study: the runs of the paper's tables as one list, which one command begins, continues and
-shows.
-"""
+"""sisa study: the paper's runs as one list, which one command begins, continues and shows."""
 
 import dataclasses
 import logging
@@ -37,9 +35,7 @@ def _sisa(scale: str, d_states: tuple[int, ...] = D_STATES) -> list[str]:
 
 
 def _paper(scale: str) -> tuple[StudyRun, ...]:
-    """The main table's models, then the controls and the hybrids: what the paper ran at 152M, and
-    tiny in miniature.
-    """
+    """The main table's models, the controls, the hybrids: the paper's 152M, tiny in miniature."""
     sisa = f"sisa-{scale}-ds32"
     # What a lambda_raw kept in bf16 came to: it never moves.
     frozen = StudyRun(f"{sisa}-frozen", find_preset(sisa), {"lambda_lr_scale": 0.0})
@@ -63,12 +59,11 @@ PAPER: dict[Scale, tuple[StudyRun, ...]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class StudyConfig(TrainConfig):
-    """Train every run of the paper's tables at one scale, one after the other, each in a folder of
-    its own.
+    """Train every run of the paper's tables at one scale, one after the other.
 
-    The same command after a kill continues: finished runs are kept, the one under way is resumed,
-    the next is begun. Flags of `sisa train` hold for every run; what is left out is the paper's.
-    """
+    Each has a folder of its own. The same command after a kill continues: finished runs are
+    kept, the one under way is resumed, the next is begun. Flags of `sisa train` hold for every
+    run; what is left out is the paper's."""
 
     study: tyro.conf.Positional[Literal["paper"]] = "paper"
     """Which study."""
@@ -77,9 +72,7 @@ class StudyConfig(TrainConfig):
     out: Path = Path("runs/study")
     """Folder of the run folders."""
     only: tuple[str, ...] = ()
-    """Names of the runs to do (or list); with one command a machine, several machines share a
-    study. Default: all.
-    """
+    """Names of the runs to do (or list), so that machines can share a study. Default: all."""
     list: bool = False
     """Show each run with its state, and train nothing."""
     preset: Annotated[str, tyro.conf.Suppress] = TrainConfig.preset
@@ -88,11 +81,11 @@ class StudyConfig(TrainConfig):
 
 
 def run_study(config: StudyConfig) -> str | None:
-    """Bring every run of the study to its end, in order, and return the state of all; with
-    ``config.list`` return it alone. In processes other than the main one, None.
+    """Bring every run of the study to its end, in order, and return the state of all.
 
-    Raises as :func:`sisa_model.training.trainer.train` does, for any run's settings before the
-    first begins, and ValueError for an unknown name in ``only``. A run stopped by Ctrl-C or SIGTERM
+    With ``config.list`` return it alone. In processes other than the main one, None. Raises as
+    :func:`sisa_model.training.trainer.train` does, for any run's settings before the first
+    begins, and ValueError for an unknown name in ``only``. A run stopped by Ctrl-C or SIGTERM
     ends the study."""
     runs = _chosen(config)
     if config.list:
@@ -112,9 +105,9 @@ def run_study(config: StudyConfig) -> str | None:
 
 
 def train_all(configs: list[TrainConfig]) -> bool:
-    """Begin, resume or pass over each run in order; False if one was stopped. Raises, before the
-    first, for any one's settings.
-    """
+    """Begin, resume or pass over each run in order; False if one was stopped.
+
+    Raises, before the first, for any one's settings."""
     for config in configs:
         resolve(config)
     return all(map(continue_run, configs))
@@ -141,9 +134,9 @@ def _chosen(config: StudyConfig) -> tuple[StudyRun, ...]:
 
 
 def listing(runs: tuple[StudyRun, ...], folder: Path) -> str:
-    """A line a run: its name, its state (not begun, step n of N, finished) and its last held-out
-    loss, nats a token.
-    """
+    """A line a run: its name, its state and its last held-out loss, nats a token.
+
+    The state is not begun, step n of N, or finished."""
     lines = [f"{'run':32} {'state':24} held-out loss"]
     for run in runs:
         state, loss = _state(folder / run.name)

@@ -42,13 +42,12 @@ def load_paper_checkpoint(
     device: str | torch.device = "cpu",
     **overrides: Any,
 ) -> LanguageModel:
-    """The SISA model or Transformer in a file of the paper's authors, on ``device``, with fp32
-    weights whatever the file holds.
+    """The SISA model or Transformer in a file of the paper's authors, in fp32 on ``device``.
 
     Args:
         path: what their ``torch.save`` wrote: a dictionary whose "model" is a state dict, of a
             compiled model or not. It is read with ``weights_only``: no code in it is run.
-        preset: the model it holds (:func:`sisa_model.models.presets`); ``overrides`` are fields of
+        preset: the model it holds (:func:`sisa_model.presets`); ``overrides`` are fields of
             its configuration. A Transformer's number of heads is taken on trust: no shape in the
             file shows it.
         mode: SISA's numerics: "clamped", what it was trained with, or "exact". A Transformer has
@@ -107,9 +106,7 @@ def _read(path: Path) -> dict[str, Tensor]:
 
 
 def _disagreement(model: LanguageModel, state: dict[str, Tensor]) -> str:
-    """The first tensor, in the model's order, that ``state`` lacks or has in another shape, or has
-    and the model has not; or "".
-    """
+    """What first sets ``state`` apart: lacking, of another shape, or unknown; "" if nothing."""
     shapes = {_their_name(name): list(tensor.shape) for name, tensor in model.state_dict().items()}
     for name, shape in shapes.items():
         if name not in state:

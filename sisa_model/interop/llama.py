@@ -28,9 +28,7 @@ OF_TOKENS = ("q", "k", "v", "b", "c", "log_decay", "theta")
 
 
 class SisaCacheLayer(CacheLayerMixin):
-    """What one :class:`LlamaSisaAttention` keeps of the tokens so far, as a layer of transformers'
-    cache.
-    """
+    """A :class:`LlamaSisaAttention`'s tokens so far, as a layer of transformers' cache."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -79,8 +77,7 @@ class SisaCacheLayer(CacheLayerMixin):
 
 
 class LlamaSisaAttention(Fp32Parameters):
-    """A LlamaAttention with the importance term in its score, made by :func:`replace_attention`,
-    [B, L, D] -> [B, L, D].
+    """A LlamaAttention with the importance term, by :func:`replace_attention`; on [B, L, D].
 
     q, k, v and the output keep the old projections, under their names; ``importance`` makes b, c,
     the decay and theta. RoPE is Llama's own, of whatever type. ``lambda_raw`` (lambda =
@@ -189,9 +186,7 @@ class LlamaSisaAttention(Fp32Parameters):
 def _split_packed_weight(
     importance: PackedLinear, state_dict: dict[str, Tensor], prefix: str, *args: Any
 ) -> None:
-    """A hook before loading: a state dict may hold importance's matrices below each other in one,
-    ``importance.weight``, as those saved by version 0.1.0 do.
-    """
+    """Before loading: split ``importance.weight``, as version 0.1.0 saved it, by rows."""
     packed = state_dict.get(f"{prefix}weight")
     heights = list(importance.sizes.values())
     if packed is None or len(packed) != sum(heights):
@@ -202,8 +197,7 @@ def _split_packed_weight(
 
 
 def llama_padding(mask: Tensor | None, seen: int) -> Padding | None:
-    """The padding among T new tokens behind ``seen`` others, from the mask that Llama hands its
-    layers.
+    """The padding among T new tokens behind ``seen`` others, from the mask of Llama's layers.
 
     That is None, or [B, 1, T, seen + T], bool or to be added to the scores. Raises ValueError for
     one that is more than causal with padding (packed documents, say), or that pads behind a cache.
@@ -232,8 +226,9 @@ def replace_attention(
     lam: float = 1e-4,
     layers: list[int] | None = None,
 ) -> list[nn.Parameter]:
-    """Add SISA's importance term to the self-attention of a Hugging Face Llama, in place; returns
-    the new parameters.
+    """Add the importance term to the attention of a Hugging Face Llama, in place.
+
+    Returns the new parameters.
 
     The old projections stay, and lambda begins at ``lam``, so small that the first logits are the
     old ones. It grows in few steps only if ``lambda_raw`` has a larger learning rate of its own:
@@ -252,8 +247,7 @@ def replace_attention(
     Raises:
         TypeError: not a Llama.
         ValueError: an argument out of range, a layer already replaced, attention dropout, another
-        attn_implementation.
-    """
+        attn_implementation."""
     blocks = _checked_blocks(model, d_state, lam, layers)
     added: list[nn.Parameter] = []
     for block in blocks:

@@ -1,6 +1,4 @@
-"""Padding: rows of real tokens moved to the left, where causal attention never looks past them, and
-back.
-"""
+"""Padding: real tokens moved to the left, where causal attention sees no padding, and back."""
 
 from dataclasses import dataclass
 
@@ -26,15 +24,12 @@ class Padding:
         return x[torch.arange(len(x), device=x.device)[:, None], self.order]
 
     def unpack(self, y: Tensor) -> Tensor:
-        """y [B, max(lengths), ...] back in its places, [B, L, ...]; padding has what the real token
-        before it has.
-        """
+        """y back in its places, [B, L, ...]; padding has what the real token before it has."""
         return y[torch.arange(len(y), device=y.device)[:, None], self.back]
 
 
 def find_padding(real: Tensor, seen: int = 0) -> Padding | None:
-    """The :class:`Padding` of ``real`` [B, L] bool, False where a place is padding, on either side
-    or between; None without any.
+    """The :class:`Padding` where ``real`` [B, L] bool is False, on any side; None without any.
 
     Raises ValueError, naming ``attention_mask``, for a row without a real token, and for padding
     behind the ``seen`` tokens of a cache."""

@@ -1,5 +1,6 @@
-"""The models as Hugging Face has them: ``import sisa_model.hf`` and the Auto classes know model
-type "sisa" (extra ``hf``).
+"""The models in Hugging Face transformers, whose Auto classes know model type "sisa".
+
+``import sisa_model.hf`` registers them (extra ``hf``).
 
 One folder serves both libraries: config.json holds ModelConfig's fields, model.safetensors the
 names of :func:`sisa_model.save`. ``AutoModelForCausalLM.from_pretrained`` reads what
@@ -38,11 +39,10 @@ FIELDS = tuple(field.name for field in dataclasses.fields(ModelConfig))
 
 
 class SisaConfig(PreTrainedConfig):
-    """ModelConfig's fields as a transformers configuration, of every family:
-    ``SisaConfig(**dataclasses.asdict(config))``.
+    """ModelConfig's fields, of every family, as a transformers configuration.
 
-    Further arguments are PreTrainedConfig's (``pad_token_id`` ...). Raises ValueError as
-    ModelConfig does, and for untied embeddings."""
+    ``SisaConfig(**dataclasses.asdict(config))`` makes one. Further arguments are PreTrainedConfig's
+    (``pad_token_id`` ...). Raises ValueError as ModelConfig does, and for untied embeddings."""
 
     model_type = MODEL_TYPE
     attribute_map: ClassVar = {
@@ -67,18 +67,14 @@ class SisaConfig(PreTrainedConfig):
         self.model_config()
 
     def model_config(self) -> ModelConfig:
-        """The ModelConfig of these fields; ValueError for what no model can have, as they may have
-        been set since.
-        """
+        """The ModelConfig of these fields, as they are now; ValueError for what none can have."""
         if not self.tie_word_embeddings:
             raise ValueError("tie_word_embeddings must be True: the embedding is the output matrix")
         return ModelConfig(**{name: getattr(self, name) for name in FIELDS})
 
 
 class DecodingCache(Cache):
-    """A :class:`ModelCache` in the hands of ``generate``, which asks how many tokens it has seen
-    and reorders its rows.
-    """
+    """A :class:`ModelCache` for ``generate``, which asks what it has seen and reorders rows."""
 
     def __init__(self, held: ModelCache):
         super().__init__(layers=[])
@@ -122,8 +118,9 @@ class DecodingCache(Cache):
 
 
 class SisaForCausalLM(PreTrainedModel, GenerationMixin):
-    """A :class:`LanguageModel` of any family in transformers' interface; ``model`` is an existing
-    one to wrap, not to copy.
+    """A :class:`LanguageModel` of any family in transformers' interface.
+
+    ``model`` is an existing one to wrap, not to copy.
 
     ``forward`` gives logits [B, L, V] and, with ``labels`` [B, L] (shifted inside, -100 ignored),
     their cross-entropy; with ``num_items_in_batch``, the sum over all tokens divided by it. Padding
@@ -280,9 +277,7 @@ class SisaForCausalLM(PreTrainedModel, GenerationMixin):
     def _load_pretrained_model(
         model, state_dict, checkpoint_files, load_config, expected_keys=None
     ):
-        """Fill the model, which is on the meta device in its dtype, from files or ``state_dict``,
-        strictly.
-        """
+        """Fill the model, on the meta device in its dtype, strictly from files or a state dict."""
         devices = set((load_config.device_map or {"": "cpu"}).values())
         if len(devices) > 1 or devices & {"disk"} or load_config.hf_quantizer is not None:
             raise ValueError(

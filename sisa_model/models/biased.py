@@ -1,6 +1,4 @@
-"""SISA's rivals with a bias on the score instead of a term in it: FoX's forget gate and ALiBi, on
-the Transformer's trunk.
-"""
+"""SISA's rivals, with a bias on a Transformer's score: FoX's forget gate and ALiBi."""
 
 import torch
 import torch.nn.functional as F
@@ -13,9 +11,7 @@ from sisa_model.models.layers import QKVAttention
 
 
 class BiasedAttention(QKVAttention):
-    """Softmax attention without RoPE, whose score loses ``-log_forget`` at each token after the
-    key, [B, L, D] -> [B, L, D].
-    """
+    """Softmax attention without RoPE; a score loses ``-log_forget`` at each token after the key."""
 
     def log_forget(self, q: Tensor, *gates: Tensor) -> Tensor:
         """[B, L, H] fp32, <= 0, for queries q [B, L, H, E]."""

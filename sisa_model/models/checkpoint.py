@@ -28,7 +28,11 @@ def save(model: LanguageModel, folder: str | Path) -> None:
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    state = {name: x.detach().cpu().contiguous() for name, x in model.state_dict().items()}
+    # Clones: of weights that share memory (tied layers, say) the file holds each by itself.
+    state = {
+        name: x.detach().cpu().clone(memory_format=torch.contiguous_format)
+        for name, x in model.state_dict().items()
+    }
     try:
         write_atomically(
             folder / WEIGHTS, lambda aside: save_file(state, aside, metadata={"format": "pt"})
@@ -40,9 +44,9 @@ def save(model: LanguageModel, folder: str | Path) -> None:
 
 
 def load(folder: str | Path, device: str | torch.device = "cpu", **overrides: Any) -> LanguageModel:
-    """The model that :func:`save`, transformers' ``save_pretrained`` or a run's checkpoint left in
-    ``folder``, in fp32.
+    """The model in ``folder``, in fp32.
 
+    :func:`save`, transformers' ``save_pretrained`` or a run's checkpoint left it there.
     ``overrides`` change fields that do not change the weights' shapes (mode, backend, max_seq_len).
     Raises FileNotFoundError if a file is missing and ValueError for one that is truncated, foreign,
     or of another model."""
@@ -74,9 +78,7 @@ def load_state(model: LanguageModel, folder: Path) -> None:
 
 
 def copy_state(model: LanguageModel, state: dict[str, Tensor], source: str | Path) -> None:
-    """Copy all of ``state``, which came from ``source``, into ``model``; ValueError naming tensors
-    as :func:`load_state` does.
-    """
+    """Copy all of ``state``, from ``source``, into ``model``; raises as :func:`load_state` does."""
     try:
         model.load_state_dict(state)
     except RuntimeError as error:

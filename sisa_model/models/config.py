@@ -16,11 +16,10 @@ LAMBDAS: tuple[LambdaKind, ...] = get_args(LambdaKind)
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """A causal language model: pre-norm layers of attention and SwiGLU, or of Mamba, on a tied
-    embedding (paper, section 3).
+    """A causal language model: pre-norm layers on a tied embedding (paper, section 3).
 
-    Raises ValueError, naming the field, for a value or a combination that no model can have.
-    """
+    The layers are attention and SwiGLU, or Mamba. Raises ValueError, naming the field, for a value
+    or a combination that no model can have."""
 
     family: Family
     """"sisa", "transformer", "fox" or "alibi": the attention of every layer; "mamba2", "mamba3":
@@ -178,9 +177,7 @@ class ModelConfig:
 
 
 def importance_parameters(config: ModelConfig) -> int:
-    """Parameters a layer of the full importance term: W_B, W_C, w_a with b_a, W_theta and lambda
-    (paper, section 3).
-    """
+    """Parameters a layer of the full importance term: W_B, W_C, w_a, b_a, W_theta and lambda."""
     d = config.d_model
     H = config.n_heads
     G = config.n_kv_heads
@@ -194,9 +191,7 @@ def forget_parameters(config: ModelConfig) -> int:
 
 
 def ssd_head_parameters(config: ModelConfig) -> int:
-    """Parameters that SSD heads add to a layer of attention: projection in, convolution, dt_bias,
-    A_log, D and both norms.
-    """
+    """Parameters a layer of SSD heads: projection, convolution, dt_bias, A_log, D, both norms."""
     d = config.d_model
     H = config.n_heads
     N = config.mamba_state
@@ -204,9 +199,9 @@ def ssd_head_parameters(config: ModelConfig) -> int:
 
 
 def matched_d_ff(config: ModelConfig) -> int:
-    """The SwiGLU width that brings a layer closest to the Transformer's parameters; controls keep
-    the full model's width.
-    """
+    """The SwiGLU width whose layer comes closest to the Transformer's parameters.
+
+    Controls keep the full model's width."""
     beyond = 0
     if config.family == "sisa":
         beyond += importance_parameters(config)

@@ -28,9 +28,7 @@ class Context:
     _documents: list[int] | None = field(default=None, init=False, repr=False)
 
     def documents(self, length: int) -> list[int]:
-        """Tokens of each packed document; without packing ``length``. Read from the device once,
-        for the first layer that asks.
-        """
+        """Tokens of each packed document, or ``length``; read from the device only once."""
         if self.cu_seqlens is None:
             return [length]
         if self._documents is None:
@@ -40,8 +38,9 @@ class Context:
 
 @dataclass
 class ModelCache:
-    """What a model keeps of the tokens so far, so that each more costs one step; made by
-    ``model.make_cache(batch)``.
+    """What a model keeps of the tokens so far, so that each more costs one step.
+
+    ``model.make_cache(batch)`` makes it.
 
     A mixer (``layer.mixer``) has ``make_cache(batch) -> cache``, empty, taking device and dtype
     from what comes, and ``forward(x, context, cache=None)``. Given a cache, x [B, T, D] are tokens
@@ -65,16 +64,14 @@ class ModelCache:
 def rotary_tables(
     length: int, head_dim: int, device: torch.device, base: float = 10000.0
 ) -> tuple[Tensor, Tensor]:
-    """RoPE's (cos, sin) of the first ``length`` positions, each [length, head_dim / 2] fp32, for
-    interleaved channel pairs.
-    """
+    """RoPE's (cos, sin) of the first ``length`` positions, each [length, head_dim / 2] fp32.
+
+    For interleaved channel pairs."""
     return rotary_at(torch.arange(length, device=device), head_dim, base)
 
 
 def rotary_at(positions: Tensor, head_dim: int, base: float = 10000.0) -> tuple[Tensor, Tensor]:
-    """RoPE's (cos, sin) of any positions [...], each [..., head_dim / 2] fp32; angles are formed in
-    fp64.
-    """
+    """RoPE's (cos, sin) of positions [...], [..., head_dim / 2] fp32 each, of fp64 angles."""
     frequency = base ** (
         -torch.arange(0, head_dim, 2, dtype=torch.float64, device=positions.device) / head_dim
     )
@@ -85,9 +82,7 @@ def rotary_at(positions: Tensor, head_dim: int, base: float = 10000.0) -> tuple[
 def rotary_behind(
     held: list[int], length: int, head_dim: int, device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """RoPE's (cos, sin) of ``length`` tokens behind ``held[r]`` of each row r, as :class:`Context`
-    has them.
-    """
+    """RoPE's (cos, sin) of ``length`` tokens behind ``held[r]`` of each row, as in Context."""
     start = uniform(held)
     first = start if start is not None else torch.tensor(held, device=device)[:, None]
     return rotary_at(first + torch.arange(length, device=device), head_dim)

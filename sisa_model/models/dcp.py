@@ -1,6 +1,4 @@
-"""Reading torch.distributed.checkpoint folders: onto any number of processes, and without running
-what a pickle says.
-"""
+"""Reading torch.distributed.checkpoint folders, without running what their pickles say."""
 
 import pickle
 import re
@@ -71,8 +69,7 @@ _PROJECTION = re.compile(r"(.+)\.\w+(\.weight(?:\.\w+)?)$")
 def read_tensors(
     folder: Path, tensors: dict[str, Tensor], group: dist.ProcessGroup | None = None
 ) -> None:
-    """Fill ``tensors``, plain ones or DTensors, with those that ``folder`` holds under their names,
-    however it was sharded.
+    """Fill ``tensors`` (plain or DTensors) with what ``folder`` holds by name, however sharded.
 
     What it does not hold may stand in a packed matrix, as the projections of one input do in the
     runs of version 0.1.0 ("proj.weight" for "proj.W_Q.weight", "proj.W_K.weight" ...): below each

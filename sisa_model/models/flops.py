@@ -1,6 +1,4 @@
-"""What a training step computes, and the share of a device's peak that this is (model FLOP
-utilisation).
-"""
+"""What a training step computes, and its share of a device's peak (model FLOP utilisation)."""
 
 from collections.abc import Iterable
 
@@ -40,8 +38,7 @@ DEVICE_NAMES = {
 
 
 def forward_flops(config: ModelConfig, seq_len: int, *, causal: bool = True) -> float:
-    """FLOPs a token of a forward pass over sequences of ``seq_len`` tokens, two a multiplication
-    with addition.
+    """FLOPs a token of a forward pass over ``seq_len`` tokens; a multiply-add counts as two.
 
     Counted are the matrix products: projections, SwiGLU, the output matrix, scores and weighted
     values, Mamba's convolution and state. ``causal`` counts half of the seq_len^2 pairs, else all.
@@ -76,9 +73,7 @@ def _mamba(config: ModelConfig, expand: int) -> float:
 
 
 def _attention(config: ModelConfig, pairs: float) -> float:
-    """Multiplications a token of a layer of attention and SwiGLU, a token attending to ``pairs``
-    keys on average.
-    """
+    """Multiplications a token of attention (to ``pairs`` keys on average) and SwiGLU."""
     d = config.d_model
     H = config.n_heads
     G = config.n_kv_heads
@@ -95,16 +90,12 @@ def _attention(config: ModelConfig, pairs: float) -> float:
 
 
 def training_flops(config: ModelConfig, seq_len: int) -> float:
-    """FLOPs a token of forward and backward: each product has two in the backward. Recomputed
-    activations are not counted.
-    """
+    """FLOPs a token, forward and backward (two more products for each); nothing recomputed."""
     return 3 * forward_flops(config, seq_len)
 
 
 def peak_flops(device: torch.device) -> float | None:
-    """Dense bf16 FLOP/s of ``device`` by its data sheet; None where none is known (any CPU, part of
-    a GPU).
-    """
+    """Dense bf16 FLOP/s by ``device``'s data sheet; None where none is known (CPU, MIG slice)."""
     if device.type != "cuda":
         return None
     sheet = DEVICE_NAMES.get(torch.cuda.get_device_name(device))
@@ -114,9 +105,7 @@ def peak_flops(device: torch.device) -> float | None:
 def utilisation(
     config: ModelConfig, shapes: Iterable[torch.Size], seconds: float, device: torch.device
 ) -> float | None:
-    """Share of ``device``'s peak in a training step that took ``seconds`` for inputs of ``shapes``
-    [B, L]; None without a peak.
-    """
+    """Share of ``device``'s peak in a step of ``seconds`` on inputs [B, L]; None without a peak."""
     peak = peak_flops(device)
     if peak is None:
         return None

@@ -14,9 +14,7 @@ from sisa_model.models.language_model import LanguageModel
 def check_sampling(
     max_new_tokens: int, temperature: float, top_k: int | None, top_p: float
 ) -> None:
-    """Raise ValueError, naming the argument, for a setting that :func:`generate` cannot sample
-    with.
-    """
+    """Raise ValueError, naming the argument, for what :func:`generate` cannot sample with."""
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
     if not 0 <= temperature < math.inf:
@@ -28,9 +26,9 @@ def check_sampling(
 
 
 def filter_logits(logits: Tensor, top_k: int | None, top_p: float) -> Tensor:
-    """Logits [B, V] with -inf for all but the ``top_k`` largest, and past the smallest set whose
-    probability reaches ``top_p``.
-    """
+    """Logits [B, V] with -inf for all that ``top_k`` and ``top_p`` leave out.
+
+    The one keeps the k largest, the other the smallest set whose probability reaches p."""
     if top_k is not None:
         kth = logits.topk(min(top_k, logits.shape[-1])).values[..., -1:]
         logits = logits.masked_fill(logits < kth, -math.inf)
@@ -61,9 +59,7 @@ def choose(
 
 
 def last_tokens(input_ids: Tensor, lengths: list[int]) -> Tensor:
-    """Each row's last ``lengths[r]`` tokens, [B, max(lengths)], filled up on the right with its
-    last one.
-    """
+    """Each row's last ``lengths[r]`` tokens, [B, max(lengths)], filled up with its last one."""
     length = input_ids.shape[1]
     first = torch.tensor([[length - n] for n in lengths], device=input_ids.device)
     places = first + torch.arange(max(lengths), device=input_ids.device)
@@ -83,8 +79,7 @@ def generate(
     top_p: float = 1.0,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """Continue ``input_ids`` [B, L] int64 by ``max_new_tokens``: returns [B, L + max_new_tokens];
-    greedy at temperature 0.
+    """Continue ``input_ids`` [B, L] int64: [B, L + max_new_tokens]; greedy at temperature 0.
 
     Prompts of unequal length are padded on the left, with any token: row r's prompt is its last
     ``prompt_lengths[r]`` tokens (B Python ints), and it is continued as it would be alone.
@@ -131,9 +126,9 @@ def _last_states(
     cache: ModelCache | None,
     prompt_lengths: list[int] | None,
 ) -> Tensor:
-    """The states [B, D] of each row's last token, ``lengths[r]`` tokens ending in it; over the
-    cache as long as no row is longer than ``max_seq_len``.
-    """
+    """The states [B, D] of each row's last token, of the ``lengths[r]`` that are its own.
+
+    Over the cache as long as no row is longer than ``max_seq_len``."""
     seen = [min(n, model.config.max_seq_len) for n in lengths]
     if cache is None or seen != lengths:
         states = model.hidden(last_tokens(input_ids, seen))

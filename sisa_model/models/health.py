@@ -15,9 +15,7 @@ from sisa_model.models.sisa import SisaAttention
 
 @dataclass
 class Health:
-    """How a layer's importance term stands on a batch: one value a head, averaged over the batch's
-    sequences.
-    """
+    """A layer's importance term on a batch: a value a head, averaged over the sequences."""
 
     layer: int
     """Which of the model's layers, from 0; a hybrid's others have no health."""
@@ -34,11 +32,9 @@ class Health:
 
 
 def half_life(log_decay: Tensor) -> Tensor:
-    """Tokens until the importance of a key halves, ln 2 / mean(-log_decay), of each key head;
-    log_decay [B, L, G] -> fp64 [G].
+    """Tokens until a key's importance halves, ln 2 / mean(-log_decay): [B, L, G] -> fp64 [G].
 
-    Where nothing decays it is 6.9e11.
-    """
+    Where nothing decays it is 6.9e11."""
     return math.log(2) / -log_decay.double().mean((0, 1)).clamp(max=-1e-12)
 
 
@@ -46,11 +42,10 @@ def half_life(log_decay: Tensor) -> Tensor:
 def visit_layers(
     model: Any, input_ids: Tensor, visit: Callable[[int, SisaAttention, Tensor, Context], None]
 ) -> None:
-    """Run ``model`` on ``input_ids`` [B, L] and call ``visit(number, attention, normed input,
-    context)`` at each SISA layer.
+    """Run ``model`` on ``input_ids`` [B, L] and call ``visit`` at each SISA layer, in order.
 
-    In order; the number is the layer's among all of the model's.
-    """
+    It gets the layer's number among all of the model's, the attention, its normed input and
+    context."""
     hooks = []
     for number, layer in enumerate(model.layers):
 
@@ -69,9 +64,7 @@ def visit_layers(
 
 
 def health(model: Any, input_ids: Tensor) -> list[Health]:
-    """The :class:`Health` of every SISA layer of ``model`` on ``input_ids`` [B, L]; empty for a
-    model without one.
-    """
+    """The :class:`Health` of each SISA layer on ``input_ids`` [B, L]; empty where there is none."""
     found: list[Health] = []
 
     def measure(layer: int, attn: SisaAttention, x: Tensor, context: Context) -> None:

@@ -1,5 +1,4 @@
-"""Hybrids of attention and Mamba-2, which the presets order by ``ModelConfig.pattern``, one letter
-a layer.
+"""Hybrids of attention and Mamba-2, ordered by ``ModelConfig.pattern``, one letter a layer.
 
 - ``hybrid-transformer``, ``hybrid-sisa`` (the paper's): Mamba-2 blocks first, then attention layers
   with their SwiGLU.
@@ -7,8 +6,7 @@ a layer.
   as in Jamba (arXiv 2403.19887). Simplified: Mamba-2 for Mamba-1, one attention layer in 6 rather
   than in 8, RoPE, no mixture of experts and no MLP after a Mamba-2 block; the SwiGLU is widened so
   that the model has the Transformer's parameters.
-- ``hybrid-head``: heads of both kinds in every layer, as in Hymba (:class:`HeadMix`).
-"""
+- ``hybrid-head``: heads of both kinds in every layer, as in Hymba (:class:`HeadMix`)."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -36,8 +34,9 @@ class HeadCaches:
 
 
 class HeadMix(nn.Module):
-    """Attention heads and as many SSD (Mamba-2) heads on the same input: ``W_O (RMSNorm(attention)
-    + RMSNorm(ssd silu(z))) / 2``.
+    """Attention heads and as many SSD (Mamba-2) heads on one input, averaged.
+
+    ``W_O (RMSNorm(attention) + RMSNorm(ssd silu(z))) / 2``.
 
     Follows Hymba (arXiv 2411.13676), whose heads of both kinds run in parallel, are normed, scaled
     by learned vectors (the norms' weights here) and averaged before one output matrix. Simplified:
@@ -55,9 +54,7 @@ class HeadMix(nn.Module):
         self.W_O = nn.Linear(config.d_model, config.d_model, bias=False)
 
     def make_cache(self, batch: int) -> HeadCaches:
-        """An empty cache of ``batch`` sequences for each kind of heads; ValueError where the
-        attention has none.
-        """
+        """An empty cache for each kind of heads; ValueError where the attention has none."""
         attn, ssd = (heads.make_cache(batch) for heads in (self.attn, self.ssd))  # type: ignore[operator]
         return HeadCaches(attn, ssd)
 

@@ -58,18 +58,14 @@ class LanguageModel(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Draw the initial values: std ``init_std`` for matrices and the embedding, and a family's
-        own (paper, section 4).
-        """
+        """Draw the initial values: matrices with std ``init_std``, and a family's own."""
         _draw_matrices(self, self.config.init_std)
         for module in self.modules():
             if isinstance(module, (SisaAttention, ForgettingAttention, MambaMixer)):
                 module.reset_parameters()
 
     def make_cache(self, batch: int) -> ModelCache:
-        """An empty cache of ``batch`` sequences; ValueError where a layer cannot decode with one,
-        saying why.
-        """
+        """An empty cache of ``batch`` sequences; ValueError, saying why, where a layer has none."""
         layers: list[Any] = list(self.layers)
         return ModelCache([layer.mixer.make_cache(batch) for layer in layers], [0] * batch)
 
@@ -200,8 +196,9 @@ def _draw_matrices(module: nn.Module, std: float) -> None:
 
 
 def build(preset: str, **overrides: Any) -> LanguageModel:
-    """A new model from a preset (``sisa_model.models.presets()``), initialised from torch's random
-    state.
+    """A new model from a preset, initialised from torch's random state.
+
+    :func:`sisa_model.presets` lists the names.
 
     ``overrides`` are fields of :class:`ModelConfig` (d_model n_heads n_kv_heads n_layers d_ff
     d_state vocab_size max_seq_len mode backend ...); d_ff is computed anew unless it is given.

@@ -15,9 +15,7 @@ from sisa_model.models.linear import Linear, PackedLinear
 
 
 class QKVAttention(nn.Module):
-    """The projections of attention without an importance term: q, k and v (``gates``: further
-    widths) in one product, and W_O.
-    """
+    """The projections of attention: q, k, v and ``gates`` (further widths) packed, and W_O."""
 
     def __init__(self, config: ModelConfig, **gates: int):
         super().__init__()
@@ -29,9 +27,7 @@ class QKVAttention(nn.Module):
         self.W_O = nn.Linear(d, d, bias=False)
 
     def operands(self, x: Tensor) -> tuple[Tensor, ...]:
-        """q [B, L, H, E], k and v [B, L, G, E] and the gates [B, L, width] of the normed input x
-        [B, L, D].
-        """
+        """q [B, L, H, E], k and v [B, L, G, E], gates [B, L, width] of the normed x [B, L, D]."""
         q, k, v, *gates = self.proj(x)
         heads = (part.unflatten(-1, (-1, self.head_dim)) for part in (q, k, v))
         return *heads, *gates
@@ -42,9 +38,7 @@ class QKVAttention(nn.Module):
 
 
 class SwiGLU(nn.Module):
-    """``w_down(silu(w_gate x) * w_up x)``, [B, L, D] -> [B, L, D]; gate and up are one packed
-    product.
-    """
+    """``w_down(silu(w_gate x) * w_up x)``, [B, L, D] -> [B, L, D]; w_gate and w_up are packed."""
 
     def __init__(self, d_model: int, d_ff: int):
         super().__init__()

@@ -1,12 +1,11 @@
-"""The bias-free linear layers: rows on cache lines, several projections of one input in one
-product, and parameters that stay fp32.
-"""
+"""Bias-free linear layers: aligned rows, packed projections, parameters that stay fp32."""
 
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
 ALIGNED = 16  # fp32 numbers in a cache line
 # Copying weights pays for many rows, or where they are so few that the calls count (measured: for
@@ -16,9 +15,7 @@ FEW_WEIGHTS = 2**17
 
 
 def _matmul_aligned(a: Tensor, b: Tensor) -> Tensor:
-    """``a b`` of two matrices, its rows beginning on cache lines whatever the width: a view of a
-    buffer with wider rows.
-    """
+    """``a b`` of matrices, with rows that begin on cache lines: a view of wider rows."""
     width = b.shape[1]
     out = a.new_empty(a.shape[0], -(-width // ALIGNED) * ALIGNED)[:, :width]
     return torch.mm(a, b, out=out)
@@ -49,21 +46,20 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
     In fp32 on the CPU, where a width is no multiple of 16, with the rows of the result and of the
     gradients on cache lines: where they are not, the product takes 1.4 times as long (SISA's
     widths: 2,796 x 768 on one core 131 ms against 91)."""
-    plain = (
+    stock = (
         x.device.type != "cpu"
         or x.dtype != torch.float32
+        or not {type(x), type(weight)} <= {Tensor, nn.Parameter}  # sharded, quantised
         or torch.is_autocast_enabled("cpu")
         or torch.compiler.is_compiling()
     )
-    if plain or not any(width % ALIGNED for width in weight.shape):
+    if stock or not any(width % ALIGNED for width in weight.shape):
         return F.linear(x, weight)
     return _AlignedLinear.apply(x, weight)
 
 
 class Linear(nn.Linear):
-    """``nn.Linear`` without bias by :func:`linear`: a module, so that hooks and what takes its
-    place (LoRA, say) see its input.
-    """
+    """A bias-free ``nn.Linear`` by :func:`linear`: hooks and replacements (LoRA) see its input."""
 
     def __init__(self, d_in: int, d_out: int, device: torch.device | str | None = None):
         super().__init__(d_in, d_out, bias=False, device=device)
@@ -77,21 +73,27 @@ class Linear(nn.Linear):
 class _CastAndPack(torch.autograd.Function):
     """Matrices of one width below each other in another dtype: the one copy that a cast makes."""
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx, dtype, *weights):
-        ctx.heights = [len(weight) for weight in weights]
-        ctx.dtype = weights[0].dtype
-        packed = weights[0].new_empty(sum(ctx.heights), weights[0].shape[1], dtype=dtype)
-        torch._foreach_copy_(list(packed.split(ctx.heights)), list(weights))
+    def forward(dtype, *weights):
+        heights = [len(weight) for weight in weights]
+        packed = weights[0].new_empty(sum(heights), weights[0].shape[1], dtype=dtype)
+        torch._foreach_copy_(list(packed.split(heights)), list(weights))
         return packed
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    def setup_context(ctx, inputs, output):
+        _, *weights = inputs
+        ctx.heights = [len(weight) for weight in weights]
+        ctx.dtype = weights[0].dtype
+
+    @staticmethod
     def backward(ctx, dpacked):
         return None, *dpacked.to(ctx.dtype).split(ctx.heights)
 
 
-def pack(weights: list[Tensor], dtype: torch.dtype) -> Tensor:
+def _pack(weights: list[Tensor], dtype: torch.dtype) -> Tensor:
     """The ``weights`` [height, d_in], of one dtype, below each other in ``dtype``."""
     if weights[0].dtype == dtype or torch.compiler.is_compiling():
         return torch.cat(weights).to(dtype)  # a compiler makes one copy of both
@@ -138,18 +140,19 @@ class PackedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         children: list[Any] = [self._modules[name] for name in self.sizes]  # quicker than getattr
-        weights = plain_weights(children)
+        weights = _plain_weights(children)
         if not weights or not _packing_pays(x, weights):
             return tuple(child(x) for child in children)
-        packed = pack(weights, _product_dtype(x, weights[0]))
+        packed = _pack(weights, _product_dtype(x, weights[0]))
         return linear(x, packed).split([len(weight) for weight in weights], -1)
 
 
-def plain_weights(modules: list[Any]) -> list[Tensor]:
-    """The weights of ``modules``; empty unless each is a Linear that its weight alone describes,
-    all in one dtype: not replaced, hooked, parametrised, sharded or quantised.
-    """
-    if not all(type(module) is Linear and not _is_changed(module) for module in modules):
+def _plain_weights(modules: list[Any]) -> list[Tensor]:
+    """The weights of ``modules``, all of one dtype; none unless each is a plain :class:`Linear`.
+
+    Plain: not replaced, hooked, parametrised, sharded or quantised."""
+    unchanged = all(type(module) is Linear and not _is_changed(module) for module in modules)
+    if not unchanged or _has_any_global_hook():
         return []
     weights = [module._parameters.get("weight") for module in modules]
     dtype = getattr(weights[0], "dtype", None)
@@ -185,9 +188,7 @@ def _product_dtype(x: Tensor, weight: Tensor) -> torch.dtype:
 
 
 class Fp32Parameters(nn.Module):
-    """A module whose parameters named in ``fp32`` stay fp32 and keep their bits, whatever the
-    module is cast to.
-    """
+    """A module whose parameters in ``fp32`` stay fp32, with their bits, whatever it is cast to."""
 
     fp32: tuple[str, ...] = ()
 

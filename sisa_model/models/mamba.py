@@ -1,5 +1,4 @@
-"""Mamba-2 (arXiv 2405.21060) and Mamba-3 (SISO) mixers, [B, L, D] -> [B, L, D], as mamba-ssm
-2.3.2.post1 has them.
+"""Mamba-2 (arXiv 2405.21060) and Mamba-3 (SISO) mixers, as mamba-ssm 2.3.2.post1 has them.
 
 Parameters have the package's names and shapes, so that weights move between the two. On CUDA in
 bf16 its kernels run where it is installed (:mod:`mamba_kernels`); elsewhere the same mathematics in
@@ -37,8 +36,7 @@ def wide(x: Tensor) -> Tensor:
 
 
 class StateCache:
-    """What a mixer keeps of the tokens so far, for ``batch`` sequences: one state, of a size that
-    does not grow with them.
+    """What a mixer keeps of ``batch`` sequences so far: a state whose size does not grow.
 
     ``state`` has the mixer's ``state_sizes``, [B, *size] by name, in fp32 (fp64 for fp64 weights; a
     phase always); empty at first. Raises ValueError for a batch below 1."""
@@ -67,9 +65,7 @@ class StateCache:
 
 
 class MambaMixer(Fp32Parameters):
-    """What Mamba-2 and Mamba-3 share: a projection in, each document for itself, a projection out;
-    the step's bias and D.
-    """
+    """What both Mambas share: projections in and out, each document by itself, dt_bias and D."""
 
     state_sizes: dict[str, tuple[int, ...]]
     """[*size] by name of what the tokens so far leave to later ones."""
@@ -108,11 +104,10 @@ class MambaMixer(Fp32Parameters):
     def mix(
         self, projected: Tensor, cache: StateCache | None = None, lengths: list[int] | None = None
     ) -> Tensor:
-        """The gated output [B, L, E] of one document's projections [B, L, sum(sizes)], of which
-        ``cache`` holds the beginning.
+        """The gated output [B, L, E] of a document's projections [B, L, sum(sizes)].
 
-        The cache's state becomes that after the document: of row r after its first ``lengths[r]``
-        tokens."""
+        ``cache`` holds the document's beginning. The cache's state becomes that after the document:
+        of row r after its first ``lengths[r]`` tokens."""
         raise NotImplementedError
 
     def state(self, projected: Tensor, cache: StateCache | None) -> dict[str, Tensor]:
@@ -129,9 +124,7 @@ class MambaMixer(Fp32Parameters):
         }
 
     def steps(self, dt: Tensor, lengths: list[int] | None) -> Tensor:
-        """The steps [B, L, H] > 0 of their projections dt, and 0 behind a row's ``lengths[r]``:
-        such a token changes no state.
-        """
+        """The steps [B, L, H] of their projections; 0, changing no state, behind ``lengths[r]``."""
         dt = F.softplus(wide(dt) + self.dt_bias)
         if lengths is None:
             return dt
@@ -149,11 +142,10 @@ class MambaMixer(Fp32Parameters):
 
 
 class Mamba2(MambaMixer):
-    """``h_t = exp(dt_t A) h_{t-1} + dt_t x_t B_t^T``, ``y_t = h_t C_t + D x_t``, then
-    ``out_proj(RMSNorm(y silu(z)))``.
+    """``h_t = exp(dt_t A) h_{t-1} + dt_t x_t B_t^T``, ``y_t = h_t C_t + D x_t``.
 
-    A = -exp(A_log), one decay rate a head; x, B and C have passed a causal depthwise convolution
-    over 4 tokens and silu."""
+    The output is ``out_proj(RMSNorm(y silu(z)))``. A = -exp(A_log), one decay rate a head; x, B and
+    C have passed a causal depthwise convolution over 4 tokens and silu."""
 
     fp32 = no_weight_decay = ("dt_bias", "A_log", "D")
 
@@ -203,13 +195,13 @@ class Mamba2(MambaMixer):
 
 
 class Mamba3(MambaMixer):
-    """``h_t = alpha_t h_{t-1} + beta_t x_{t-1} k_{t-1}^T + gamma_t x_t k_t^T``, ``y_t = h_t q_t + D
-    x_t``; ``out_proj(y silu(z))``.
+    """``h_t = alpha_t h_{t-1} + beta_t x_{t-1} k_{t-1}^T + gamma_t x_t k_t^T``.
 
-    alpha = exp(dt A), beta = (1 - lam) dt alpha, gamma = lam dt: the trapezoidal rule, lam =
-    sigmoid(trap); A <= -1e-4 is each token's own. q and k are C and B, normed and biased, half of
-    their channels rotated by the running sum of dt pi tanh(angle): a complex state. The decay rate
-    is -softplus, as released; later versions of the package have another."""
+    ``y_t = h_t q_t + D x_t``; the output is ``out_proj(y silu(z))``. alpha = exp(dt A), beta = (1 -
+    lam) dt alpha, gamma = lam dt: the trapezoidal rule, lam = sigmoid(trap); A <= -1e-4 is each
+    token's own. q and k are C and B, normed and biased, half of their channels rotated by the
+    running sum of dt pi tanh(angle): a complex state. The decay rate is -softplus, as released;
+    later versions of the package have another."""
 
     fp32 = ("dt_bias", "B_bias", "C_bias", "D")
     no_weight_decay = ("dt_bias", "D")
@@ -287,11 +279,9 @@ class MambaBlock(nn.Module):
 def ssd(
     x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, h: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Mamba-2's recurrence: x [B, L, H, P], dt [B, L, H] > 0, A [H] < 0, B and C [B, L, 1, N], D
-    [H] -> y [B, L, H, P].
+    """Mamba-2's recurrence from the state h [B, H, N, P]: y [B, L, H, P], and the last state.
 
-    Goes on from the state h [B, H, N, P], and returns the last one, too.
-    """
+    x [B, L, H, P], dt [B, L, H] > 0, A [H] < 0, B and C [B, L, 1, N], D [H]."""
     now = dt * (C * B).sum(-1) + D
     y, h = decayed_scan(C, B, dt[..., None] * x, dt * A, h)
     return y + now[..., None] * x, h

@@ -1,5 +1,4 @@
-"""The mamba-ssm package's Triton kernels, where they can run; where they cannot on CUDA, the
-reason, said once.
+"""The mamba-ssm package's Triton kernels, where they can run; on CUDA, why not, said once.
 
 They need an NVIDIA GPU, bf16, and mamba-ssm 2.3.2.post1 with triton, einops and packaging. Its CUDA
 extension, Mamba-1's, is not needed: ``MAMBA_SKIP_CUDA_BUILD=TRUE MAMBA_FORCE_BUILD=TRUE pip install
@@ -29,11 +28,10 @@ class Kernels(NamedTuple):
 
 
 def kernels_for(x: Tensor, powers_of_two: tuple[int, ...] = ()) -> Kernels | None:
-    """The package's kernels for a layer that computes as ``x`` does; None for plain PyTorch, on
-    CUDA with one warning.
+    """The package's kernels for a layer that computes as ``x`` does; None for plain PyTorch.
 
-    ``powers_of_two`` are the widths that the kernels load in blocks, at least 16 each.
-    """
+    On CUDA None comes with one warning. ``powers_of_two`` are the widths that the kernels load in
+    blocks, at least 16 each."""
     if x.device.type != "cuda":
         return None
     odd = [width for width in powers_of_two if width < 16 or width & (width - 1)]
@@ -69,9 +67,7 @@ def load_kernels() -> Kernels | str:
 
 
 def _import(name: str) -> types.ModuleType:
-    """A module of the package, without the package's __init__ where that fails for want of
-    Mamba-1's CUDA extension.
-    """
+    """A module of the package; without its __init__ where Mamba-1's extension is missing."""
     try:
         return importlib.import_module(name)
     except ImportError:

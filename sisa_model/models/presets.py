@@ -183,11 +183,10 @@ def find_preset(name: str) -> Preset:
 
 
 def preset_config(name: str, **overrides: Any) -> ModelConfig:
-    """The configuration of a preset with some of ModelConfig's fields overridden; d_ff and
-    n_kv_heads follow where they were computed.
+    """The configuration of a preset, some of ModelConfig's fields overridden.
 
-    Raises ValueError for an unknown name (with the nearest known ones) or field, or a field's
-    value."""
+    d_ff and n_kv_heads follow where they were computed. Raises ValueError for an unknown name (with
+    the nearest known ones) or field, or a field's value."""
     model = find_preset(name).model
     fields = ModelConfig.__dataclass_fields__
     if unknown := sorted(overrides.keys() - fields.keys()):

@@ -1,6 +1,4 @@
-"""The linear recurrence under Mamba-2 and Mamba-3, by chunks: quadratic inside a chunk, a carried
-state between chunks.
-"""
+"""The recurrence under both Mambas by chunks: quadratic inside, a state carried between them."""
 
 import torch
 import torch.nn.functional as F
@@ -12,8 +10,7 @@ CHUNK = 64
 def decayed_scan(
     q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, state: Tensor, chunk: int = CHUNK
 ) -> tuple[Tensor, Tensor]:
-    """What the state before t's own term answers: ``y_t = q_t . exp(log_decay_t) h_{t-1}``, and the
-    state that is left.
+    """What the state before each token answers: ``y_t = q_t . exp(log_decay_t) h_{t-1}``.
 
     With h_{-1} = 0, ``y_t = sum_{s<t} exp(g_t - g_s) (q_t.k_s) v_s``, g the running sum of
     log_decay.
@@ -29,8 +26,7 @@ def decayed_scan(
 
     Returns:
         y [B, L, H, P] and h_{L-1} [B, H, N, P]. A token's own term in y is left to the caller,
-        where Mamba-2 and Mamba-3 differ.
-    """
+        where Mamba-2 and Mamba-3 differ."""
     L, H = v.shape[1:3]
     G = q.shape[2]
     chunk = min(chunk, L)
@@ -47,18 +43,16 @@ def decayed_scan(
 
 
 def _cut(x: Tensor, chunk: int) -> Tensor:
-    """[B, L, heads, channels] -> [B, count, heads, chunk, channels], the last chunk filled up with
-    zeros.
-    """
+    """[B, L, heads, channels] -> [B, count, heads, chunk, channels], filled up with zeros."""
     missing = -x.shape[1] % chunk
     whole = F.pad(x, (0, 0, 0, 0, 0, missing))
     return whole.unflatten(1, (-1, chunk)).transpose(2, 3)
 
 
 def _running_sum(log_decay: Tensor, chunk: int) -> Tensor:
-    """The sum of log_decay [B, L, H] from the first token on, [B, count, H, chunk] fp64: its
-    differences are what counts, and fp32 would lose their bits far from the start.
-    """
+    """The running sum of log_decay [B, L, H] as [B, count, H, chunk], in fp64.
+
+    Its differences are what counts: fp32 would lose their bits far from the start."""
     chunks = _cut(log_decay[..., None].double(), chunk).squeeze(-1)  # [B, count, H, chunk]
     tokens = chunks.transpose(1, 2).flatten(2)  # [B, H, count * chunk]
     return tokens.cumsum(2).unflatten(2, (-1, chunk)).transpose(1, 2)
@@ -77,9 +71,10 @@ def _within_chunks(q: Tensor, k: Tensor, v: Tensor, g: Tensor) -> Tensor:
 def _across_chunks(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor, end: Tensor, state: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """What each token reads of the chunks before its own, [B, count, G, R, chunk, P], and the state
-    behind the last one; end is g at each chunk's end [..., 1], state [B, G, R, N, P].
-    """
+    """What each token reads of the chunks before its own, and the state behind the last.
+
+    That is [B, count, G, R, chunk, P]; ``end`` is g at each chunk's end [..., 1], ``state`` [B, G,
+    R, N, P]."""
     R, P = state.shape[2], state.shape[4]
     before = F.pad(end[:, :-1], (0, 0, 0, 0, 0, 0, 1, 0))  # that of the chunk before
 

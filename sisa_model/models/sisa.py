@@ -20,8 +20,7 @@ OWN_FIELDS = ("n_kv_heads", "init_std", "decay", "rotation", "lam", "mode", "bac
 
 
 class SisaAttention(Fp32Parameters):
-    """Softmax attention with the importance term inside the score (paper, section 3), [B, L, D] ->
-    [B, L, D].
+    """Softmax attention with the importance term in its score (paper, section 3), on [B, L, D].
 
     q, k, v, b, c, theta and the decay come from one packed product in the compute dtype;
     ``log_decay = -softplus(w_a.x + b_a)`` and theta are fp32 from there on, and so is
@@ -93,9 +92,7 @@ class SisaAttention(Fp32Parameters):
         return F.softplus(self.lambda_raw).expand(self.n_heads)
 
     def operands(self, x: Tensor, context: Context | None = None) -> SisaInputs:
-        """What :func:`sisa_kernels.sisa_attention` attends with, of the normed input x [B, L, D];
-        RoPE's tables and the documents' bounds are those of ``context``.
-        """
+        """The operator's inputs, of the normed x [B, L, D]; rotary and documents of ``context``."""
         parts = dict(zip(self.proj.sizes, self.proj(x)))
         q, k, v = (parts[name].unflatten(-1, (-1, self.head_dim)) for name in ("W_Q", "W_K", "W_V"))
         b, c = (parts[name].unflatten(-1, (-1, self.d_state)) for name in ("W_B", "W_C"))

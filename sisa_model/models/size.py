@@ -28,10 +28,7 @@ class ModelSize:
     training_flops: float
     """The same, forward and backward."""
     weights: int
-    """In fp32, as their gradients and the optimizer's moments."""
-    gradients: int
-    optimizer: int
-    """AdamW's two moments."""
+    """In fp32; their gradients take as much, AdamW's two moments twice that."""
     activations: int
     """What the layers keep of one training sequence for its backward, in fp32 on the CPU's paths;
     without the loss, of which at most 64 MiB of logits exist at a time."""
@@ -59,8 +56,6 @@ def model_size(config: ModelConfig, seq_len: int) -> ModelSize:
         forward_flops=forward_flops(config, seq_len),
         training_flops=training_flops(config, seq_len),
         weights=FP32 * parameters,
-        gradients=FP32 * parameters,
-        optimizer=2 * FP32 * parameters,
         activations=_activation_bytes(model, seq_len, autocast=False),
         activations_bf16=_activation_bytes(model, seq_len, autocast=True),
         cache_per_token=None if cache is None else cache[0],
@@ -69,9 +64,7 @@ def model_size(config: ModelConfig, seq_len: int) -> ModelSize:
 
 
 def _activation_bytes(model: LanguageModel, seq_len: int, autocast: bool) -> int:
-    """Bytes that the layers of ``model``, on the meta device, save for the backward of one more
-    sequence in a batch; they grow as the length.
-    """
+    """Bytes that the layers of a meta ``model`` save of one more sequence for its backward."""
     config = model.config
     cpu = torch.device("cpu")
     context = Context(rotary_tables(PROBE, config.head_dim, cpu))
@@ -106,9 +99,7 @@ def _saved_bytes(layer: nn.Module, x: Tensor, context: Context) -> int:
 
 @torch.no_grad()
 def _cache_bytes(model: LanguageModel) -> tuple[int, int] | None:
-    """Bytes that the caches of ``model``, on the meta device, hold of a token and of a sequence of
-    any length; None where it has none.
-    """
+    """Bytes that a meta ``model``'s caches hold a token and a sequence; None where it has none."""
     if model.cache_refusal() is not None:
         return None
     cache = model.make_cache(1)

@@ -12,9 +12,7 @@ from sisa_model.models.layers import QKVAttention
 
 
 class TransformerAttention(QKVAttention):
-    """``softmax(q k^T / sqrt(E)) v`` with RoPE on q and k, [B, L, D] -> [B, L, D]; its cache holds
-    k (with RoPE) and v.
-    """
+    """``softmax(q k^T / sqrt(E)) v``, RoPE on q and k; its cache holds k (turned) and v."""
 
     def forward(self, x: Tensor, context: Context, cache: TokenCache | None = None) -> Tensor:
         q, k, v = self.operands(x)

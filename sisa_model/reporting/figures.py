@@ -32,9 +32,9 @@ plt.rcParams.update(
 
 
 def save_figure(figure: Any, path: Path, tight: bool = True) -> None:
-    """Write ``figure`` to ``path``, a .png, aside and renamed, and close it; ``tight``: its axes
-    laid out anew.
-    """
+    """Write ``figure`` to ``path``, a .png, atomically, and close it.
+
+    ``tight`` lays its axes out anew."""
     if tight:
         figure.tight_layout()
 
@@ -48,9 +48,9 @@ def save_figure(figure: Any, path: Path, tight: bool = True) -> None:
 def plot_losses(
     path: Path, title: str, train: Rows, val: Rows, unigram: float, bigram: float
 ) -> None:
-    """Training and held-out loss against step, with the n-gram models' loss as level lines (of
-    text; nan for a task).
-    """
+    """Training and held-out loss against step, with the n-gram models' as level lines.
+
+    Those are of text; nan for a task."""
     figure, axis = plt.subplots(figsize=(6.4, 4))
     faint: dict[str, Any] = {"color": COLORS[0], "alpha": 0.35, "lw": 0.8, "label": "training"}
     dotted: dict[str, Any] = {"color": COLORS[1], "marker": "o", "ms": 3, "label": "held out"}
@@ -65,9 +65,9 @@ def plot_losses(
 
 
 def plot_health(path: Path, title: str, val: Rows) -> None:
-    """lambda, half-life, range of g and the clamped share against step, one line a layer (mean over
-    heads).
-    """
+    """lambda, half-life, range of g and the clamped share against step.
+
+    One line a layer, the mean over its heads."""
     panels = {
         "lam": "lambda",
         "half_life": "half-life, tokens",
@@ -90,8 +90,7 @@ def plot_health(path: Path, title: str, val: Rows) -> None:
 
 
 def plot_compare(path: Path, runs: dict[str, list[Rows]], title: str) -> None:
-    """Held-out loss, needle and recall accuracy against step, and the final needle accuracy by
-    depth.
+    """Held-out loss, needle and recall accuracy against step, and the needle's by depth.
 
     ``runs`` maps a name to the val.jsonl rows of each seed. Lines are means over seeds, bands their
     minimum to maximum."""
@@ -133,12 +132,11 @@ def _bars_by_depth(axis: Any, runs: dict[str, list[Rows]]) -> None:
 
 
 def plot_task(path: Path, runs: dict[str, list[Rows]], exams: dict[str, str], title: str) -> None:
-    """A task trained alone: loss and accuracy against step, and the final accuracy by length, with
-    the level of chance.
+    """A task trained alone: loss and accuracy against step, final accuracy by length.
 
-    ``runs`` is as :func:`plot_compare`'s; ``exams`` maps a name in the rows, that of the training's
-    length first, to its lengths in words. Lines and points are means over seeds, bands and bars
-    their minimum to maximum."""
+    The level of chance is drawn in. ``runs`` is as :func:`plot_compare`'s; ``exams`` maps a name
+    in the rows, that of the training's length first, to its lengths in words. Lines and points
+    are means over seeds, bands and bars their minimum to maximum."""
     figure, (losses, accuracies, by_length) = plt.subplots(1, 3, figsize=(13, 4))
     exam = next(iter(exams))
     first = next(iter(runs.values()))[0][0]
@@ -218,11 +216,10 @@ def _scale(layers: Rows, field: str) -> Any:
 def plot_tables(
     path: Path, note: str, tables: list[tuple[str, tuple[str, ...], list[list[str]]]], missing: str
 ) -> None:
-    """Tables one below the other under a note: each a title, its columns' titles and its rows, of
-    which the first cell is a label.
+    """Tables one below the other under a note.
 
-    Cells that begin with ``missing`` are grey.
-    """
+    Each is a title, its columns' titles and its rows, of which the first cell is a label. Cells
+    that begin with ``missing`` are grey."""
     row, letter, gap = 0.21, 0.073, 0.5  # inches: of a line, of a letter, between tables
     grids = [[["", *columns], *rows] for _, columns, rows in tables]
     widths = [
@@ -267,11 +264,9 @@ def plot_grid(
     lengths: list[int],
     trained: int,
 ) -> None:
-    """Heat map of ``shares`` [depths, lengths] in [0, 1]: needles found, by place in the text and
-    by its length.
+    """Heat map of ``shares`` [depths, lengths]: needles found, by place in the text and length.
 
-    A line stands after the last length seen in training, ``trained``.
-    """
+    Shares are in [0, 1]. A line stands after the last length seen in training, ``trained``."""
     figure, axis = plt.subplots(figsize=(1.6 + 0.7 * len(lengths), 1.2 + 0.32 * len(depths)))
     image = axis.imshow(100 * shares, vmin=0, vmax=100, cmap="viridis", aspect="auto")
     for (row, column), share in np.ndenumerate(shares):
@@ -300,9 +295,7 @@ def _range(values: np.ndarray) -> np.ndarray:
 
 
 def _curve(axis: Any, number: int, name: str, seeds: list[Rows], field: str) -> None:
-    """The ``number``-th model's mean of ``field`` over seeds against step, in a band from minimum
-    to maximum.
-    """
+    """Plot the ``number``-th model's mean of ``field`` over seeds, in a band of their range."""
     start = int(field == "loss")  # the untrained loss would flatten the rest
     values = np.array([[row[field] for row in rows] for rows in seeds])[:, start:]
     steps = [row["step"] for row in seeds[0]]

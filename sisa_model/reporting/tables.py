@@ -17,9 +17,7 @@ def markdown(columns: Sequence[str], rows: Iterable[Iterable[object]]) -> str:
 def spread(
     values: Sequence[float], form: str, mean: Callable[[Sequence[float]], Any] = np.mean
 ) -> str:
-    """The ``mean`` of ``values``, each in the format ``form``, and of several their minimum and
-    maximum in brackets.
-    """
+    """The ``mean`` of ``values`` in the format ``form``; of several, also their range."""
     text = form.format(mean(values))
     if len(values) == 1:
         return text

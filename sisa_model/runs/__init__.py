@@ -1,3 +1,1 @@
-"""A run's settings, its folder and record, its rows: what every command that makes or reads runs
-shares. Nothing here trains, evaluates or draws.
-"""
+"""A run's settings, folder, record and rows: nothing here trains, evaluates or draws."""

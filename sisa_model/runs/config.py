@@ -15,7 +15,7 @@ import tyro
 
 from sisa_kernels.inputs import Backend, Mode
 from sisa_model.data.corpus import find_tokenizer
-from sisa_model.data.synthetic import LENGTHS, TASKS, find_task
+from sisa_model.data.synthetic import LENGTHS, TASKS, RetrievalTask, find_task
 from sisa_model.models.config import ModelConfig
 from sisa_model.models.presets import find_preset, preset_config
 from sisa_model.runs.log import LogTarget, check_logs
@@ -23,7 +23,6 @@ from sisa_model.runs.log import LogTarget, check_logs
 Precision = Literal["auto", "fp32", "bf16"]
 Documents = Literal["joined", "packed"]
 Sharing = Literal["auto", "ddp", "fsdp"]
-RetrievalTask = Literal["needle", "recall"]
 
 
 def _field_docs(record: type) -> dict[str, str]:
@@ -59,25 +58,24 @@ else:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """Train a model. What is left at None takes the preset's value: the paper's, or for tiny
-    presets a few minutes' worth.
-    """
+    """Train a model.
+
+    What is left at None takes the preset's value: the paper's, or for tiny presets a few minutes'
+    worth."""
 
     preset: str = "sisa-tiny-ds16"
     """Model to train; `sisa info` lists them."""
     model: ModelOverrides = field(default_factory=dict)
     """Fields of the preset's model to change."""
     data: tuple[Path, ...] = ()
-    """Text files or folders (plain, .gz, .xz or .zst; lines of `<|endoftext|>` separate documents),
-    or a folder of `sisa prepare`. Default: Python's standard library."""
+    """Text files or folders (plain, .gz, .xz or .zst), or a folder of `sisa prepare`.
+    Lines of `<|endoftext|>` separate documents. Default: Python's standard library."""
     val_data: tuple[Path, ...] = ()
     """Held-out text. Default: 5 % of the data, by file (or by document, where files are few)."""
     tokenizer: Path | None = None
     """A `tokenizers` JSON file. Default: that of a prepared folder, or bytes."""
     out: Path | None = None
-    """Run folder, which must not exist yet. Default: runs/PRESET, or PRESET-2, -3 ... if that is
-    taken.
-    """
+    """Run folder, which must not exist yet. Default: runs/PRESET, or PRESET-2, -3 ... if taken."""
     steps: int | None = None
     """Optimizer steps of the whole run, over which the learning rate falls to 0."""
     seed: int = 0
@@ -87,8 +85,8 @@ class TrainConfig:
     batch_size: int | None = None
     """Sequences an optimizer step."""
     micro_batch_size: int | None = None
-    """Sequences a forward pass of a process; gradients are accumulated over the batch. Changes
-    memory, not the result beyond rounding."""
+    """Sequences a forward pass of a process; gradients are accumulated over the batch.
+    Changes memory, not the result beyond rounding."""
     lr: float | None = None
     """Peak learning rate."""
     lambda_lr_scale: float = 0.1
@@ -110,18 +108,14 @@ class TrainConfig:
     backend: Backend = "auto"
     """SISA's attention path; see `python -m sisa_kernels`."""
     documents: Documents = "joined"
-    """What a block sees across the ends of documents: everything (joined, the paper's), or each
-    document only itself (packed).
-    """
+    """What a block sees: all before it (joined, the paper's), or its own document only (packed)."""
     task: str = "text"
-    """What to train on: text, or one task alone, evaluated at 1, 2 and 4 times the length: parity,
-    addition (modulo 5; addition-7 for another modulus), flipflop or recall."""
+    """What to train on: text, or one task alone: parity, addition, flipflop or recall.
+    A task is evaluated at 1, 2 and 4 times the length; addition is modulo 5, addition-7 modulo 7."""
     mix: tuple[RetrievalTask, ...] = ()
     """Retrieval tasks mixed into training on text, and evaluated."""
     log: tuple[LogTarget, ...] = ()
-    """Where curves go beside the run folder's jsonl files: tensorboard (RUN/tensorboard), wandb
-    (Weights & Biases).
-    """
+    """Where curves go beside the jsonl files: tensorboard (RUN/tensorboard), wandb."""
     val_every: int | None = None
     """Steps between evaluations on held-out data."""
     val_blocks: int = 64
@@ -135,21 +129,17 @@ class TrainConfig:
     device: str = "auto"
     """cpu, cuda, cuda:1 ...; auto: a GPU if there is one."""
     parallel: Sharing = "auto"
-    """How the processes of torchrun share the work: ddp (a whole model each) or fsdp (a share of
-    every layer each); auto: ddp.
-    """
+    """How torchrun's processes share work: ddp, a whole model each (auto), or fsdp, a share each."""
     activation_checkpointing: bool = False
-    """Keep only the layers' inputs for the backward and run each layer again there: less memory, a
-    third more arithmetic.
-    """
+    """Run each layer again in the backward: less memory, a third more arithmetic."""
     compile: bool = False
     """Compile the layers with torch.compile: a slow first step, faster ones after it."""
     stop_at: int | None = None
     """Save and stop after this step, as Ctrl-C would, to continue later with --resume."""
     resume: bool = False
-    """Continue the run in --out, bit for bit on a CPU, with the settings it was begun with; of data
-    that moved give the new paths. A flag set otherwise is an error; one set to its default counts
-    as left out."""
+    """Continue the run in --out, bit for bit on a CPU, with the settings it was begun with.
+    Of data that moved give the new paths. A flag set otherwise is an error; one set to its
+    default counts as left out."""
 
     @property
     def title(self) -> str:
@@ -178,8 +168,9 @@ class ResolvedConfig(TrainConfig):
         return min(self.steps, self.stop_at or self.steps)
 
     def model_config(self, tokens: int) -> ModelConfig:
-        """The model's configuration, with room for a tokenizer of ``tokens`` tokens and for the
-        longest sequence that is trained on or evaluated."""
+        """The model's configuration, with room for ``tokens`` tokens and the longest sequence.
+
+        That is the longest that is trained on or evaluated."""
         known = preset_config(self.preset, **self.model)
         longest = self.seq_len * (1 if self.task == "text" else max(LENGTHS))
         room = {

@@ -20,8 +20,8 @@ from sisa_model.runs.config import (
     resolve,
     with_absolute_paths,
 )
-from sisa_model.runs.toml import to_toml
-from sisa_model.utils.files import make_folder_atomically, write_json, write_text
+from sisa_model.runs.toml import write_settings
+from sisa_model.utils.files import make_folder_atomically, write_json
 
 RECORD = "run.json"
 SETTINGS = "run.toml"
@@ -46,16 +46,15 @@ class RunRecord:
 def write_run(folder: Path, record: RunRecord) -> None:
     """Write run.json, and run.toml: the flags of `sisa train` that repeat the run."""
     settings = dataclasses.asdict(record.train)
-    corpus = {"split": record.split, "sha256": record.sha256}
     parts = {
         "train": settings,
         "model": record.model,
-        "corpus": corpus,
+        "corpus": {"split": record.split, "sha256": record.sha256},
         "versions": record.versions,
     }
     write_json(folder / RECORD, parts)
     flags = {name: value for name, value in settings.items() if name not in OWN}
-    write_text(folder / SETTINGS, to_toml(flags))
+    write_settings(folder / SETTINGS, flags)
 
 
 def read_run(folder: Path) -> RunRecord:
@@ -104,8 +103,7 @@ def own_folder(config: ResolvedConfig) -> Path:
 
 
 def keep_record(folder: Path, record: RunRecord) -> None:
-    """Make the folder of a new run with its ``record``; of one that goes on, bring the paths in it
-    up to date.
+    """Make a new run's folder with its ``record``, or bring the paths of an old one up to date.
 
     Raises ValueError for a run that cannot go on: its tokens are others now, or it is finished and
     its checkpoints are gone."""
@@ -126,9 +124,9 @@ def keep_record(folder: Path, record: RunRecord) -> None:
 
 
 def require_same_run(config: TrainConfig, free: set[str] = RESUME_MAY_CHANGE) -> ResolvedConfig:
-    """The settings of the run in ``config.out``; ValueError for a field of ``config``, none of
-    ``free``, that is set otherwise.
-    """
+    """The settings of the run in ``config.out``; ValueError where ``config`` sets one otherwise.
+
+    Fields in ``free`` may differ; one left at its default says nothing."""
     assert config.out is not None
     saved = read_run(config.out).train
     default = TrainConfig()
@@ -163,18 +161,14 @@ def resumed(config: TrainConfig) -> ResolvedConfig:
 
 
 def checkpoints(run: Path) -> list[Path]:
-    """The finished checkpoints of a run, oldest first (unfinished ones have names that begin with a
-    dot).
-    """
+    """A run's finished checkpoints, oldest first; names of unfinished ones begin with a dot."""
     return sorted((run / "checkpoints").glob("step-*"))
 
 
 def weights_by_step(folder: Path, steps: int) -> dict[int, Path]:
-    """The folders of a run's weights by their step, oldest first: its checkpoints, and ``final``
-    after the last of ``steps``.
+    """The folders of a run's weights by step, oldest first; ``final`` is that of ``steps``.
 
-    FileNotFoundError if it has neither.
-    """
+    FileNotFoundError if it has neither."""
     found = {int(path.name.removeprefix("step-")): path for path in checkpoints(folder)}
     if (folder / "final").is_dir():
         found[steps] = folder / "final"
@@ -184,16 +178,12 @@ def weights_by_step(folder: Path, steps: int) -> dict[int, Path]:
 
 
 def newest_weights(folder: Path) -> Path:
-    """The folder of a run's final weights, or of its newest checkpoint; FileNotFoundError if it has
-    neither.
-    """
+    """A run's final weights, or its newest checkpoint; FileNotFoundError without either."""
     return [*weights_by_step(folder, sys.maxsize).values()][-1]
 
 
 def is_taken(folder: Path) -> bool:
-    """Whether something is at ``folder`` already, other than an empty folder that another can be
-    renamed to.
-    """
+    """Whether anything but an empty folder, which another can be renamed to, is there."""
     replaceable = (
         folder.is_dir()
         and not folder.is_symlink()

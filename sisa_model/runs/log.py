@@ -31,8 +31,7 @@ def check_logs(logs: Sequence[str]) -> None:
 
 
 class RunLog:
-    """Append-only rows in RUN/train.jsonl and RUN/val.jsonl, flushed as they come; rows after
-    ``from_step`` are dropped.
+    """Rows appended to RUN/train.jsonl and RUN/val.jsonl; those after ``from_step`` are dropped.
 
     ``logs`` adds TensorBoard (RUN/tensorboard) and Weights & Biases (project "sisa", the run's
     folder as its name; the run that RUN/wandb-id names is continued). Their scalars are NAME/FIELD;
@@ -103,9 +102,7 @@ class NoLog:
 
 
 def _scalars(row: dict[str, Any]) -> Iterator[tuple[str, float]]:
-    """What a curve can show of a row: its numbers, and of each layer the mean over heads; not its
-    step, nor what is null.
-    """
+    """A row's numbers for curves, of each layer the mean over heads; no step, nothing null."""
     for field, value in row.items():
         if field == "layers":
             for layer in value:
@@ -128,9 +125,7 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 
 
 def peak_memory_mib(device: torch.device) -> float | None:
-    """Most memory used so far, MiB: PyTorch's on a GPU, else the process's; None where the system
-    doesn't count it (Windows).
-    """
+    """Most memory used so far, MiB: PyTorch's on a GPU, else the process's; None on Windows."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
     try:

@@ -16,11 +16,21 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
+from sisa_model.utils.files import write_atomically
+
+PATH_BYTES = "surrogateescape"  # keeps the bytes of a path that is not UTF-8
+
+
+def write_settings(path: Path, settings: Mapping[str, Any]) -> None:
+    """Write ``settings`` by name as a file that :func:`read_settings` reads, atomically."""
+    encoded = to_toml(settings).encode("utf-8", PATH_BYTES)
+    write_atomically(path, lambda aside: aside.write_bytes(encoded))
+
 
 def to_toml(settings: Mapping[str, Any]) -> str:
-    """``settings`` by name as TOML: numbers, text, paths, sequences of them, and mappings of such
-    as tables; None and empty mappings are left out.
-    """
+    """``settings`` by name as TOML; None and empty mappings are left out.
+
+    Values are numbers, text, paths, sequences of these, and mappings of such as tables."""
     tables = {name: value for name, value in settings.items() if isinstance(value, Mapping)}
     lines = [
         f"{name} = {_literal(value)}"
@@ -50,7 +60,7 @@ def read_settings(path: Path, command: type) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"config {path} does not exist")
     try:
-        entries = tomllib.loads(path.read_text(encoding="utf-8"))
+        entries = tomllib.loads(path.read_text(encoding="utf-8", errors=PATH_BYTES))
     except ValueError as error:
         raise ValueError(f"config {path} is not TOML: {error}") from error
     hints = typing.get_type_hints(command, include_extras=True)

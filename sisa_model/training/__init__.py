@@ -1,3 +1,1 @@
-"""Training: batches, the step, validation, checkpoints, many processes. No command reads a run
-through it; what outlives a run is in :mod:`sisa_model.runs`.
-"""
+"""How a run trains: batches, steps, validation, checkpoints; what outlives it is in ``runs``."""

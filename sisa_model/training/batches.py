@@ -193,9 +193,9 @@ class Batches:
 def fill_rows(
     inputs: Tensor, targets: Tensor, short: int, end_of_text: int
 ) -> tuple[Tensor, Tensor]:
-    """``inputs`` and ``targets`` [B, L] with ``short`` more rows, each one document, whose targets
-    are IGNORE.
-    """
+    """``inputs`` and ``targets`` [B, L] with ``short`` more rows, whose targets are IGNORE.
+
+    Each is one document."""
     filler = int(end_of_text == 0)  # a token that ends nothing
     return (
         F.pad(inputs, (0, 0, 0, short), value=filler),

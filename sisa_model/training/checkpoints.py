@@ -1,6 +1,4 @@
-"""A run's checkpoints: written in the background by all processes, whole or absent, checked when
-they are read.
-"""
+"""A run's checkpoints: written in the background, whole or absent, checked when read."""
 
 import contextlib
 import json
@@ -31,9 +29,9 @@ STATE = "state.json"
 def training_tensors(
     parameters: Mapping[str, Tensor], optimizer: torch.optim.Optimizer
 ) -> dict[str, Tensor]:
-    """All that steps change, by name: the ``parameters``, and AdamW's state of each, which is made
-    as the first step would make it.
-    """
+    """All that steps change, by name: ``parameters``, and AdamW's state of each.
+
+    The state is made as the first step would make it."""
     found: dict[str, Tensor] = {}
     for name, parameter in parameters.items():
         state = optimizer.state[parameter]
@@ -47,8 +45,7 @@ def training_tensors(
 
 
 class Checkpointer:
-    """Saves and restores tensors by name under RUN/checkpoints/step-N, of which the ``keep`` newest
-    stay.
+    """Saves and restores tensors by name in RUN/checkpoints/step-N; the ``keep`` newest stay.
 
     Every process of ``world`` calls the same methods in the same order, on a file system that they
     share. A folder gets its name when all of its files are on the disk, with their checksums: a
@@ -71,9 +68,7 @@ class Checkpointer:
         config: dict[str, Any],
         state: dict[str, Any],
     ) -> None:
-        """Begin to save: ``tensors`` are copied before this returns and written behind it. Raises
-        as :meth:`wait` does.
-        """
+        """Begin to save ``tensors``, copied before this returns. Raises as :meth:`wait` does."""
         self.wait()
         if step == self._newest:
             return
@@ -104,9 +99,7 @@ class Checkpointer:
             self.wait()
 
     def wait(self) -> None:
-        """Return when nothing is being saved. Raises OSError for a save that failed: a full disk,
-        say.
-        """
+        """Return when nothing is being saved; OSError (a full disk, say) for a failed save."""
         pending = self._pending
         self._pending = None
         if pending is not None:
@@ -139,8 +132,7 @@ class Checkpointer:
             shutil.rmtree(gone)
 
     def restore(self, tensors: Mapping[str, Tensor]) -> dict[str, Any] | None:
-        """Fill ``tensors`` from the newest whole checkpoint and return its state; None if there is
-        no checkpoint at all.
+        """Fill ``tensors`` from the newest whole checkpoint; its state, or None without any.
 
         A damaged one is said, set aside under another name, and the one before it taken. Raises
         ValueError if all are damaged, or hold other tensors."""
@@ -195,9 +187,7 @@ def _checksum(path: Path) -> str:
 
 
 def _verified(folder: Path) -> dict[str, Any]:
-    """The state of a checkpoint whose files are all as they were written; ValueError naming the
-    first that is not.
-    """
+    """A checkpoint's state; ValueError naming its first file that is not as it was written."""
     try:
         state = json.loads((folder / STATE).read_text(encoding="utf-8"))
         for name, checksum in state["files"].items():

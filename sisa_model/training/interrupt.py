@@ -11,9 +11,9 @@ STOPS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Interrupt:
-    """A context in which Ctrl-C and SIGTERM ask for a stop (``requested``); a second Ctrl-C
-    interrupts at once. ``main``: whether this process says so.
-    """
+    """A context in which Ctrl-C and SIGTERM ask for a stop (``requested``).
+
+    A second Ctrl-C interrupts at once. ``main``: whether this process says so."""
 
     def __init__(self, main: bool):
         self.main = main
@@ -40,9 +40,7 @@ class Interrupt:
 
 
 def _on_signals(handler: Any, *numbers: signal.Signals) -> dict[signal.Signals, Any]:
-    """Set what signals do from here on, and return what they did; nothing outside the main thread,
-    which alone may.
-    """
+    """Set what signals do, and return what they did; nothing outside the main thread."""
     with contextlib.suppress(ValueError):
         return {number: signal.signal(number, handler) for number in numbers}
     return {}

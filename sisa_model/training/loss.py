@@ -16,9 +16,7 @@ CHUNK_LOGITS = 2**24  # logits that exist at a time: 64 MiB in fp32
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
-    """Gradients are made with the loss, chunk by chunk: three matrix products, as for whole logits,
-    and nothing recomputed.
-    """
+    """Loss and gradients chunk by chunk: three products, as for whole logits, none recomputed."""
 
     @staticmethod
     def forward(ctx, hidden, weight, targets, dtype):
@@ -65,12 +63,11 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
 
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    """Sum of the cross entropies (nats, fp32 scalar) of ``hidden weight^T`` at ``targets``, those
-    equal to IGNORE left out.
+    """Sum of the cross entropies of ``hidden weight^T`` at ``targets``: nats, an fp32 scalar.
 
-    hidden [..., D] and weight [V, D] in fp32 or bf16, targets [...] int64. Products run in
-    autocast's dtype where it is on; softmax, sum and the weight's gradient are fp32. At most
-    ``CHUNK_LOGITS`` logits exist at a time, or one token's."""
+    Targets equal to IGNORE are left out. hidden [..., D] and weight [V, D] in fp32 or bf16, targets
+    [...] int64. Products run in autocast's dtype where it is on; softmax, sum and the weight's
+    gradient are fp32. At most ``CHUNK_LOGITS`` logits exist at a time, or one token's."""
     hidden, targets = hidden.flatten(0, -2), targets.flatten()
     kept = targets != IGNORE
     if not kept.all():
@@ -111,11 +108,10 @@ def _liger(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
 
 
 class Objective(nn.Module):
-    """``objective(inputs, targets [B, L] int64, cu_seqlens) -> loss``: the sum over the targets
-    that are not IGNORE, in nats, fp32.
+    """``objective(inputs, targets [B, L] int64, cu_seqlens)``: the sum of losses, nats, fp32.
 
-    On CUDA by Liger's fused kernel where it is installed, elsewhere (which is said once) by
-    :func:`linear_cross_entropy`."""
+    Targets that are IGNORE do not count. On CUDA by Liger's fused kernel where it is installed,
+    elsewhere (which is said once) by :func:`linear_cross_entropy`."""
 
     def __init__(self, model: LanguageModel, autocast: contextlib.AbstractContextManager):
         super().__init__()

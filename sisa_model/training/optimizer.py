@@ -11,9 +11,7 @@ from sisa_model.runs.config import ResolvedConfig
 
 
 def learning_rate(step: int, config: ResolvedConfig) -> float:
-    """Learning rate of ``step``, counted from 0: linear warm-up to the peak, then a cosine that
-    would reach 0 at step ``steps``.
-    """
+    """That of ``step``, from 0: linear warm-up, then a cosine that would reach 0 at ``steps``."""
     if step < config.warmup_steps:
         return config.lr * (step + 1) / config.warmup_steps
     done = (step - config.warmup_steps) / max(1, config.steps - config.warmup_steps)
@@ -21,8 +19,7 @@ def learning_rate(step: int, config: ResolvedConfig) -> float:
 
 
 def make_optimizer(model: LanguageModel, config: ResolvedConfig) -> torch.optim.AdamW:
-    """AdamW with lambda_raw in a group of its own: a tenth of the learning rate and no decay
-    (paper, section 4).
+    """AdamW; lambda_raw has a smaller learning rate and no decay (paper, section 4).
 
     Nor is there decay on what a module names in ``no_weight_decay``: Mamba's steps, decay rates and
     D."""
@@ -43,9 +40,7 @@ def make_optimizer(model: LanguageModel, config: ResolvedConfig) -> torch.optim.
 
 
 def by_kind(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """An optimizer's parameter groups, each split into its plain and its sharded parameters: a
-    fused step takes no mixture.
-    """
+    """Parameter groups, each split in plain and sharded: a fused step takes no mixture."""
     kinds = [
         {**group, "params": [p for p in group["params"] if isinstance(p, DTensor) is sharded]}
         for group in groups

@@ -67,9 +67,7 @@ class World:
         return result
 
     def share(self, count: int) -> tuple[range, int]:
-        """Which of ``count`` rows are this process's, and how many rows short of the largest share
-        they are.
-        """
+        """Which of ``count`` rows are this process's, and how many short of the largest share."""
         most = -(-count // self.size)
         mine = range(count)[self.rank * most : (self.rank + 1) * most]
         return mine, most - len(mine)
@@ -77,9 +75,9 @@ class World:
 
 @contextlib.contextmanager
 def world() -> Iterator[World]:
-    """The world that torchrun describes in the environment (gloo for CPU tensors, NCCL for CUDA's),
-    or this process alone.
-    """
+    """The world that torchrun describes in the environment, or this process alone.
+
+    gloo serves CPU tensors, NCCL CUDA's."""
     size = int(os.environ.get("WORLD_SIZE", 1))
     if size == 1:
         yield World()
@@ -99,9 +97,7 @@ def world() -> Iterator[World]:
 
 
 def replicated(model: nn.Module) -> list[nn.Parameter]:
-    """What FSDP leaves whole and fp32: what a module declares so, and every vector but a norm's
-    weight (biases of decays, say).
-    """
+    """What FSDP leaves whole and fp32: what modules declare so, and vectors but norms' weights."""
     declared = set()
     norms = set()
     for module in model.modules():
@@ -135,8 +131,9 @@ def _shard(model: LanguageModel, size: int, whole: list[nn.Parameter], bf16: boo
 
 
 class Parallel:
-    """A model's objective on the processes of ``world``: "ddp" (whole copies), "fsdp" (sharded
-    layer by layer), or "single", which is what one process has.
+    """A model's objective on the processes of ``world``.
+
+    "ddp": whole copies; "fsdp": sharded layer by layer; "single": what one process has.
 
     Args:
         objective: on its device, with the same weights in every process. FSDP shards its model in
@@ -163,9 +160,9 @@ class Parallel:
     def backward(
         self, inputs: Tensor, targets: Tensor, cu_seqlens: Tensor | None, weight: float, last: bool
     ) -> Tensor:
-        """Add the gradients of ``weight`` x this process's sum of losses, and return that sum;
-        the processes share what has been added when ``last`` is true.
-        """
+        """Add the gradients of ``weight`` x this process's sum of losses, and return that sum.
+
+        The processes share what has been added when ``last`` is true."""
         model = self.objective.model
         if isinstance(model, FSDPModule):
             model.set_requires_gradient_sync(last)

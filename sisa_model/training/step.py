@@ -43,11 +43,11 @@ class Stepper:
         self.folder = folder
 
     def take(self, step: int, batch: Batch, answers: Sequence[float]) -> Step:
-        """Take ``step``, counted from 0, on ``batch``, whose groups have ``answers`` targets that
-        count, over all processes.
+        """Take ``step``, counted from 0, on ``batch``.
 
-        Raises FloatingPointError, and takes none, for a weight, loss or gradient that is not
-        finite; RUN/bad-batch-N.json then says on what."""
+        ``answers`` are each group's targets that count, over all processes. Raises
+        FloatingPointError, and takes none, for a weight, loss or gradient that is not finite;
+        RUN/bad-batch-N.json then says on what."""
         losses = self._gradients(step, batch, answers)
         grad_norm = self.parallel.clip(self.config.clip)
         if not (math.isfinite(sum(losses)) and math.isfinite(grad_norm)):

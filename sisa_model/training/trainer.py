@@ -62,8 +62,7 @@ def train(config: TrainConfig) -> TrainResult:
 
 
 def continue_run(config: TrainConfig) -> bool:
-    """Begin the run in ``config.out``, resume it, or leave it if it is finished, whichever it
-    needs; True once it is finished.
+    """Begin the run in ``config.out``, resume it, or leave it finished; True once it is finished.
 
     Raises as :func:`train` does, and ValueError for a field of ``config`` that is set, and set
     otherwise in a run that was begun."""
@@ -104,7 +103,6 @@ def _train(config: ResolvedConfig, world: World) -> TrainResult:
         trainer = Trainer(
             config=config,
             folder=folder,
-            world=world,
             parallel=parallel,
             batches=Batches(config, data, top, splitter),
             stepper=Stepper(config, parallel, optimizer, splitter, folder),
@@ -207,7 +205,6 @@ class Trainer:
 
     config: ResolvedConfig
     folder: Path
-    world: World
     parallel: Parallel
     batches: Batches
     stepper: Stepper
@@ -223,14 +220,15 @@ class Trainer:
 
     def run(self, rows: RunLog | NoLog) -> None:
         """Train from ``step`` to this launch's last step, or until a signal, and save."""
+        world = self.parallel.world
         bar = tqdm(
             total=self.config.steps,
             initial=self.step,
             unit="step",
             dynamic_ncols=True,
-            disable=not self.world.main,
+            disable=not world.main,
         )
-        with Interrupt(self.world.main) as interrupt, bar:
+        with Interrupt(world.main) as interrupt, bar:
             if self.step == 0:
                 rows.add("val", self.validation.measure(self.step))
             while self.step < self.config.last_step:
@@ -250,15 +248,13 @@ class Trainer:
             self.checkpointer.wait()
             if self.step == self.config.steps:
                 weights = self.parallel.whole()
-                self.world.from_main(lambda: write_final(self.folder, weights, self.model.config))
+                world.from_main(lambda: write_final(self.folder, weights, self.model.config))
 
     def _take_step(self, interrupt: Interrupt) -> dict[str, Any] | None:
-        """Take one step and return its row of train.jsonl; None, and none taken, if any process was
-        told to stop.
-        """
+        """Take one step; its row of train.jsonl. None, and none taken, if any was told to stop."""
         start = time.perf_counter()
         batch = self.batches.of_step(self.step)
-        stop, *answers = self.world.sum([interrupt.requested, *batch.answers()])
+        stop, *answers = self.parallel.world.sum([interrupt.requested, *batch.answers()])
         if stop:
             return None
         taken = self.stepper.take(self.step, batch, answers)

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 
-def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
-    """Let ``write`` make a file beside ``path``, then rename it to ``path``; on any failure nothing
-    is left behind.
-    """
+def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
+    """Let ``write`` make a file beside ``path``, then rename it to ``path``.
+
+    On any failure nothing is left behind."""
     aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         write(aside)
@@ -28,17 +28,13 @@ def write_json(path: Path, value: Any) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Write ``text`` as UTF-8, atomically."""
-
-    def write(aside: Path) -> None:
-        aside.write_text(text, encoding="utf-8")
-
-    write_atomically(path, write)
+    write_atomically(path, lambda aside: aside.write_text(text, encoding="utf-8"))
 
 
-def make_folder_atomically(folder: Path, fill: Callable[[Path], None]) -> None:
-    """Let ``fill`` write into a folder beside ``folder``, then rename it; on any failure nothing is
-    left behind.
-    """
+def make_folder_atomically(folder: Path, fill: Callable[[Path], object]) -> None:
+    """Let ``fill`` write into a folder beside ``folder``, then rename it.
+
+    On any failure nothing is left behind."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     aside = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:

@@ -12,11 +12,10 @@ import sisa_kernels as sk
 
 
 def find_device(name: str, local_rank: int = 0) -> torch.device:
-    """The device of a --device flag, for process ``local_rank`` of a machine; a GPU becomes the
-    process's current one.
+    """The device of a --device flag, for process ``local_rank`` of a machine.
 
-    Raises ValueError if this machine has no such device.
-    """
+    A GPU becomes the process's current one. Raises ValueError if this machine has no such
+    device."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda":

@@ -1,6 +1,4 @@
-"""The benches on a CPU: what ``python -m bench cpu`` measures and refuses, its rows, the accuracy
-rows, and the figures made of them.
-"""
+"""The benches on a CPU: what they measure and refuse, their rows and figures."""
 
 import json
 import os
@@ -116,9 +114,7 @@ def test_every_path_passes_its_check(path):
 
 
 def test_the_ratio_is_of_medians_and_its_spread_of_rounds(tmp_path):
-    """A machine that is ten times as slow in one round slows both: the spread of the rounds' ratios
-    stays at nought.
-    """
+    """A machine ten times as slow in one round slows both: the ratios' spread stays at nought."""
     base, mine = case(paths.STOCK[1], baseline=True), case(paths.EXACT_ON_CPU)
     slow = [1.0, 1.0, 10.0, 1.0, 1.0]
     run = timing.Run(TINY, tmp_path, 1.0, lambda calls: [slow, [2 * ms for ms in slow]])

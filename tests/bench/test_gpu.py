@@ -1,6 +1,4 @@
-"""``python -m bench gpu`` without a GPU, on the interpreter and a fake timer: its plan, the checks
-that gate it, its rows and its table.
-"""
+"""``python -m bench gpu`` without a GPU, on the interpreter and a fake timer."""
 
 import csv
 import itertools
@@ -181,17 +179,13 @@ def test_a_broken_path_prints_no_number(run, path, call, name):
     "path", [p for p in ATTENTION if p.name not in ("cudnn", "efficient")], ids=lambda p: p.name
 )
 def test_the_paths_as_they_are_pass(path, half):
-    """In bf16 where that is not the interpreter's; fp16 has no room for the exponents of the
-    augmented operands.
-    """
+    """In bf16 where not interpreted; fp16 has no room for the augmented operands' exponents."""
     dtype = torch.bfloat16 if path.name in ("flash", "flash table", "eager+sdpa") else torch.float16
     assert failure(path, (16, 16, 16), dtype if half else torch.float32, CPU, True) is None
 
 
 def test_the_check_reaches_past_the_horizon():
-    """With no product before it: the horizon is a path through the kernels that must not go
-    unchecked.
-    """
+    """With no product before it: the horizon is a path that must not go unchecked."""
     shape = Shape(1, 257, 2, 16, 16, 16)
     x, _ = paths.problem(shape, torch.float32, CPU, paths.CHECK_HALF_LIFE)
     _, _, importance = prologue(x.scores(), False)
@@ -274,9 +268,9 @@ def test_the_tests_that_gate_a_path_exist():
 
 
 def test_the_timer_takes_turns(monkeypatch):
-    """With a clock that advances by the call: 10 to 50 rounds, each call's own time, the cache
-    overwritten before each.
-    """
+    """10 to 50 rounds, each call's own time, the cache overwritten before each.
+
+    The clock advances by the call."""
     clock, order = [0.0], []
 
     class Event:

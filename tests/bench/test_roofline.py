@@ -1,6 +1,4 @@
-"""The cost model of the attention paths: counts derived by hand or by brute force, its limits, and
-its errors.
-"""
+"""The cost model of the attention paths: counts by hand or brute force, limits, errors."""
 
 import math
 

@@ -1,6 +1,4 @@
-"""Data: what is held out is held out, the order covers every block, tokens round-trip, n-gram
-losses by brute force.
-"""
+"""Data: the split, an order that covers every block, tokens round-trip, n-gram losses."""
 
 import gzip
 import io

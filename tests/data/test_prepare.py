@@ -1,6 +1,4 @@
-"""Prepared data: every format the same bytes, any number of workers, any kill; faults named; the
-loader exact and resumable.
-"""
+"""Prepared data: the same bytes by any format, workers and kill; faults named; the loader."""
 
 import contextlib
 import errno
@@ -97,9 +95,7 @@ def write_parquet(path):
 
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
-    """The Hub's datasets are tmp_path/a.parquet, streamed by the real library; returns what it was
-    asked for.
-    """
+    """The Hub's datasets are tmp_path/a.parquet, by the real library; returns what was asked."""
     real, asked = datasets.load_dataset, []
 
     def load_dataset(name, subset, **options):

@@ -1,10 +1,9 @@
-"""Tasks: every answer recomputed from its sequence, the level of chance met by guessers, a run on a
-task alone.
-"""
+"""Tasks: every answer recomputed, chance met by guessers, a run on a task alone."""
 
 import dataclasses
 import json
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -17,6 +16,7 @@ from sisa_model.data.synthetic import (
     DEPTHS,
     POOL,
     TASKS,
+    RetrievalTask,
     TaskBlocks,
     accuracy,
     exams,
@@ -79,6 +79,10 @@ def test_recall_asks_every_recurrence_and_only_those():
     assert mixed.inputs.shape == (20, 63), "short in text, whatever the text's length"
 
 
+def test_the_flag_offers_every_retrieval_task():
+    assert get_args(RetrievalTask) == tuple(TASKS)
+
+
 @pytest.mark.parametrize(
     ("name", "modulus"), [("parity", 2), ("addition", 5), ("addition-7", 7), ("addition-16", 16)]
 )
@@ -126,9 +130,7 @@ def test_flipflop_reads_the_last_bit_written():
 
 @pytest.mark.parametrize("name", NAMES)
 def test_guessers_reach_chance_and_no_more(name):
-    """A guess among the answers that are open, and the likeliest answer of all, are right as often
-    as ``chance`` says.
-    """
+    """A guess among the open answers, and the likeliest, are right as ``chance`` says."""
     sample = draw(name, 64, 400)
     answers, rng = sample.targets[sample.targets != IGNORE].numpy(), np.random.default_rng(1)
     chance = sample.chance.mean().item()
@@ -260,9 +262,7 @@ def test_a_task_has_defaults_of_its_own():
 
 
 def test_a_tiny_sisa_learns_the_flipflop(tmp_path):
-    """Far above chance within 100 steps; `sisa compare --task flipflop` trains for ten times as
-    long.
-    """
+    """Far above chance in 100 steps; `sisa compare --task flipflop` trains ten times as long."""
     settings = {"steps": 100, "seq_len": 32, "batch_size": 32, "val_every": 100}
     result = train(TrainConfig(task="flipflop", out=tmp_path / "run", **settings))
     rows = read_rows(result.folder / "val.jsonl")

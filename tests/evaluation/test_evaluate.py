@@ -1,6 +1,4 @@
-"""sisa eval: the scoring rules against one example at a time, the files it writes, and what it
-refuses.
-"""
+"""sisa eval: scoring rules against one example at a time, the files, what it refuses."""
 
 import dataclasses
 import json
@@ -45,9 +43,7 @@ def sentence(rng, length):
 
 
 def write_data(folder, count=12):
-    """Local files of every benchmark: lengths that differ, answers of one and of several words,
-    non-ASCII text.
-    """
+    """Local files of every benchmark: uneven lengths, answers of several words, non-ASCII text."""
     rng = np.random.default_rng(0)
     rows = {task: [] for task in BENCHMARKS}
     for i in range(count):
@@ -96,9 +92,7 @@ def data(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """A run that has learned a little of TEXT, so that some last words come out right and some
-    don't.
-    """
+    """A run that has learned a little of TEXT: some last words come out right, some don't."""
     folder = tmp_path_factory.mktemp("trained")
     (folder / "text.txt").write_text(TEXT * 400)
     settings = {
@@ -129,9 +123,9 @@ def model(trained):
 
 @torch.no_grad()
 def token_scores(model, prefix, text):
-    """One sequence at a time, from the whole logits in fp64: the log-likelihood of each byte of
-    ``text``, and the argmax's hits.
-    """
+    """The log-likelihood of each byte of ``text``, and the argmax's hits.
+
+    One sequence at a time, from the whole logits in fp64."""
     prefix, text = list(prefix.encode()), list(text.encode())
     if not prefix:
         prefix, text = text[:1], text[1:]
@@ -144,9 +138,7 @@ def token_scores(model, prefix, text):
 
 
 def paper_answer(model, task, row):
-    """The log-likelihoods of a row's answers and whether it is right, by the rules of SISA's
-    authors, spelled out.
-    """
+    """The log-likelihoods of a row's answers and whether it is right, by the authors' rules."""
     if task == "lambada":
         *context, word = row["text"].split(" ")
         found, hits = token_scores(model, " ".join(context), f" {word}")
@@ -542,9 +534,7 @@ def test_longer_examples_need_max_seq_len(run, tmp_path, capsys):
 
 
 def test_every_checkpoint_of_a_run(run, data):
-    """`--checkpoint all` leaves a row a step, the paper's curves; each is what that step's weights
-    give by themselves.
-    """
+    """`--checkpoint all` leaves a row a step, each what that step's weights give alone."""
     settings = {"run": run, "tasks": ("lambada",), "protocol": "paper", "data_dir": data}
     last = evaluate(EvalConfig(checkpoint="all", **settings))
     rows = {row["step"]: row["accuracy"] for row in read_rows(run / "eval.jsonl")}
@@ -654,9 +644,7 @@ def test_missing_data_is_named_with_its_source(data, tmp_path):
 
 
 def test_the_documented_script_makes_the_files(tmp_path, monkeypatch):
-    """That of docs/evaluate.md, on rows as the Hub's data sets have them; it is not run against the
-    Hub.
-    """
+    """That of docs/evaluate.md, on rows as the Hub's data sets have them."""
     hub = {
         "EleutherAI/lambada_openai": {"text": "a cat sat"},
         "Rowan/hellaswag": {

@@ -1,6 +1,4 @@
-"""sisa inspect: the share and the entropies against a loop over rows of their own, on tiny models
-of every kind.
-"""
+"""sisa inspect: share and entropies against a loop over rows, on tiny models of every kind."""
 
 import json
 import math
@@ -54,9 +52,7 @@ def attention_inputs(model, ids):
 
 
 def by_hand(attn, x, rotary, head):
-    """Share and entropies of a head, one row of scores at a time, with complex numbers for the
-    rotations.
-    """
+    """Share and entropies of a head, a row of scores at a time, rotated as complex numbers."""
     q, k, _, b, c, log_decay, theta, _ = (y.detach().double() for y in attn.operands(x)[:8])
     key, lam = (
         head * attn.n_kv_heads // attn.n_heads,

@@ -14,7 +14,6 @@ from sisa_model.cli import main
 from sisa_model.data.text import END_OF_TEXT
 from sisa_model.data.tokenizer import Encoder
 from sisa_model.evaluation import needles
-from sisa_model.evaluation.benchmarks import encode
 from sisa_model.evaluation.needles import FILLER, NEEDLES, SEEDS, Haystack, grid_lengths
 from sisa_model.evaluation.scoring import Scorer
 from sisa_model.runs.config import TrainConfig
@@ -48,9 +47,9 @@ def encoder(request, words):
 
 
 class Copier(nn.Module):
-    """A stand-in that continues the longest run of tokens met before, as an induction head would;
-    ``blind``: the last 9 only.
-    """
+    """A stand-in that continues the longest run of tokens met before, as an induction head.
+
+    ``blind``: of the last 9 only."""
 
     def __init__(self, encoder, blind=False):
         super().__init__()
@@ -125,7 +124,7 @@ def test_the_grid_hides_five_digits_at_its_depth(encoder, depth):
         assert len(answer) == 6
         assert 10_000 <= int(answer) < 100_000, "every digit is scored"
         assert text.count(f" The pass key is{answer}.") == 1
-        place = encode(encoder, text[: text.index(" The pass key is")])
+        place = encoder.encode_text(text[: text.index(" The pass key is")])
         assert len(place) / (700 - 24) == pytest.approx(depth, abs=0.08)
         numbers.add(answer)
     assert len(numbers) == 5
@@ -180,9 +179,7 @@ def test_the_command_finds_needles_past_the_positions_and_draws(run, monkeypatch
 
 
 def test_the_grid_leaves_out_lengths_without_room(tmp_path, capsys):
-    """The default tiny run's 256 tokens: an eighth of them is too short for a needle and its
-    question in bytes.
-    """
+    """Of the tiny run's 256 tokens an eighth is too short for a needle and its question."""
     torch.manual_seed(0)
     for length in (256, 16):
         sm.save(sm.build("transformer-tiny", max_seq_len=length), tmp_path / str(length))
@@ -212,9 +209,7 @@ def test_limit_takes_trials_a_seed(run):
 
 
 def test_the_grid_is_put_together_by_depth_length_and_seed(run, monkeypatch):
-    """Needles found by a stand-in for the scores: those in the last half of a text of at most 640
-    tokens, for the first seed.
-    """
+    """A stand-in finds needles in the last half of texts to 640 tokens, for the first seed."""
     monkeypatch.setattr(needles, "GRID_DEPTHS", (0.0, 0.25, 0.75, 1.0))
     asked = []
     make = Haystack.grid

@@ -1,6 +1,4 @@
-"""sisa report: every published value beside ours, over run folders as `sisa train` and `sisa eval`
-leave them.
-"""
+"""sisa report: every published value beside ours, over folders of `sisa train` and `eval`."""
 
 import pytest
 

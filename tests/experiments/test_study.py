@@ -1,6 +1,4 @@
-"""sisa study: the list of the paper's runs, and one command that begins, continues and shows them.
-sisa plot: runs side by side.
-"""
+"""sisa study: the paper's runs as one list and one command. sisa plot: runs side by side."""
 
 import dataclasses
 import json
@@ -235,9 +233,7 @@ def drawn(monkeypatch):
 
 
 def test_the_legend_names_every_run(tmp_path, drawn):
-    """Also one that is missing from the first panel, as it was evaluated before its first step
-    only.
-    """
+    """Also one missing from the first panel, as it was evaluated before its first step only."""
     begun, run = (
         run_of(tmp_path / "begun"),
         run_of(tmp_path / "run", evals=[{"step": 9, "task": "niah", "accuracy": 1}]),

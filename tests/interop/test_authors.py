@@ -1,6 +1,4 @@
-"""The authors' checkpoints: their layout, written and computed here from the paper alone, against
-what the loader makes of it.
-"""
+"""The authors' checkpoints: their layout, from the paper alone, against what is loaded."""
 
 import math
 
@@ -11,16 +9,8 @@ from torch.nn.functional import logsigmoid, silu, softplus
 import sisa_model as sm
 from sisa_model.cli import main
 
-D, H, DH, DS, FF, LAYERS, VOCAB, L = (
-    64,
-    2,
-    32,
-    16,
-    229,
-    2,
-    257,
-    60,
-)  # sisa-tiny-ds16, and as many tokens as bind the clamp below
+# sisa-tiny-ds16, and as many tokens as bind the clamp below.
+D, H, DH, DS, FF, LAYERS, VOCAB, L = 64, 2, 32, 16, 229, 2, 257, 60
 IMPORTANCE = ("W_B", "W_C", "alpha_proj", "theta_proj", "lambda_raw")
 
 
@@ -56,19 +46,15 @@ def authors_state(importance=True, ff=FF, dtype=torch.bfloat16):
 
 
 def rotated(x, phase):
-    """Turn each channel pair (2n, 2n + 1) of x [L, 2N] by phase [L, N]: multiplication by exp(i
-    phase).
-    """
+    """Turn channel pairs (2n, 2n + 1) of x [L, 2N] by phase [L, N]: times exp(i phase)."""
     turned = torch.complex(x[:, 0::2], x[:, 1::2]) * torch.polar(torch.ones_like(phase), phase)
     return torch.stack((turned.real, turned.imag), -1).flatten(1)
 
 
 def authors_logits(state, ids, mode):
-    """Logits [L, V] in fp64 of one sequence, head by head: "clamped", "exact", or None for a
-    Transformer.
+    """Logits [L, V] in fp64, head by head: "clamped", "exact", None for a Transformer.
 
-    Also the widest range of g met.
-    """
+    Also the widest range of g met."""
     w = {name: x.double() for name, x in state.items()}
     length, widest = len(ids), 0.0
     positions = torch.arange(length).double()[:, None] * 10000.0 ** (
@@ -92,9 +78,8 @@ def authors_logits(state, ids, mode):
             q, k = (rotated(n @ p[f"{name}.weight"][own].T, positions) for name in ("W_Q", "W_K"))
             scores = q @ k.T / math.sqrt(DH)
             if mode is not None:
-                g = logsigmoid(-(n @ p["alpha_proj.weight"][h] + p["alpha_proj.bias"][h])).cumsum(
-                    0
-                )  # -softplus(z)
+                alpha = n @ p["alpha_proj.weight"][h] + p["alpha_proj.bias"][h]
+                g = logsigmoid(-alpha).cumsum(0)  # of -softplus(alpha)
                 phase = (n @ p["theta_proj.weight"][phase_rows].T).cumsum(0)
                 b, c = (
                     rotated(n @ p[f"{name}.weight"][state_rows].T, phase) for name in ("W_B", "W_C")
@@ -258,9 +243,8 @@ def test_damaged_and_foreign_files_are_named(tmp_path):
     ):
         torch.save(content, tmp_path / name)
         assert held in refused(tmp_path / name)
-    torch.save(
-        {"model": torch.nn.Linear(2, 2)}, tmp_path / "pickled.pt"
-    )  # a module would have to run code to load
+    # A module would have to run code to load.
+    torch.save({"model": torch.nn.Linear(2, 2)}, tmp_path / "pickled.pt")
     assert "read as data alone" in refused(tmp_path / "pickled.pt")
     with pytest.raises(ValueError, match="mode must be one of exact, clamped, got 'fast'"):
         sm.load_paper_checkpoint(tmp_path / "whole.pt", "transformer-tiny", "fast")

@@ -1,6 +1,4 @@
-"""The models in transformers' interface: folders both ways, padding, generation, checkpointing,
-training.
-"""
+"""The models in transformers' interface: folders, padding, generation, training."""
 
 import dataclasses
 import json

@@ -1,6 +1,4 @@
-"""sisa_attention on stock kernels: exact at any length and decay, linear memory, causal, checked;
-the clamp as published.
-"""
+"""sisa_attention on stock kernels: exact at any length and decay, linear memory, checked."""
 
 import itertools
 import math
@@ -94,9 +92,7 @@ def test_strided_inputs():
         name: views[name].unflatten(-1, (2, -1)) if name in views else x
         for name, x in inputs.items()
     }
-    strided["log_decay"] = (
-        strided["log_decay"].detach().transpose(1, 2).contiguous().transpose(1, 2)
-    )
+    strided["log_decay"] = inputs["log_decay"].detach().mT.contiguous().mT
     assert not strided["q"].is_contiguous()
     y, grads = value_and_grads(sk.sisa_attention, inputs, dy)
     y_strided, grads_strided = value_and_grads(sk.sisa_attention, strided, dy)
@@ -104,9 +100,8 @@ def test_strided_inputs():
     torch.testing.assert_close(grads_strided, grads, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize(
-    "order", [(0, 1, 3, 2), (0, 2, 3, 1)]
-)  # channels apart; the length innermost, which a pad would keep
+# Channels apart; the length innermost, which a pad would keep.
+@pytest.mark.parametrize("order", [(0, 1, 3, 2), (0, 2, 3, 1)])
 @pytest.mark.parametrize("Dv", [64, 80, 96])  # narrower than the augmented keys, as wide, wider
 @pytest.mark.parametrize("mode", ["exact", "clamped"])
 def test_values_whose_channels_lie_apart(mode, Dv, order):
@@ -124,9 +119,7 @@ def test_values_whose_channels_lie_apart(mode, Dv, order):
 @pytest.mark.parametrize("mode", ["exact", "clamped"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_is_as_good_as_its_inputs(dtype, mode):
-    """The error is held to twice that of rounding the oracle's own result and gradients to the
-    dtype.
-    """
+    """Within twice the rounding of the oracle's own result and gradients to the dtype."""
     inputs, dy = problem(L=257, decay=-4.0, dtype=dtype)
     y, grads = value_and_grads(sk.sisa_attention, inputs, dy, mode=mode)
     y_ref, grads_ref = oracle(inputs, dy, mode=mode)
@@ -160,9 +153,7 @@ def test_fp64_and_its_gradcheck(decay):
 
 @pytest.mark.parametrize("decay", [-4.0, 1.0])
 def test_devices_without_a_flash_kernel(monkeypatch, decay):
-    """The dense partial attention of other devices, run here on the CPU: same bounds, in chunks of
-    100 at most.
-    """
+    """The dense partial attention of other devices, on the CPU, in chunks of 100 at most."""
     monkeypatch.setattr(chunked, "has_flash", lambda device: False)
     monkeypatch.setattr(chunked, "MAX_DENSE_CHUNK", 100)
     check_exact(*problem(B=2, L=257, H=4, G=2, Ds=16, decay=decay))
@@ -205,9 +196,7 @@ def test_chunks_follow_the_decay():
 
 @pytest.mark.parametrize("decay", [-5.0, 0.0])
 def test_memory_is_linear_in_length(decay):
-    """Peak extra resident memory of the forward at L = 8192 with 2 heads, in a process of its own:
-    under 200 MB.
-    """
+    """Peak extra memory of the forward at L = 8192, 2 heads, in its own process: under 200 MB."""
     script = f"""
 import resource
 import torch
@@ -228,9 +217,7 @@ print((peak() - before) / 1024)
 
 
 def test_clamped_is_the_augmented_call():
-    """mode="clamped" equals stock attention on augment_qk's operands, and the oracle's clamped
-    mode.
-    """
+    """mode="clamped" is stock attention on augment_qk's operands, and the oracle's clamped mode."""
     inputs, dy = problem(L=257, decay=0.0)
     y, grads = value_and_grads(sk.sisa_attention, inputs, dy, mode="clamped")
     y_ref, grads_ref = oracle(inputs, dy, mode="clamped")
@@ -239,10 +226,8 @@ def test_clamped_is_the_augmented_call():
 
     q_aug, k_aug = sk.augment_qk(**{n: x for n, x in inputs.items() if n != "v"})
     operands = (x.transpose(1, 2) for x in (q_aug, k_aug, inputs["v"]))
-    plain = F.scaled_dot_product_attention(*operands, is_causal=True, scale=64**-0.5).transpose(
-        1, 2
-    )
-    torch.testing.assert_close(plain, y, rtol=1e-4, atol=1e-5)
+    plain = F.scaled_dot_product_attention(*operands, is_causal=True, scale=64**-0.5)
+    torch.testing.assert_close(plain.transpose(1, 2), y, rtol=1e-4, atol=1e-5)
 
 
 def test_one_call_is_exact_or_refuses():
@@ -331,15 +316,9 @@ def test_bad_input_is_named(message):
 def test_bounds_on_a_gpu_are_asserted_there(monkeypatch):
     """What is asserted, its result read here."""
     asserted = []
-    monkeypatch.setattr(
-        torch, "_assert_async", lambda holds, message: asserted.append(holds.item())
-    )
-    for bounds, right in (
-        ([0, 9, 63], True),
-        ([0, 9, 9, 63], False),
-        ([1, 63], False),
-        ([0, 62], False),
-    ):
+    monkeypatch.setattr(torch, "_assert_async", lambda holds, _: asserted.append(holds.item()))
+    cases = (([0, 9, 63], True), ([0, 9, 9, 63], False), ([1, 63], False), ([0, 62], False))
+    for bounds, right in cases:
         given = torch.tensor(bounds, dtype=torch.int32)
         on_gpu = type("OnGpu", (torch.Tensor,), {"device": torch.device("cuda", 0)})
         checks.check_documents(given.as_subclass(on_gpu), torch.zeros(1, 63, 1, 1))

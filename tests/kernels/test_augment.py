@@ -1,6 +1,4 @@
-"""The augmentation against its fp64 form: the compiled op and the PyTorch one, forward and every
-gradient.
-"""
+"""The augmentation against fp64: the compiled op and PyTorch's, forward and every gradient."""
 
 import math
 import os

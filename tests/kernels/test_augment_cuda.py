@@ -1,6 +1,4 @@
-"""The augmentation's CUDA kernels: their source compiled for the host (cuda_shim.h), and the op on
-a GPU where there is one.
-"""
+"""The augmentation's CUDA kernels: compiled for the host (cuda_shim.h), and on a GPU."""
 
 import ctypes
 import os
@@ -269,9 +267,7 @@ def test_close_to_the_cpu_kernel(implementation):
 
 @pytest.mark.gpu
 def test_captured_in_a_cuda_graph():
-    """The kernels wait for nothing: two segments, whose table is made by a launch, and a replay on
-    new values.
-    """
+    """The kernels wait for nothing: two segments, their table made by a launch, and a replay."""
     p = augment_call(dtype=BF16, starts=(0, 100))
     inputs, grads = ([x.contiguous().cuda() for x in tensors] for tensors in (p.inputs, p.grads))
     arguments = (*inputs, *(x.cuda() for x in p.rotary), p.starts, p.clamp)

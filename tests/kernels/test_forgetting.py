@@ -1,6 +1,4 @@
-"""forgetting_attention (FoX, ALiBi): exact at any length and decay, linear memory, causal, checked;
-the half-precision form.
-"""
+"""forgetting_attention (FoX, ALiBi): exact at any length and decay, linear memory, checked."""
 
 import math
 import subprocess
@@ -27,9 +25,7 @@ NAMES = ("q", "k", "v", "log_forget")
 
 
 def check_exact(inputs, dy, function=sk.forgetting_attention, **kwargs):
-    """The bounds of SISA's exact mode in fp32: 5e-6 of y, 1e-4 of its worst row, 2e-5 of every
-    gradient.
-    """
+    """The bounds of SISA's exact mode in fp32, on y, its worst row and every gradient."""
     y, grads = value_and_grads(function, inputs, dy, **kwargs)
     y_ref, grads_ref = value_and_grads(
         sk.reference.forgetting_attention, in_fp64(inputs), dy.double(), **kwargs
@@ -103,9 +99,7 @@ def test_strided_inputs():
     strided = {
         name: x.unflatten(-1, (2, -1)) for name, x in zip(("q", "k", "v"), packed.split(128, -1))
     }
-    strided["log_forget"] = (
-        inputs["log_forget"].detach().transpose(1, 2).contiguous().transpose(1, 2)
-    )
+    strided["log_forget"] = inputs["log_forget"].detach().mT.contiguous().mT
     assert not any(x.is_contiguous() for x in strided.values())
     plain = value_and_grads(sk.forgetting_attention, inputs, dy)
     torch.testing.assert_close(
@@ -113,19 +107,14 @@ def test_strided_inputs():
     )
 
 
-@pytest.mark.parametrize(
-    "order", [(0, 1, 3, 2), (0, 2, 3, 1)]
-)  # channels apart; the length innermost, which a pad would keep
-@pytest.mark.parametrize(
-    "Dv", [64, 65, 80]
-)  # narrower than the keys with their bias, as wide, wider
+# Channels apart; the length innermost, which a pad would keep.
+@pytest.mark.parametrize("order", [(0, 1, 3, 2), (0, 2, 3, 1)])
+@pytest.mark.parametrize("Dv", [64, 65, 80])  # narrower than keys and bias, as wide, wider
 def test_inputs_whose_channels_lie_apart(Dv, order):
     inputs, dy = forgetting_problem(L=65, Dv=Dv)
     back = [order.index(axis) for axis in range(4)]
-    *wide, dy_apart = (
-        x.detach().permute(order).contiguous().permute(back)
-        for x in (*list(inputs.values())[:3], dy)
-    )
+    wide = (*list(inputs.values())[:3], dy)
+    *wide, dy_apart = (x.detach().permute(order).contiguous().permute(back) for x in wide)
     apart = dict(zip(NAMES, (*wide, inputs["log_forget"])))
     expected = value_and_grads(sk.forgetting_attention, inputs, dy)
     torch.testing.assert_close(
@@ -135,9 +124,7 @@ def test_inputs_whose_channels_lie_apart(Dv, order):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_is_as_good_as_its_inputs(dtype):
-    """The error is held to twice that of rounding the oracle's own result and gradients to the
-    dtype.
-    """
+    """Within twice the rounding of the oracle's own result and gradients to the dtype."""
     inputs, dy = forgetting_problem(L=257, decay=-1.0, dtype=dtype)
     y, grads = value_and_grads(sk.forgetting_attention, inputs, dy)
     y_ref, grads_ref = value_and_grads(
@@ -171,9 +158,7 @@ def test_fp64_and_its_gradcheck(decay):
 
 @pytest.mark.parametrize("decay", [-4.0, 1.0])
 def test_devices_without_a_flash_kernel(monkeypatch, decay):
-    """The dense partial attention of other devices, run here on the CPU: same bounds, in chunks of
-    100 at most.
-    """
+    """The dense partial attention of other devices, on the CPU, in chunks of 100 at most."""
     monkeypatch.setattr(chunked, "has_flash", lambda device: False)
     monkeypatch.setattr(chunked, "MAX_DENSE_CHUNK", 100)
     check_exact(*forgetting_problem(B=2, L=257, H=4, G=2, decay=decay))
@@ -188,12 +173,8 @@ def test_one_token_may_wipe_out_everything_before_it():
     inputs = {**inputs, "log_forget": log_forget}
     check_exact(inputs, dy)
     alone = {name: x[:, 250:] for name, x in inputs.items()}
-    assert (
-        relative(
-            sk.forgetting_attention(**inputs)[:, 250:], sk.forgetting_attention(**alone).double()
-        )
-        <= 5e-6
-    )
+    after = sk.forgetting_attention(**inputs)[:, 250:]
+    assert relative(after, sk.forgetting_attention(**alone).double()) <= 5e-6
 
 
 @pytest.mark.parametrize("decay", [-5.0, 1.0])
@@ -208,8 +189,7 @@ def test_later_tokens_do_not_change_earlier_outputs(decay):
 
 
 def test_memory_is_linear_in_length():
-    """Peak extra resident memory of forward and backward at L = 4096 with 2 heads, in a process of
-    its own: under 100 MB.
+    """Peak extra memory of forward and backward at L = 4096, 2 heads, in a process of its own.
 
     One matrix of scores would take 134 MB.
     """
@@ -231,9 +211,7 @@ print((peak() - before) / 1024)
 
 @pytest.mark.parametrize("G", [4, 2])
 def test_the_gpu_form_is_the_operator(monkeypatch, G):
-    """What half precision runs on a GPU, here in fp32 on the CPU and in three calls: the bounds of
-    "exact" at weak decay.
-    """
+    """What half precision runs on a GPU, here in fp32 on the CPU and in three calls."""
     monkeypatch.setattr(forgetting, "HALF_CHUNK", 100)
     check_exact(
         *forgetting_problem(B=2, L=257, H=4, G=G, Dh=32, Dv=48, decay=-4.0),
@@ -244,9 +222,9 @@ def test_the_gpu_form_is_the_operator(monkeypatch, G):
 @pytest.mark.parametrize("decay", [-5.0, 1.0])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_the_gpu_form_holds_the_bias_in_half_precision(dtype, decay):
-    """Against rounding alone: twice for y, four times for q, k and v; at decay 1, g falls by 1,300
-    to a bias of 5 bf16 digits.
-    """
+    """Against rounding alone: twice for y, four times for q, k and v.
+
+    At decay 1, g falls by 1,300 to a bias of 5 bf16 digits."""
     inputs, dy = forgetting_problem(L=1000, H=2, Dh=32, decay=decay, dtype=dtype)
     y, grads = value_and_grads(forgetting.half_document, inputs, dy)
     y_ref, grads_ref = value_and_grads(
@@ -290,9 +268,7 @@ def test_alibi_is_the_published_bias():
 
 @torch.no_grad()
 def walk(inputs, sizes, lengths=None):
-    """y of the whole sequence over a cache, in pieces of the given sizes, the rest token by token;
-    and the cache.
-    """
+    """(y, the cache) of a sequence in pieces of the given sizes, the rest token by token."""
     L = inputs["q"].shape[1]
     cache, sizes = sk.TokenCache(len(inputs["q"])), [*sizes, *[1] * (L - sum(sizes))]
     pieces = [
@@ -313,9 +289,8 @@ def walk(inputs, sizes, lengths=None):
 def test_pieces_over_a_cache_are_the_whole(sizes, decay):
     inputs, _ = forgetting_problem(B=2, L=400, H=6, G=2, Dh=16, Dv=24, decay=decay)
     inputs["log_forget"] = inputs["log_forget"].detach().clone()
-    inputs["log_forget"][
-        0, [30, 100, 395], 1
-    ] = -torch.inf  # forgets all before, in every kind of piece
+    # Forgets all before, in every kind of piece.
+    inputs["log_forget"][0, [30, 100, 395], 1] = -torch.inf
     y, cache = walk(inputs, sizes)
     expected = sk.reference.forgetting_attention(**in_fp64(inputs))
     assert relative(y, expected) <= 1e-6

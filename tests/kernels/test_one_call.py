@@ -149,9 +149,8 @@ def test_a_wrong_kernel_is_out_for_the_process_and_said_once(monkeypatch):
     assert recorder.names.count("aten::_scaled_dot_product_flash_attention_for_cpu") == 1
     compiled = torch.compile(attend, fullgraph=True)
     torch.testing.assert_close(compiled(**inputs), y)
-    other, _ = problem(
-        L=63, Dh=32, decay=-4.0
-    )  # of widths for which nothing was checked: the first legal row, unchecked
+    # Of widths for which nothing was checked: the first legal row, unchecked.
+    other, _ = problem(L=63, Dh=32, decay=-4.0)
     assert relative(compiled(**other), sk.reference.sisa_attention(**in_fp64(other))) > 5e-3
 
 
@@ -159,9 +158,7 @@ def test_a_wrong_kernel_is_out_for_the_process_and_said_once(monkeypatch):
     "context", [torch.inference_mode, torch.no_grad, lambda: torch.autocast("cpu", torch.bfloat16)]
 )
 def test_a_first_use_within(context):
-    """The check makes gradients of its own wherever it is met: a right path passes (a warning here
-    would be an error).
-    """
+    """The check makes gradients of its own: a right path passes (a warning would be an error)."""
     selfcheck._verdicts.clear()
     inputs, _ = problem(L=64, Dh=24)
     with context():
@@ -175,9 +172,7 @@ def test_a_first_use_within(context):
     "context", [lambda: torch.device("meta"), lambda: default_dtype(torch.float64)]
 )
 def test_a_first_use_under_other_defaults(context, backend):
-    """Neither the default device nor the default dtype is the problem's (a warning here would be an
-    error).
-    """
+    """The default device and dtype are not the problem's (a warning here would be an error)."""
     selfcheck._verdicts.clear()
     inputs, _ = problem(L=64, Dh=24)
     y_ref = sk.reference.sisa_attention(**in_fp64(inputs))
@@ -213,15 +208,8 @@ def test_a_kernel_for_inference_alone_is_checked_without_its_backward(monkeypatc
     inputs, _ = problem(L=63)
     with torch.no_grad():  # a warning that it is left out would be an error
         sk.sisa_attention(**inputs, backend="one_call")
-        assert (
-            one_call.choose(
-                one_call.Call(CPU, (0, 0), torch.float32, 63, 80, 64, grad=False),
-                "exact",
-                64,
-                torch.float32,
-            )[0]
-            is row
-        )
+    asked = Call(CPU, (0, 0), torch.float32, 63, 80, 64, grad=False)
+    assert one_call.choose(asked, "exact", 64, torch.float32)[0] is row
 
 
 class Recorder(TorchDispatchMode):
@@ -237,9 +225,7 @@ class Recorder(TorchDispatchMode):
 
 
 def test_a_check_is_no_part_of_an_observed_call():
-    """Under a dispatch mode (a FLOP counter, say) nothing is checked: what it sees is the call
-    alone.
-    """
+    """Under a dispatch mode, a FLOP counter say, nothing is checked: it sees the call alone."""
     inputs, _ = problem(L=64, Dh=48)
     with Recorder() as recorder:
         sk.sisa_attention(**inputs, mode="clamped")
@@ -296,6 +282,18 @@ def test_a_wrong_augmentation_is_out_for_the_process_and_said_once():
     assert said[0].startswith(
         "the compiled augmentation is out on cpu, and plain PyTorch runs instead: off by 1.0e-03"
     )
+
+
+@pytest.mark.parametrize("backend", ["auto", "chunked"])
+def test_a_first_eager_use_compiles_nothing_anew(backend):
+    """As a validation in eager mode beside a compiled training step."""
+    selfcheck._verdicts.clear()
+    inputs, _ = problem(L=64, Dh=24)
+    compiled = torch.compile(functools.partial(sk.sisa_attention, backend=backend), fullgraph=True)
+    compiled(**inputs)
+    sk.sisa_attention(**inputs, backend=backend)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        compiled(**inputs)
 
 
 def test_the_table_is_shown():

@@ -1,6 +1,4 @@
-"""The oracle: its gradient by finite differences, and its meaning by a loop that shares no code
-with it.
-"""
+"""The oracle: its gradient by finite differences, and Eq. 2 by a loop of no shared code."""
 
 import math
 

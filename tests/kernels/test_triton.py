@@ -1,6 +1,4 @@
-"""The Triton kernels, run by Triton's interpreter where there is no GPU: the oracle at odd shapes,
-the horizon, plain attention.
-"""
+"""The Triton kernels, interpreted where there is no GPU: odd shapes, the horizon, plain."""
 
 import dataclasses
 import json
@@ -44,22 +42,17 @@ SMALL = Tiles(Tile(64, 32, 4, 2), Tile(32, 64, 4, 2), Tile(32, 64, 4, 2))
 
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch):
-    """Tiles so small that 257 tokens make several, one kernel's taller than wide and another's
-    wider than tall.
-    """
+    """Tiles so small that 257 tokens make several, one taller than wide and another wider."""
     monkeypatch.setattr(ta, "choose_tiles", lambda *_: SMALL)
 
 
 def on_device(inputs, dy):
-    return {name: x.detach().to(DEVICE).requires_grad_() for name, x in inputs.items()}, dy.to(
-        DEVICE
-    )
+    leaves = {name: x.detach().to(DEVICE).requires_grad_() for name, x in inputs.items()}
+    return leaves, dy.to(DEVICE)
 
 
 def same_dtype(q, k, v, b, c, log_decay, theta, lam, rotary=None, cu_seqlens=None):
-    """Eq. 2 densely in the operands' dtype, as a user would write it: the error that a kernel is
-    measured against.
-    """
+    """Eq. 2 densely in the operands' dtype, as a user would write it: the measure of an error."""
     if cu_seqlens is not None:
         pieces = [x.split(cu_seqlens.diff().tolist(), 1) for x in (q, k, v, b, c, log_decay, theta)]
         tables = (
@@ -70,13 +63,12 @@ def same_dtype(q, k, v, b, c, log_decay, theta, lam, rotary=None, cu_seqlens=Non
         return torch.cat(
             [same_dtype(*piece, lam, rotary=table) for piece, table in zip(zip(*pieces), tables)], 1
         )
-    (L, H), dtype = q.shape[1:3], q.dtype
+    L, H = q.shape[1:3]
+    dtype = q.dtype
     if rotary is not None:
         q, k = (rotate(x.float(), *(table[:, None] for table in rotary)).to(dtype) for x in (q, k))
-    g, phase = (
-        log_decay.double().clamp(min=-1e3).cumsum(1),
-        theta.double().cumsum(1).remainder(2 * math.pi).float(),
-    )
+    g = log_decay.double().clamp(min=-1e3).cumsum(1)
+    phase = theta.double().cumsum(1).remainder(2 * math.pi).float()
     b = rotate(b.float(), phase.cos(), phase.sin()).to(dtype)
     k, v, b, g, phase = (x.repeat_interleave(H // x.shape[2], 2) for x in (k, v, b, g, phase))
     c = rotate(c.float(), phase.cos(), phase.sin()).to(dtype)
@@ -84,16 +76,16 @@ def same_dtype(q, k, v, b, c, log_decay, theta, lam, rotary=None, cu_seqlens=Non
     g = g.transpose(1, 2)
     decay = (g[..., :, None] - g[..., None, :]).masked_fill(~causal, -math.inf).exp().float()
     q, k, v, b, c = (x.transpose(1, 2) for x in (q, k, v, b, c))
-    score = (q @ k.mT).float() / math.sqrt(q.shape[3]) + lam[:, None, None] * decay * (
-        c @ b.mT
-    ).float()
+    content = (q @ k.mT).float() / math.sqrt(q.shape[3])
+    score = content + lam[:, None, None] * decay * (c @ b.mT).float()
     return (score.masked_fill(~causal, -math.inf).softmax(-1).to(dtype) @ v).transpose(1, 2)
 
 
 def check(inputs, dy, function=sk.sisa_attention, **kwargs):
-    """y, its rows and every gradient within a small multiple of what PyTorch makes of the same
-    inputs, plus a few units in the last place: 3 times in fp32, 2 times in fp16 and bf16, of the
-    larger error of the dense formula and the stock path."""
+    """y, its rows and every gradient within a small multiple of PyTorch's errors.
+
+    Of the larger error of the dense formula and the stock path: 3 times in fp32, 2 in fp16 and
+    bf16, plus a few units in the last place."""
     inputs, dy = on_device(inputs, dy)
     kernel = {**kwargs, "backend": "triton"} if function is sk.sisa_attention else kwargs
     y, grads = value_and_grads(function, inputs, dy, **kernel)
@@ -165,9 +157,7 @@ def test_grouped_heads_rotary_documents_and_value_width(dtype, decay):
 
 
 def test_a_tile_whose_own_range_no_float_holds():
-    """Tokens that forget all before them, among tokens that forget nothing: differences of g keep
-    their digits.
-    """
+    """Tokens that forget all before them among tokens that forget nothing: g keeps its digits."""
     inputs, dy = problem(L=257, decay=-6.0)
     log_decay = inputs["log_decay"].detach().clone()
     log_decay[:, 3::7] = -math.inf
@@ -183,9 +173,7 @@ def test_batch_and_strided_inputs():
         name: views[name].unflatten(-1, (2, -1)) if name in views else x
         for name, x in inputs.items()
     }
-    strided["log_decay"] = (
-        strided["log_decay"].detach().transpose(1, 2).contiguous().transpose(1, 2)
-    )
+    strided["log_decay"] = inputs["log_decay"].detach().mT.contiguous().mT
     strided["v"] = strided["v"].detach().transpose(2, 3).contiguous().transpose(2, 3)
     assert not strided["q"].is_contiguous()
     y, grads = value_and_grads(sk.sisa_attention, inputs, dy, backend="triton")
@@ -215,13 +203,10 @@ def test_two_runs_give_the_same_bits():
 
 
 def test_addresses_past_32_bits():
-    """A token stride that puts the later tokens more than 2^32 bytes and 2^31 elements away from
-    the first.
-    """
+    """A token stride that puts later tokens more than 2^32 bytes and 2^31 elements away."""
     L, width, stride = 600, 16, 2**23
-    memory = torch.empty(
-        (L - 1) * stride + width, dtype=torch.float16, device=DEVICE
-    )  # touched only where it is used
+    # Touched only where it is used.
+    memory = torch.empty((L - 1) * stride + width, dtype=torch.float16, device=DEVICE)
     k = memory.as_strided((1, L, 1, width), (0, stride, width, 1))
     dense = torch.randn(1, L, 1, width, dtype=torch.float16, device=DEVICE)
     k.copy_(dense)
@@ -244,23 +229,21 @@ def importance(q, k, v, b, c, log_decay, theta, lam):
 
 
 def skipped(starts, ends, tile, L):
-    """The pairs that the query kernels (by ``starts``) and the key kernel (by ``ends``) leave out,
-    each [B, H, L, L].
-    """
+    """The pairs [B, H, L, L] that the query kernels (``starts``) and the key kernel leave out."""
     token = torch.arange(L, device=DEVICE)
     by_query = token[None, None, None] < starts.repeat_interleave(tile.m, 2)[:, :, :L, None]
     by_key = token[None, None, :, None] >= ends.repeat_interleave(tile.n, 2)[:, :, None, :L]
-    behind = (
-        token // tile.n * tile.n + tile.n <= token[:, None] // tile.m * tile.m
-    )  # key tiles wholly before the query tile
+    # Key tiles wholly before the query tile.
+    behind = token // tile.n * tile.n + tile.n <= token[:, None] // tile.m * tile.m
     return by_query & behind, by_key & behind
 
 
 @pytest.mark.parametrize("tile", [Tile(64, 32, 4, 2, 32), Tile(32, 64, 4, 2, 32)])
 @pytest.mark.parametrize("decay", [-2.0, 0.0])
 def test_no_product_past_the_horizon_exceeds_the_bound(tile, decay):
-    """From the one side: whatever is left out is at most the tolerance. From the other: no pair of
-    tiles is made whose bound, recomputed densely, lies below it (up to the monotone rule: all tiles
+    """Whatever is left out is at most the tolerance, and no pair of tiles is made in vain.
+
+    No pair whose bound, recomputed densely, lies below it (up to the monotone rule: all tiles
     beyond must lie below it too)."""
     inputs, _ = on_device(*problem(B=2, L=500, H=2, decay=decay))
     exact = in_fp64(inputs)
@@ -277,15 +260,10 @@ def test_no_product_past_the_horizon_exceeds_the_bound(tile, decay):
     for i, j in ((3, 0), (4, 1), (5, 3)):
         rows, cols = slice(i * tile.m, (i + 1) * tile.m), slice(j * tile.n, (j + 1) * tile.n)
         bound = exact["lam"] * (g[..., rows][..., 0] - g[..., cols][..., -1]).exp()
-        bound = (
-            bound
-            * exact["c"].norm(dim=-1)[:, rows].amax(1)
-            * exact["b"].norm(dim=-1)[:, cols].amax(1)
-        )
-        assert (
-            torch.equal(past[:, :, i, j], bound <= tolerance)
-            or ((bound / tolerance - 1).abs() < 1e-5).any()
-        )
+        bound *= exact["c"].norm(dim=-1)[:, rows].amax(1)
+        bound *= exact["b"].norm(dim=-1)[:, cols].amax(1)
+        at_the_edge = ((bound / tolerance - 1).abs() < 1e-5).any()
+        assert at_the_edge or torch.equal(past[:, :, i, j], bound <= tolerance)
     by_query = past.int().cumprod(3).sum(3) * tile.n
     assert torch.equal(starts, by_query.int())
     by_key = (past.shape[2] - past.flip(2).int().cumprod(2).sum(2)) * tile.m
@@ -294,9 +272,7 @@ def test_no_product_past_the_horizon_exceeds_the_bound(tile, decay):
 
 @pytest.mark.parametrize(("factor", "left_out"), [(1 - 1e-3, True), (1 + 1e-3, False)])
 def test_the_bound_is_tight(factor, left_out):
-    """Aligned unit operands, lambda 1 and no decay: every product is 1, and the horizon turns
-    exactly there.
-    """
+    """Aligned unit operands, lambda 1, no decay: each product is 1, and the horizon turns there."""
     inputs, _ = on_device(*problem(L=256, H=1, Ds=16))
     ones = torch.zeros_like(inputs["b"]).index_fill(3, torch.tensor([0], device=DEVICE), 1.0)
     tolerance = 1 / factor
@@ -309,9 +285,7 @@ def test_the_bound_is_tight(factor, left_out):
 
 
 def test_products_past_the_horizon_are_not_made_and_no_others():
-    """With a wide tolerance the result is Eq. 2 without the importance of exactly the pairs that
-    the starts leave out.
-    """
+    """With a wide tolerance the result is Eq. 2 without exactly the pairs before the starts."""
     inputs, dy = on_device(*problem(L=257, H=2, decay=-3.0))
     exact = in_fp64(inputs)
     tolerance = 2.0
@@ -319,12 +293,10 @@ def test_products_past_the_horizon_are_not_made_and_no_others():
     starts = ta.horizon_starts(x, SMALL.forward, tolerance)
     left_out, _ = skipped(starts, starts.new_zeros(1, 2, 9), SMALL.forward, 257)
     assert 0.1 < left_out.double().mean() < 0.5
-    score = torch.einsum("bihd,bjhd->bhij", exact["q"], exact["k"]) / 8 + importance(
-        **exact
-    ).masked_fill(left_out, 0.0)
-    weight = score.masked_fill(
-        ~torch.ones(257, 257, dtype=torch.bool, device=DEVICE).tril(), -math.inf
-    ).softmax(-1)
+    score = torch.einsum("bihd,bjhd->bhij", exact["q"], exact["k"]) / 8
+    score += importance(**exact).masked_fill(left_out, 0.0)
+    above = torch.ones(257, 257, dtype=torch.bool, device=DEVICE).triu(1)
+    weight = score.masked_fill(above, -math.inf).softmax(-1)
     expected = torch.einsum("bhij,bjhd->bihd", weight, exact["v"])
     y, grads = value_and_grads(ta.exact_attention, inputs, dy, horizon=tolerance)
     assert relative(y, expected) <= 1e-6
@@ -336,17 +308,10 @@ def test_products_past_the_horizon_are_not_made_and_no_others():
 
 @pytest.mark.parametrize("small", ["b", "c", "lam"])
 def test_small_operands_keep_their_gradients_past_the_horizon(small):
-    """Where b or c is 0, as a model may begin, or lambda tiny, no logit moves, but their gradients
-    come from far away too.
-    """
+    """Where b or c is 0, as a model may begin, or lambda tiny, gradients come from far away too."""
     inputs, dy = problem(L=257, H=2, decay=-4.0)
-    check(
-        {
-            **inputs,
-            small: (inputs[small].detach() * (1e-9 if small == "lam" else 0.0)).requires_grad_(),
-        },
-        dy,
-    )
+    size = 1e-9 if small == "lam" else 0.0
+    check({**inputs, small: (size * inputs[small].detach()).requires_grad_()}, dy)
 
 
 # ---- Plain attention -----------------------------------------------------------------------------
@@ -361,19 +326,14 @@ def test_without_the_importance_term_it_is_plain_attention(documents):
     )
     y, grads = value_and_grads(ta.causal_attention, leaves, dy, cu_seqlens=bounds)
 
+    token = torch.arange(257, device=DEVICE)
+    document = token >= (0 if documents is None else 40)
+    mask = (document[:, None] == document) & (token[:, None] >= token)
+
     def stock(q, k, v):
-        document = (
-            torch.arange(257, device=DEVICE) // 40 * 0
-            if documents is None
-            else (torch.arange(257, device=DEVICE) >= 40)
-        )
-        mask = (document[:, None] == document) & torch.ones(
-            257, 257, dtype=torch.bool, device=DEVICE
-        ).tril()
         heads = (x.transpose(1, 2) for x in (q, k, v))
-        return F.scaled_dot_product_attention(*heads, attn_mask=mask, enable_gqa=True).transpose(
-            1, 2
-        )
+        y = F.scaled_dot_product_attention(*heads, attn_mask=mask, enable_gqa=True)
+        return y.transpose(1, 2)
 
     y_ref, grads_ref = value_and_grads(stock, in_fp64(leaves), dy.double())
     assert relative(y, y_ref) <= 1e-6
@@ -416,9 +376,7 @@ def test_compiles_in_one_graph():
 
 
 def test_inductor_compiles_prologue_and_epilogue():
-    """On a GPU they run compiled; here Inductor compiles them for the CPU, in one graph each, to
-    the same result.
-    """
+    """On a GPU they run compiled; here for the CPU, in one graph each, to the same result."""
     inputs, _ = on_device(*problem(L=63, H=4, G=2, dtype=torch.float16))
     angle = torch.rand(63, 32, device=DEVICE) * 6
     rotary = angle.cos(), angle.sin()
@@ -545,9 +503,7 @@ def test_a_right_kernel_passes_its_first_use(preferred):
 
 
 def test_a_broken_kernel_is_out_for_the_process_and_said_once(preferred, monkeypatch):
-    """The backward of one gradient is broken on purpose: "auto" sees it, says by how much, and runs
-    the stock path from then on.
-    """
+    """One gradient is broken on purpose: "auto" says by how much, and runs the stock path."""
     inputs, _ = on_device(*problem(L=33, Dh=16))
     gradients = ta.importance_gradients
     monkeypatch.setattr(
@@ -595,9 +551,7 @@ def test_a_kernel_that_fails_is_out_and_said(preferred, monkeypatch):
 
 
 def resources(*arguments):
-    """The report of tools/resources.py, which compiles for GPUs that are not there; it fails on a
-    spill or too much memory.
-    """
+    """The report of tools/resources.py, which compiles for GPUs that are not there."""
     command = [sys.executable, "tools/resources.py", *arguments]
     env = {**os.environ, "TRITON_INTERPRET": "0", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
@@ -659,9 +613,9 @@ def test_what_the_table_lacks_runs_safely_and_says_so(monkeypatch):
 
 @pytest.fixture
 def tuning(monkeypatch, tmp_path):
-    """Autotuning on a cache of its own: what would be timed is recorded, a taller query tile is
-    faster; two tiles are no good.
-    """
+    """Autotuning on its own cache: what would be timed is recorded, taller query tiles are faster.
+
+    Two tiles are no good."""
     wrong, failing = Tile(32, 16, 4, 1, 16), Tile(16, 32, 4, 1, 16)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(tiles, "_tuned", None)

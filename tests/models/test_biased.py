@@ -1,6 +1,4 @@
-"""FoX and ALiBi layers: the published score from the layer's own matrices, initial gates, lengths
-beyond training, learning.
-"""
+"""FoX and ALiBi: the published score, initial gates, lengths beyond training, learning."""
 
 import math
 
@@ -24,9 +22,7 @@ def tiny(preset, **overrides):
 @pytest.mark.parametrize("n_kv_heads", [3, 1])
 @pytest.mark.parametrize("preset", RIVALS)
 def test_the_layer_is_the_published_score(preset, n_kv_heads):
-    """Softmax over q.k / sqrt(E) plus a dense bias: the sum of log gates between the two tokens, or
-    minus slope times distance.
-    """
+    """Softmax over q.k / sqrt(E) plus a dense bias: sums of log gates, or slope times distance."""
     attn = tiny(preset, n_kv_heads=n_kv_heads).double().layers[0].attn
     if preset == "fox-tiny":
         torch.nn.init.normal_(attn.forget_bias)
@@ -48,9 +44,8 @@ def test_the_layer_is_the_published_score(preset, n_kv_heads):
         torch.ones(30, 30).triu(1).bool(), -torch.inf
     )
     expected = attn.W_O((score.softmax(-1) @ v).transpose(1, 2).flatten(2))
-    torch.testing.assert_close(
-        attn(x, Context(None)), expected, rtol=1e-5, atol=1e-7
-    )  # gates are fp32
+    # Gates are fp32.
+    torch.testing.assert_close(attn(x, Context(None)), expected, rtol=1e-5, atol=1e-7)
 
 
 def test_gates_begin_at_a_half_and_their_bias_counts(monkeypatch):
@@ -72,9 +67,7 @@ def test_gates_begin_at_a_half_and_their_bias_counts(monkeypatch):
 
 @pytest.mark.parametrize("preset", RIVALS)
 def test_lengths_beyond_training(tmp_path, preset):
-    """No table or parameter depends on the length: a saved model takes longer sequences, and their
-    beginning gives the same.
-    """
+    """A saved model takes longer sequences, whose beginning gives what it gave before."""
     model = tiny(preset, max_seq_len=64)
     sm.save(model, tmp_path)
     longer, ids = sm.load(tmp_path, max_seq_len=600), tokens(1, 600)
@@ -87,9 +80,7 @@ def test_lengths_beyond_training(tmp_path, preset):
 
 @pytest.mark.parametrize("preset", RIVALS)
 def test_order_is_seen_without_rope(preset):
-    """Two tokens exchanged change the last token's logits, though attention without a bias would
-    not tell.
-    """
+    """Two tokens exchanged change the last token's logits, as without a bias they would not."""
     model, ids = tiny(preset), tokens(1, 10)
     exchanged = ids.clone()
     exchanged[0, [2, 6]] = ids[0, [6, 2]]
@@ -98,9 +89,7 @@ def test_order_is_seen_without_rope(preset):
 
 @pytest.mark.parametrize("preset", RIVALS)
 def test_every_parameter_learns(preset):
-    """Ten steps on one batch lower its loss, also under bf16 autocast; no parameter is left without
-    a gradient.
-    """
+    """Ten steps lower a batch's loss, also under bf16 autocast; each parameter has a gradient."""
     model, ids = tiny(preset), tokens(4, 64)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     losses = []

@@ -37,15 +37,12 @@ def test_by_hand():
 
 
 def inside_chunks(config):
-    """FLOPs a token that the scan in chunks of 64 takes beyond the recurrence: the scores of a
-    chunk and their values.
-    """
+    """FLOPs a token of the scan in chunks of 64 beyond the recurrence: scores and values."""
     found = 0
     for kind in config.layer_kinds.replace("a", ""):
         inner = (2 if kind == "m" else 1) * config.d_model
-        scores = (
-            inner // config.head_dim if config.family == "mamba3" else 1
-        )  # Mamba-2's heads share B and C
+        # Mamba-2's heads share B and C.
+        scores = inner // config.head_dim if config.family == "mamba3" else 1
         found += 2 * 64 * (scores * config.mamba_state + inner)
     return found
 
@@ -58,12 +55,9 @@ FUSED = ("fox", "alibi")  # one op, whose products the counter does not see
 )
 @pytest.mark.parametrize("heads", [{}, {"n_kv_heads": 1}])
 def test_against_pytorchs_counter(preset, heads):
-    """Equal to the last FLOP, with all pairs counted: PyTorch counts the products of unfused
-    attention without its mask.
-    """
-    backend = (
-        "reference" if "sisa" in preset and "lambda0" not in preset else "auto"
-    )  # which makes no product twice
+    """Equal to the last FLOP over all pairs: PyTorch counts unfused attention without its mask."""
+    # The reference makes no product twice.
+    backend = "reference" if "sisa" in preset and "lambda0" not in preset else "auto"
     if heads and preset.startswith("mamba"):
         pytest.skip("a Mamba has no key heads")
     model = sm.build(preset, backend=backend, **heads)
@@ -86,9 +80,7 @@ def test_against_pytorchs_counter(preset, heads):
 
 
 def test_the_rivals_by_hand():
-    """ALiBi computes what a Transformer does; FoX a gate a head more, and d_ff fewer channels of
-    SwiGLU.
-    """
+    """ALiBi computes what a Transformer does; FoX a gate a head more, and a narrower SwiGLU."""
     fox, alibi, transformer = (preset_config(f"{name}-152m") for name in (*FUSED, "transformer"))
     assert forward_flops(alibi, 2048) == forward_flops(transformer, 2048)
     gate, narrower = 768 * 12, 3 * 768 * (3072 - fox.d_ff)
@@ -115,9 +107,7 @@ def test_what_the_importance_term_costs_at_152m(d_state, causal, full):
 
 
 def test_the_papers_ratio():
-    """Its 1.07 at d_s 32 is the causal count of the layers alone, without the output matrix, with v
-    padded to the keys' width.
-    """
+    """Its 1.07 at d_s 32 is causal, of the layers alone, with v padded to the keys' width."""
     transformer, sisa = (preset_config(name) for name in ("transformer-152m", "sisa-152m-ds32"))
     output, padding = 2 * 768 * 50277, 2 * 12 * 12 * 1024 * 32
     ratio = (forward_flops(sisa, 2048) - output + padding) / (

@@ -1,6 +1,4 @@
-"""Mamba models and hybrids: sizes to the last parameter, order of layers, fields, documents, weight
-decay, training.
-"""
+"""Mamba models and hybrids: sizes, order of layers, documents, weight decay, training."""
 
 import pytest
 import torch
@@ -55,9 +53,7 @@ def test_parameter_counts(preset):
 
 @pytest.mark.parametrize("scale", ["tiny", "152m"])
 def test_what_the_paper_argues_against_is_as_large_as_the_transformer(scale):
-    """As nearly as an integer SwiGLU width allows: one more or less, in the layers that have one,
-    is never closer.
-    """
+    """As nearly as an integer SwiGLU width allows: one more or less is never closer."""
     target = sm.count_parameters(on_meta(f"transformer-{scale}"))
     for name in ("block", "head"):
         model = on_meta(f"hybrid-{name}-{scale}")

@@ -1,6 +1,4 @@
-"""Linear layers: rows on cache lines, and projections of one input that are parameters of their own
-whether one product computes them or each is called.
-"""
+"""Linear layers: rows on cache lines; projections that are parameters of their own."""
 
 import copy
 
@@ -153,6 +151,20 @@ class Quantised(torch.Tensor):
     """A tensor subclass, which a copy of its numbers would not do justice."""
 
 
+def test_gradients_of_gradients_and_functorch_go_through_the_cast():
+    module, x = packed(), torch.randn(4, 3, 24)
+
+    def loss(x):
+        with torch.autocast("cpu", torch.bfloat16):
+            return sum(y.float().square().sum() for y in module(x))
+
+    (dk,) = torch.autograd.grad(loss(x), module.W_K.weight, create_graph=True)
+    dk.square().sum().backward()
+    assert module.W_K.weight.grad.any()
+    each = torch.stack([torch.func.grad(loss)(row) for row in x])
+    torch.testing.assert_close(torch.func.vmap(torch.func.grad(loss))(x), each, rtol=0.1, atol=0.5)
+
+
 def hook(module):
     module.register_forward_hook(lambda module, args, y: 2 * y)
 
@@ -173,18 +185,29 @@ def bias(module):
     module.bias = nn.Parameter(torch.ones(module.out_features))
 
 
+def global_hook(module):
+    def double(called, args, y):
+        return 2 * y if called is module else None
+
+    return torch.nn.modules.module.register_module_forward_hook(double)
+
+
 def subclass(module):
     module.__class__ = type(
         "Other", (Linear,), {"forward": lambda self, x: 2 * linear(x, self.weight)}
     )
 
 
-@pytest.mark.parametrize("change", [hook, pre_hook, own_forward, parametrization, bias, subclass])
+@pytest.mark.parametrize(
+    "change", [hook, pre_hook, own_forward, parametrization, bias, global_hook, subclass]
+)
 def test_what_is_done_to_a_projection_has_effect(change):
     module, x = packed(), torch.randn(3, 24)
     q, k, gate = module(x)
-    change(module.W_K)
+    handle = change(module.W_K)
     found = module(x)
+    if handle is not None:
+        handle.remove()
     torch.testing.assert_close(found[0], q)
     torch.testing.assert_close(found[1], k + 1 if change is bias else 2 * k)
     torch.testing.assert_close(found[2], gate)
@@ -201,7 +224,7 @@ def test_other_kinds_of_weights_are_not_packed(products):
     module, x = packed(), torch.randn(3, 24)
     module.W_K.weight = nn.Parameter(module.W_K.weight.detach().as_subclass(Quantised))
     assert type(module.W_K.weight) is not nn.Parameter
-    module(x)
+    assert type(module(x)[1]) is Quantised
     assert len(products) == 3
     module = packed()
     module.W_K.double()

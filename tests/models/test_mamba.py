@@ -1,6 +1,4 @@
-"""Mamba-2 and Mamba-3: the chunked scan and both mixers against step-by-step fp64 recurrences, the
-package's names, its kernels.
-"""
+"""Mamba-2 and Mamba-3: scan and mixers against step-by-step fp64, names, the kernels."""
 
 import dataclasses
 import math
@@ -50,9 +48,7 @@ def context(cu_seqlens=None):
 
 
 def ssd_steps(x, dt, A, B, C, *, chunk_size, D):
-    """``mamba_chunk_scan_combined``: x [B, L, H, P], dt [B, L, H], A and D [H], B and C [B, L, 1,
-    N].
-    """
+    """``mamba_chunk_scan_combined``: x [B, L, H, P], dt [B, L, H], A, D [H], B, C [B, L, 1, N]."""
     x, dt, A, B, C, D = (t.double() for t in (x, dt, A, B, C, D))
     h, out = x.new_zeros(*x.shape[:1], *x.shape[2:], B.shape[-1]), []
     for t in range(x.shape[1]):
@@ -63,8 +59,9 @@ def ssd_steps(x, dt, A, B, C, *, chunk_size, D):
 
 
 def siso_steps(Q, K, V, ADT, DT, Trap, Q_bias, K_bias, Angles, *, D, Z, chunk_size):
-    """``mamba3_siso_combined``; Q, K [B, L, 1, N]; V, Z [B, L, H, P]; the steps [B, H, L]; biases
-    [H, N]; Angles [B, L, H, S].
+    """``mamba3_siso_combined``.
+
+    Q, K [B, L, 1, N]; V, Z [B, L, H, P]; the steps [B, H, L]; biases [H, N]; Angles [B, L, H, S].
     """
     Q, K, V, ADT, DT, Trap, Q_bias, K_bias, Angles, D, Z = (
         t.double() for t in (Q, K, V, ADT, DT, Trap, Q_bias, K_bias, Angles, D, Z)
@@ -189,9 +186,7 @@ def scan_steps(q, k, v, log_decay, h):
     [(2, 64, 4), (63, 1, 1), (63, 64, 2), (257, 16, 1), (257, 64, 4), (257, 300, 2)],
 )
 def test_the_scan_is_the_recurrence(L, chunk, groups, strength):
-    """fp32 against fp64, the last state and every gradient, decays a token from 0.99 to e^-60,
-    where sums grow to 15,000.
-    """
+    """fp32 against fp64, with gradients; decays from 0.99 to e^-60, where sums grow to 15,000."""
     generator = torch.Generator().manual_seed(L)
     shapes = {
         "q": (2, L, groups, 6),
@@ -302,9 +297,7 @@ def test_pieces_over_a_cache_are_the_whole(family, sizes):
 @pytest.mark.parametrize("family", MIXERS)
 @torch.no_grad()
 def test_rows_of_unequal_beginnings_go_on_from_their_last_token(family):
-    """Whatever stands behind it; rows shorter than the convolution, and longer than a chunk. In
-    fp64, where no rounding hides.
-    """
+    """Whatever stands behind it; rows shorter than the convolution and longer than a chunk."""
     module, u, lengths = (
         in_double(mixer(family)),
         5 * torch.randn(5, 100, 32, dtype=torch.float64),
@@ -362,9 +355,7 @@ def test_a_cache_is_for_the_same_rows(family):
 
 @pytest.mark.parametrize("family", MIXERS)
 def test_autocast_rounds_the_projections_alone(family):
-    """bf16 autocast: what the projection gives is rounded once, 2^-9; between the projections
-    nothing is.
-    """
+    """What the projection gives is rounded once, 2^-9; between the projections nothing is."""
     module, u = mixer(family), torch.randn(2, 100, 32)
     exact, seen = module(u, context()), {}
     module.out_proj.register_forward_pre_hook(lambda _, args: seen.update(y=args[0]))
@@ -481,9 +472,7 @@ def test_what_keeps_the_kernels_from_loading_is_said(package):
 
 @pytest.mark.parametrize("family", MIXERS)
 def test_the_kernels_get_what_they_ask_for(family, monkeypatch):
-    """The oracles stand in for the package's entry points, with their names and layouts; bf16 as on
-    a GPU.
-    """
+    """The oracles stand in for the package's, with its names and layouts; bf16 as on a GPU."""
     called = []
 
     def kernel(*args, **kwargs):
@@ -533,8 +522,10 @@ def test_a_fallback_on_cuda_says_why_once(monkeypatch):
 @pytest.mark.gpu
 @pytest.mark.parametrize("family", MIXERS)
 def test_the_packages_kernels_agree_with_plain_pytorch(family, monkeypatch):
-    """bf16 kernels against fp32 from the same bf16 projections. Their own rounding of q, k and
-    states: about 3e-3 of y; gradients pass both it and its backward."""
+    """bf16 kernels against fp32 from the same bf16 projections.
+
+    Their own rounding of q, k and states: about 3e-3 of y; gradients pass both it and its backward.
+    """
     if isinstance(found := mamba_kernels.load_kernels(), str):
         pytest.skip(found)
     torch.manual_seed(0)

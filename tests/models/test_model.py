@@ -1,6 +1,4 @@
-"""Models: parameter counts to the last one, every field alive, lambda in fp32, save and load, what
-bad input says.
-"""
+"""Models: exact sizes, every field alive, lambda in fp32, save and load, bad input."""
 
 import json
 
@@ -293,6 +291,13 @@ def test_save_and_load(tmp_path, preset):
     ]
     if preset == "sisa-tiny-ds16":
         assert sm.load(tmp_path / "model", mode="clamped").config.mode == "clamped"
+
+
+def test_layers_that_share_weights_are_saved(tmp_path):
+    model = tiny(n_layers=2)
+    model.layers[1].ffn = model.layers[0].ffn
+    sm.save(model, tmp_path)
+    assert torch.equal(sm.load(tmp_path)(tokens()), model(tokens()))
 
 
 def test_bf16_weights_load_into_fp32(tmp_path):

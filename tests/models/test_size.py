@@ -33,8 +33,7 @@ def saved_bytes(model, batch, length, autocast):
 def test_memory_is_what_a_model_takes(preset):
     model, size = tiny(preset), model_size(preset_config(preset), 192)
     assert size.parameters == sm.count_parameters(model)
-    assert size.weights == sum(p.nbytes for p in model.parameters()) == size.gradients
-    assert size.optimizer == 2 * size.weights
+    assert size.weights == sum(p.nbytes for p in model.parameters())
     for autocast, found in ((False, size.activations), (True, size.activations_bf16)):
         one, two = (saved_bytes(model, batch, 192, autocast) for batch in (1, 2))
         # Beside the layers': the embedding's and the last norm's.

@@ -114,6 +114,19 @@ def test_every_file_says_what_it_is():
     assert not [path for path, said in docstrings.items() if not said or said.startswith("TODO")]
 
 
+def test_a_docstring_begins_with_one_line():
+    kinds = (ast.Module, ast.ClassDef, ast.FunctionDef)
+    packages = ("sisa_kernels", "sisa_model", "bench", "tools")
+    long = [
+        f"{path.relative_to(ROOT)}: {said}"
+        for path in SOURCES
+        if path.relative_to(ROOT).parts[0] in packages
+        for node in nodes(path, kinds)
+        if "\n" in (said := (ast.get_docstring(node) or "").partition("\n\n")[0])
+    ]
+    assert not long
+
+
 def test_the_formatter_has_every_line():
     marks = ("# fmt: " + "skip", "# fmt: " + "off")
     assert not [path for path in SOURCES if any(mark in path.read_text() for mark in marks)]

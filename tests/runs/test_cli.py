@@ -50,11 +50,14 @@ def test_info_lists_presets_and_says_what_one_costs(capsys):
 
 
 def test_former_spellings_are_understood(capsys, monkeypatch):
-    assert shown(capsys, "info", "--preset", "fox-tiny") == shown(capsys, "info", "fox-tiny")
+    now = shown(capsys, "info", "fox-tiny")
+    for former in (["--preset", "fox-tiny"], ["--preset=fox-tiny"]):
+        assert shown(capsys, "info", *former) == now
     seen = []
     monkeypatch.setitem(COMMANDS, "train", COMMANDS["train"]._replace(run=seen.append))
     assert main(["train", "--tasks", "needle"]) == 0
-    assert seen == [TrainConfig(mix=("needle",))]
+    assert main(["train", "--tasks=needle"]) == 0
+    assert seen == [TrainConfig(mix=("needle",))] * 2
 
 
 def test_messages_go_to_stdout_and_warnings_to_stderr(capsys, monkeypatch):

@@ -8,9 +8,8 @@ import pytest
 
 import sisa_model as sm
 from sisa_model.cli import main
-from sisa_model.data.synthetic import TASKS
 from sisa_model.models.config import ModelConfig
-from sisa_model.runs.config import ModelOverrides, RetrievalTask, TrainConfig, resolve
+from sisa_model.runs.config import ModelOverrides, TrainConfig, resolve
 from sisa_model.runs.folder import read_run, resumed
 from sisa_model.training.trainer import train
 
@@ -74,7 +73,3 @@ def test_vocabulary_and_length_make_room_for_the_run():
     assert config.model_config(50).vocab_size == 100
     parity = resolve(TrainConfig(task="parity", seq_len=64, model={"max_seq_len": 32}))
     assert parity.model_config(257).max_seq_len == 256
-
-
-def test_retrieval_tasks_are_choices():
-    assert typing.get_args(RetrievalTask) == tuple(TASKS)

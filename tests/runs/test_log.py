@@ -50,9 +50,8 @@ def test_rows_go_to_jsonl_and_tensorboard(tmp_path):
         "val/layer0/clamped": [(2, 0.0)],
     }
     log.close()
-    resumed = RunLog(
-        tmp_path, 1, ("tensorboard",)
-    )  # as after a kill between a checkpoint at step 1 and the next
+    # As after a kill between a checkpoint at step 1 and the next.
+    resumed = RunLog(tmp_path, 1, ("tensorboard",))
     resumed.add("train", {"step": 2, "loss": 1.25})
     resumed.close()
     assert [row["loss"] for row in read_rows(tmp_path / "train.jsonl")] == [2.0, 1.25]
@@ -121,9 +120,8 @@ def test_a_run_logs_its_speed_memory_and_health(tmp_path, monkeypatch):
         + 64 * 257
     )
     for row in read_rows(folder / "train.jsonl"):
-        assert row["mfu"] == pytest.approx(
-            row["tokens_per_s"] * flops / 1e12, rel=1e-3
-        )  # the rate is rounded
+        # The rate is rounded.
+        assert row["mfu"] == pytest.approx(row["tokens_per_s"] * flops / 1e12, rel=1e-3)
         assert row["peak_memory_mib"] > 100
     packed = train(
         TrainConfig(
@@ -156,9 +154,8 @@ def test_a_run_logs_its_speed_memory_and_health(tmp_path, monkeypatch):
 def test_peak_memory_is_what_the_system_counts():
     found = peak_memory_mib(torch.device("cpu"))
     lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    assert found == pytest.approx(
-        int(lines["VmHWM"].split()[0]) / 2**10, rel=0.01
-    )  # read a moment later
+    # Read a moment later.
+    assert found == pytest.approx(int(lines["VmHWM"].split()[0]) / 2**10, rel=0.01)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,4 @@
-"""Settings files: what is written is read as it was; every command's flags; errors that name the
-key and the file.
-"""
+"""Settings files: read as written, for every command; errors name the file and the key."""
 
 import dataclasses
 import json
@@ -12,12 +10,12 @@ import pytest
 
 from sisa_model.cli import COMMANDS, main
 from sisa_model.runs.config import TrainConfig
-from sisa_model.runs.toml import read_settings, to_toml
+from sisa_model.runs.toml import read_settings, to_toml, write_settings
 
 
 def test_what_is_written_is_read(tmp_path):
     written = TrainConfig(
-        data=(Path("a b"), Path('"\\\u00fc\x7f\n')),
+        data=(Path("a b"), Path('"\\\u00fc\x7f\n'), Path("not utf-8: \udcff")),
         lr=1e-05,
         clip=math.inf,
         steps=7,
@@ -25,7 +23,7 @@ def test_what_is_written_is_read(tmp_path):
         compile=True,
         model={"n_layers": 1, "init_std": 0.5, "decay": False},
     )
-    (tmp_path / "a.toml").write_text(to_toml(dataclasses.asdict(written)), encoding="utf-8")
+    write_settings(tmp_path / "a.toml", dataclasses.asdict(written))
     assert TrainConfig(**read_settings(tmp_path / "a.toml", TrainConfig)) == written
 
 
@@ -118,16 +116,8 @@ def test_what_a_file_leaves_out_is_still_demanded(tmp_path, monkeypatch, capsys)
 
 def test_a_runs_own_file_repeats_it(corpus, tmp_path):
     flags = ["--data", str(corpus), "--steps", "4", "--seq-len", "64", "--batch-size", "4"]
-    flags += [
-        "--mix",
-        "recall",
-        "--model.n-layers",
-        "1",
-        "--val-blocks",
-        "2",
-        "--sample-tokens",
-        "9",
-    ]
+    flags += ["--mix", "recall", "--model.n-layers", "1"]
+    flags += ["--val-blocks", "2", "--sample-tokens", "9"]
     assert main(["train", *flags, "--out", str(tmp_path / "a"), "--stop-at", "3"]) == 0
     assert main(["train", "--out", str(tmp_path / "a"), "--resume"]) == 0
     run = ["train", "--config", str(tmp_path / "a" / "run.toml")]

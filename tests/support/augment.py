@@ -112,9 +112,7 @@ def run(implementation: Implementation, p: Call, dtype: torch.dtype) -> dict[str
 def errors(
     results: dict[str, torch.Tensor], oracle: dict[str, torch.Tensor]
 ) -> dict[str, tuple[float, float]]:
-    """Relative error of each result over the whole tensor, and of its worst token's row against the
-    typical row's size.
-    """
+    """Each result's relative error, over all and of the worst token's row by the typical row."""
     found = {}
     for name, exact in oracle.items():
         rows = exact.flatten(2) if exact.ndim > 1 else exact[:, None]
@@ -128,9 +126,7 @@ def errors(
 def check(
     p: Call, dtype: torch.dtype, multiple: float = 2.0, implementation: Implementation = COMPILED
 ) -> None:
-    """The compiled op's error stays within a small multiple of the PyTorch implementation's in the
-    same dtype.
-    """
+    """The compiled op errs by a small multiple of PyTorch's error in the same dtype."""
     oracle = run(EAGER, p.double(), torch.float64)
     compiled = run(implementation, p, dtype)
     eager = run(EAGER, p, dtype)
@@ -186,9 +182,7 @@ def strided_and_plain() -> tuple[Call, Call]:
 
 
 def laid_out(draw: st.DrawFn, x: torch.Tensor) -> torch.Tensor:
-    """The same values as a view with random strides and offset into a larger storage, whose rest is
-    NaN.
-    """
+    """The same values as a view of random strides and offset into a larger storage of NaN."""
     order = list(draw(st.permutations(range(x.ndim))) if draw(st.booleans()) else range(x.ndim))
     sizes = [x.shape[axis] for axis in order]
     before, after, step = ([draw(st.integers(lo, 2)) for _ in sizes] for lo in (0, 0, 1))

@@ -1,6 +1,4 @@
-"""The fused linear + cross entropy against the whole logits: values, gradients, ignored targets,
-memory; its place in a model.
-"""
+"""The fused linear + cross entropy against whole logits: values, gradients, memory."""
 
 import contextlib
 import importlib.util
@@ -100,9 +98,7 @@ def test_a_models_objective_is_the_cross_entropy_of_its_logits():
 )
 @pytest.mark.parametrize("autocast", [False, True])
 def test_ligers_kernel_is_the_same_loss(autocast):
-    """On a GPU, or through Triton's interpreter; that multiplies bf16 wrongly, so autocast is held
-    to a GPU.
-    """
+    """On a GPU, or by Triton's interpreter, which multiplies bf16 wrongly: no autocast there."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if autocast and device == "cpu":
         pytest.skip("Triton's interpreter takes bf16 as raw bits")
@@ -126,9 +122,7 @@ def test_without_liger_a_gpu_says_once_what_runs_instead(monkeypatch):
 
 
 def test_memory_stays_far_below_the_logits():
-    """8,192 tokens of 8,192: the logits alone are 256 MiB in fp32, and plain cross entropy has
-    three such at its peak.
-    """
+    """8,192 tokens of 8,192: logits are 256 MiB in fp32, of which a plain loss has three."""
     code = """
 import resource, torch
 from sisa_model.training.loss import linear_cross_entropy

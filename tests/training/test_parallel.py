@@ -1,6 +1,4 @@
-"""Two processes over gloo, by torchrun: the losses of one process, checkpoints that reshard, faults
-of one process of several.
-"""
+"""Two processes over gloo: one process's losses, resharded checkpoints, faults of one."""
 
 import json
 import math
@@ -220,9 +218,7 @@ def test_sigterm_to_one_process_stops_all_and_a_kill_ends_the_job(corpus, tmp_pa
     ],
 )
 def test_several_runs_follow_each_other_in_one_launch(corpus, tmp_path, command):
-    """A batch of one sequence leaves the second process without a share; what is printed and
-    written is, once.
-    """
+    """A batch of one leaves the second process without a share; all is said once."""
     flags = ["--data", corpus, "--out", tmp_path / "all"]
     flags += ["--steps", "2", "--seq-len", "64", "--batch-size", "1", "--val-every", "2"]
     process = torchrun(2, "-m", "sisa_model", *command, *map(str, flags))

@@ -1,6 +1,4 @@
-"""Training: resume bit for bit, faults that lose nothing, every hyperparameter alive, what a run
-leaves behind.
-"""
+"""Training: resume bit for bit, faults that lose nothing, every setting alive, artifacts."""
 
 import dataclasses
 import itertools
@@ -88,9 +86,7 @@ def test_forty_steps_are_twenty_and_resume_and_twenty(corpus, tmp_path):
     reason=f"the extension is {sk.backends()['extension']}",
 )
 def test_extension_and_plain_pytorch_train_alike(corpus, tmp_path):
-    """Fifty steps with and without the compiled kernels: every step's loss within 1e-4 of the
-    other's, relatively.
-    """
+    """Fifty steps with and without compiled kernels: every loss within 1e-4, relatively."""
     for name, extension in (("compiled", "1"), ("plain", "0")):
         flags = ["--data", str(corpus), "--out", str(tmp_path / name)]
         flags += ["--steps", "50", "--seq-len", "64", "--batch-size", "4"]
@@ -196,9 +192,7 @@ def test_it_learns(corpus, tmp_path):
 
 
 def test_packed_documents_are_trained_apart(corpus, tmp_path):
-    """A block is what its documents are one by one: the loss of the first packed step from the
-    documents alone.
-    """
+    """A block is its documents one by one: the first packed loss from the documents alone."""
     for micro in (1, 4):
         assert train(
             config(
@@ -362,9 +356,8 @@ def test_a_loss_that_is_not_finite_stops_before_the_step(corpus, tmp_path, monke
 def test_a_full_disk_keeps_the_checkpoint_before(corpus, tmp_path, capsys):
     train(config(corpus, tmp_path / "run", stop_at=2))
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(
-        resource.RLIMIT_FSIZE, (100_000, limits[1])
-    )  # a write past this fails as one to a full disk does
+    # A write past this fails as one to a full disk does.
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
     try:
         assert main(["train", "--out", str(tmp_path / "run"), "--resume"]) == 1
     finally:

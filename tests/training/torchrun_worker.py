@@ -1,6 +1,4 @@
-"""Started by torchrun in test_parallel.py: trains the runs of a JSON file, one after the other, in
-one process group.
-"""
+"""Started by torchrun in test_parallel.py: trains a JSON file's runs in one process group."""
 
 import json
 import logging

@@ -111,7 +111,7 @@ class TrainConfig:
     """What a block sees: all before it (joined, the paper's), or its own document only (packed)."""
     task: str = "text"
     """What to train on: text, or one task alone: parity, addition, flipflop or recall.
-    A task is evaluated at 1, 2 and 4 times the length; addition is modulo 5, addition-7 modulo 7."""
+    It is evaluated at 1, 2 and 4 times the length; addition is modulo 5, addition-7 modulo 7."""
     mix: tuple[RetrievalTask, ...] = ()
     """Retrieval tasks mixed into training on text, and evaluated."""
     log: tuple[LogTarget, ...] = ()
@@ -129,7 +129,7 @@ class TrainConfig:
     device: str = "auto"
     """cpu, cuda, cuda:1 ...; auto: a GPU if there is one."""
     parallel: Sharing = "auto"
-    """How torchrun's processes share work: ddp, a whole model each (auto), or fsdp, a share each."""
+    """How torchrun shares work: ddp (auto), a whole model each, or fsdp, a share of each layer."""
     activation_checkpointing: bool = False
     """Run each layer again in the backward: less memory, a third more arithmetic."""
     compile: bool = False

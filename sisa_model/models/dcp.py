@@ -71,9 +71,9 @@ def read_tensors(
 ) -> None:
     """Fill ``tensors`` (plain or DTensors) with what ``folder`` holds by name, however sharded.
 
-    What it does not hold may stand in a packed matrix, as the projections of one input do in the
-    runs of version 0.1.0 ("proj.weight" for "proj.W_Q.weight", "proj.W_K.weight" ...): below each
-    other, in the order of ``tensors``. With ``group`` every process of it must call this. Raises
+    What it does not hold may stand in a packed matrix, below each other in the order of
+    ``tensors``: "proj.weight" for "proj.W_Q.weight", "proj.W_K.weight" ..., which runs held before
+    each projection was a parameter. With ``group`` every process of it must call this. Raises
     ValueError for a folder that is damaged or holds other tensors."""
     try:
         held: dict[str, Any] = _Reader(folder).read_metadata().state_dict_metadata

@@ -13,17 +13,17 @@ import sisa_kernels as sk
 from sisa_kernels import __main__ as command
 from sisa_kernels import checks
 from sisa_kernels.paths import chunked
-from tests.support import ROOT
-from tests.support.problems import (
+from sisa_kernels.testing import (
     NAMES,
     gradient_errors,
     in_fp64,
     oracle,
-    problem,
     relative,
     value_and_grads,
     worst_row,
 )
+from tests.support import ROOT
+from tests.support.problems import problem
 
 LENGTHS = (1, 63, 257, 1000)
 

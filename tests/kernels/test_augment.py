@@ -11,6 +11,7 @@ import torch
 import sisa_kernels as sk
 from sisa_kernels import _extension
 from sisa_kernels.paths.augment import augment_backward_eager, augment_eager
+from sisa_kernels.testing import relative
 from tests.support.augment import (
     BF16,
     CASES,
@@ -25,7 +26,6 @@ from tests.support.augment import (
     run,
     strided_and_plain,
 )
-from tests.support.problems import relative
 
 needs_extension = pytest.mark.skipif(
     not _extension.LOADED, reason=f"the extension is {_extension.STATE}"

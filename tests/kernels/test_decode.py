@@ -15,8 +15,9 @@ from sisa_kernels.decode import decode_eager
 from sisa_kernels.inputs import SisaInputs
 from sisa_kernels.paths.augment import augment
 from sisa_kernels.rotation import CLAMP
+from sisa_kernels.testing import NAMES, in_fp64, relative, worst_row
 from tests.support.augment import laid_out
-from tests.support.problems import NAMES, in_fp64, problem, relative, worst_row
+from tests.support.problems import problem
 
 COMPILED = torch._C._dispatch_has_kernel_for_dispatch_key("sisa::decode", "CPU")
 

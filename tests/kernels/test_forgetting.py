@@ -11,14 +11,8 @@ import torch.nn.functional as F
 import sisa_kernels as sk
 from sisa_kernels import forgetting
 from sisa_kernels.paths import chunked
+from sisa_kernels.testing import forgetting_problem, in_fp64, relative, value_and_grads, worst_row
 from tests.support import ROOT
-from tests.support.problems import (
-    forgetting_problem,
-    in_fp64,
-    relative,
-    value_and_grads,
-    worst_row,
-)
 
 LENGTHS = (1, 63, 257, 1000)
 NAMES = ("q", "k", "v", "log_forget")

@@ -16,8 +16,9 @@ from sisa_kernels import selfcheck
 from sisa_kernels.inputs import SisaInputs
 from sisa_kernels.paths import one_call
 from sisa_kernels.paths.one_call import Call, Kernel
+from sisa_kernels.testing import in_fp64, oracle, relative, value_and_grads
 from tests.support import ROOT
-from tests.support.problems import in_fp64, oracle, problem, relative, value_and_grads
+from tests.support.problems import problem
 
 HOPPER, AMPERE, ADA, BLACKWELL, TURING = (9, 0), (8, 0), (8, 9), (10, 0), (7, 5)
 CUDA, CPU = torch.device("cuda", 0), torch.device("cpu")

@@ -17,19 +17,19 @@ import sisa_kernels as sk
 from sisa_kernels import attention, ops, selfcheck
 from sisa_kernels.inputs import SisaInputs
 from sisa_kernels.rotation import rotate
-from sisa_kernels.triton import tiles
-from sisa_kernels.triton.tiles import Tile, Tiles
-from tests.support import ROOT
-from tests.support.problems import (
+from sisa_kernels.testing import (
     NAMES,
     gradient_errors,
     in_fp64,
     oracle,
-    problem,
     relative,
     value_and_grads,
     worst_row,
 )
+from sisa_kernels.triton import tiles
+from sisa_kernels.triton.tiles import Tile, Tiles
+from tests.support import ROOT
+from tests.support.problems import problem
 
 ta = pytest.importorskip("sisa_kernels.triton.op", reason="needs the package triton")
 horizon = pytest.importorskip("sisa_kernels.triton.horizon", reason="needs the package triton")

@@ -19,6 +19,7 @@ from sisa_model.evaluation.statistics import Measurement, table
 from sisa_model.evaluation.subject import Subject, find_subject, with_positions, without_importance
 from sisa_model.models.checkpoint import load
 from sisa_model.reporting.figures import plot_grid
+from sisa_model.runs.config import runs_in_bf16
 from sisa_model.runs.folder import read_run, weights_by_step
 from sisa_model.utils.machine import find_device
 
@@ -108,9 +109,8 @@ def _load_scorer(config: EvalConfig, subject: Subject, device: torch.device) -> 
         model = without_importance(model)
     if config.max_seq_len is not None:
         model = with_positions(model, config.max_seq_len)
-    auto = "bf16" if device.type == "cuda" else "fp32"
-    precision = auto if config.precision == "auto" else config.precision
-    return Scorer(model, config.batch_tokens, autocast=precision == "bf16")
+    autocast = runs_in_bf16(config.precision, device)
+    return Scorer(model, config.batch_tokens, autocast=autocast)
 
 
 def _answers(

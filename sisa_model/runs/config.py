@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypedDict
 
+import torch
 import tyro
 
 from sisa_kernels.inputs import Backend, Mode
@@ -188,6 +189,11 @@ PERFORMANCE = {"keep", "activation_checkpointing", "compile", "log", "micro_batc
 RESUME_MAY_CHANGE = LAUNCH | PERFORMANCE
 # May lead elsewhere: a run that goes on compares the tokens.
 PATHS = {"data", "val_data", "tokenizer"}
+
+
+def runs_in_bf16(precision: Precision, device: torch.device) -> bool:
+    """Whether a model computes under bf16 autocast: where it is asked for, and "auto" on a GPU."""
+    return precision == "bf16" or (precision == "auto" and device.type == "cuda")
 
 
 def with_absolute_paths(config: TrainConfig) -> TrainConfig:

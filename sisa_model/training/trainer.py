@@ -14,7 +14,7 @@ from sisa_model.data.tokenizer import Encoder
 from sisa_model.models.config import ModelConfig
 from sisa_model.models.flops import utilisation
 from sisa_model.models.language_model import LanguageModel, count_parameters
-from sisa_model.runs.config import ResolvedConfig, TrainConfig, resolve
+from sisa_model.runs.config import ResolvedConfig, TrainConfig, resolve, runs_in_bf16
 from sisa_model.runs.folder import RunRecord, keep_record, own_folder, require_same_run, resumed
 from sisa_model.runs.log import NoLog, RunLog, peak_memory_mib
 from sisa_model.training.artifacts import TEMPERATURE, draw_figures, write_final, write_sample
@@ -92,7 +92,7 @@ def _train(config: ResolvedConfig, world: World) -> TrainResult:
     packed = config.documents == "packed"
     splitter = Splitter(world, device, config.micro_batch_size, encoder.end_of_text, packed)
 
-    bf16 = config.precision == "bf16" or (config.precision == "auto" and device.type == "cuda")
+    bf16 = runs_in_bf16(config.precision, device)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=bf16)
     objective = Objective(_build(config, model_config, device, autocast), autocast)
     parallel = Parallel(objective, world, config.parallel, bf16)

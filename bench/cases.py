@@ -300,9 +300,9 @@ def timed_augmentation(
 
 
 def extension_failure(shape: Shape, s: Setting) -> str | None:
-    """Why the extension's augmentation must not be timed."""
-    if s.device.type == "cuda" and _extension.RECORD.get("cuda_archs", "none") in ("", "none"):
-        return "the extension has no CUDA part: plain PyTorch would run"
+    """Why the compiled augmentation must not be timed."""
+    if not _extension.has_kernels(s.device.type):
+        return f"the library has no kernels for {s.device.type}: plain PyTorch would run"
     return failure(FLASH_TABLE, widths_of(shape), s.dtype, s.device, True)
 
 

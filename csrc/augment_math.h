@@ -11,7 +11,7 @@
 #ifdef __CUDACC__
 #define SISA_INLINE __host__ __device__ __forceinline__
 #else
-#define SISA_INLINE inline
+#define SISA_INLINE inline __attribute__((always_inline))  // see cpu/isa.h
 #endif
 
 namespace sisa {

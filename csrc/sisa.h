@@ -66,9 +66,18 @@ struct DecodeParams {
 };
 
 namespace cpu {
-void augment(const AugmentParams& params);
-void augment_backward(const AugmentBackwardParams& params);
-void decode(const DecodeParams& params);
+
+// The kernels compiled for one instruction set.
+struct Kernels {
+  void (*augment)(const AugmentParams&);
+  void (*augment_backward)(const AugmentBackwardParams&);
+  void (*decode)(const DecodeParams&);
+};
+
+// Those of the best instruction set that this CPU runs, or of the best up to the one that SISA_CPU_ISA names; and its name.
+const Kernels& kernels();
+const char* isa();
+
 }  // namespace cpu
 
 }  // namespace sisa

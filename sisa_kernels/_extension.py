@@ -1,39 +1,70 @@
-"""The compiled extension: loaded where it fits this torch and this CPU, otherwise said once."""
+"""The compiled library (csrc/): loaded where it can be, otherwise why not is said once."""
 
-import importlib.util
 import os
 import warnings
 from pathlib import Path
 
 import torch
 
-REBUILD = "pip install -v --no-build-isolation -e . (in the source folder)"
-ISAS = ("DEFAULT", "AVX2", "AVX512")  # each contains the ones before
+from sisa_kernels import _sources
+
+FOLDER = Path(__file__).parent
+LIBRARY = FOLDER / "libsisa.so"
+CSRC = FOLDER.parent / "csrc"  # in a checkout
+ISAS = ("default", "avx2", "avx512", "avx512_bf16")  # each contains the ones before
 
 
-def _read_record(path: Path) -> dict[str, str]:
-    """The build record in the extension's file (csrc/sisa.cpp), read without running its code."""
-    start = path.read_bytes().partition(b"sisa build record\n")[2]
-    return dict(line.split("=", 1) for line in start.partition(b"\0")[0].decode().splitlines())
+def rebuild() -> str:
+    """The command that builds the library for this installation."""
+    if CSRC.is_dir():
+        return f"pip install -e {FOLDER.parent}"
+    return "pip install --force-reinstall --no-deps --no-cache-dir sisa-attention"
+
+
+def _asked_isa() -> str | None:
+    """SISA_CPU_ISA, None where it is not set; ValueError where it names no instruction set."""
+    asked = os.environ.get("SISA_CPU_ISA") or None
+    if asked is not None and asked not in ISAS:
+        raise ValueError(f"SISA_CPU_ISA must be one of {', '.join(ISAS)}, got {asked!r}")
+    return asked
+
+
+def _parse(record: str) -> dict[str, str]:
+    return dict(line.split("=", 1) for line in record.splitlines() if "=" in line)
+
+
+def _is_of_these_sources() -> bool:
+    """Whether the library is of the checkout's sources; read without running its code."""
+    if not CSRC.is_dir():
+        return True
+    record = LIBRARY.read_bytes().partition(b"sisa build record\n")[2].partition(b"\0")[0]
+    return _parse(record.decode()).get("sources") == _sources.digest(CSRC)
+
+
+def _why_not_built() -> str:
+    reason = LIBRARY.with_suffix(".txt")  # which setup.py leaves in its place
+    if not reason.exists():
+        return "not built"
+    text = reason.read_text().strip()
+    return f"not built: {text[:500]}{'' if len(text) <= 500 else f' ... (all of it: {reason})'}"
 
 
 def _load() -> tuple[str, dict[str, str]]:
-    """Load the extension: ("available" or why not, its build record)."""
+    """Load the library: ("available" or why not, its build record)."""
     if os.environ.get("SISA_EXTENSION") == "0":
         return "switched off by SISA_EXTENSION=0", {}
-    spec = importlib.util.find_spec(f"{__package__}._C")
-    if spec is None or spec.origin is None:
-        return "not built", {}
-    record = _read_record(Path(spec.origin))
-    cpu = torch.backends.cpu.get_cpu_capability()
-    if record.get("torch") != torch.__version__:
-        return f"built for torch {record.get('torch')}, this is torch {torch.__version__}", record
-    if record["vector"] not in ISAS[: ISAS.index(cpu) + 1 if cpu in ISAS else 1]:
-        return f"built for {record['vector']}, this CPU runs {cpu}", record
+    if not LIBRARY.exists():
+        return _why_not_built(), {}
+    if not _is_of_these_sources():
+        return "built from other sources than those in csrc", {}
+    asked = _asked_isa()
     try:
-        importlib.import_module(f"{__package__}._C")
-    except ImportError as error:
-        return f"cannot be loaded: {error}", record
+        torch.ops.load_library(LIBRARY)
+        record = _parse(torch.ops.sisa.build_info())
+    except (OSError, RuntimeError) as error:
+        return f"cannot be loaded beside torch {torch.__version__}: {error}", {}
+    if asked is not None and record["isa"] != asked:
+        raise ValueError(f"SISA_CPU_ISA={asked}: this CPU runs {record['isa']} at most")
     return "available", record
 
 
@@ -42,13 +73,20 @@ LOADED = STATE == "available"
 
 if not LOADED and os.environ.get("SISA_EXTENSION") != "0":
     warnings.warn(
-        "sisa_kernels runs in plain PyTorch, slower: its compiled extension is "
-        f"{STATE}. To build it: {REBUILD}; to silence this: SISA_EXTENSION=0",
+        f"sisa_kernels runs in plain PyTorch, slower: its compiled library is {STATE}. "
+        f"To build it: {rebuild()}; to silence this: SISA_EXTENSION=0",
         RuntimeWarning,
         stacklevel=2,
     )
 
 
 def build_info() -> str:
-    """One line a fact of the build (torch, vector width, compiler ...); empty where not built."""
+    """One line a fact of the build, and the instruction set chosen; empty where not loaded."""
     return "\n".join(f"{name:10} {value or 'none'}" for name, value in RECORD.items())
+
+
+def has_kernels(device_type: str) -> bool:
+    """Whether the library has kernels for such devices ("cpu", "cuda")."""
+    return LOADED and (
+        device_type == "cpu" or (device_type == "cuda" and RECORD["cuda_archs"] != "")
+    )

@@ -88,7 +88,7 @@ def _rotated_keys(inputs: SisaInputs, phase: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _check_step(inputs: SisaInputs, held: Held) -> None:
-    """Refuse what csrc/sisa.cpp refuses of a direct call: a wrong shape, dtype, device or range."""
+    """Refuse a wrong shape, dtype, device or range, as csrc/torch/decode.cpp does."""
     q = inputs.q
     check_shapes(inputs.scores()._replace(rotary=None))
     check_values(inputs.v, inputs.k)
@@ -219,7 +219,7 @@ decode = register(
     decode_eager,
     _decode_fake,
     mutates=("k_cache", "v_cache", "b_cache", "g_cache", "phase"),
-    in_extension=True,
+    in_library=True,
 )
 
 
@@ -311,7 +311,9 @@ def _extend(inputs: SisaInputs, cache: SisaCache) -> Tensor:
         if inputs.rotary is not None:
             cos, sin = (table.view(-1, 1, table.shape[-1]) for table in inputs.rotary)
             inputs = inputs._replace(rotary=(cos, sin))
-        y = decode(*inputs.flat(), *held)
+        wide = inputs.q.dtype == torch.float64  # which the compiled step does not take
+        step = torch.ops.sisa.decode_eager if wide else decode
+        y = step(*inputs.flat(), *held)
     else:
         y = _step(inputs, held)
     cache.advance(T, None)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from sisa_kernels import _extension
+from sisa_kernels import _extension as _  # noqa: F401  its kernels, before their schemas
 
 library = torch.library.Library("sisa", "FRAGMENT")
 
@@ -22,7 +22,7 @@ def register(
     setup_context: Callable | None = None,
     *,
     mutates: tuple[str, ...] = (),
-    in_extension: bool = False,
+    in_library: bool = False,
 ) -> torch._ops.OpOverload:
     """The op sisa::``name``, whose schema is that of ``eager``, which runs it on every device.
 
@@ -30,22 +30,13 @@ def register(
         fake: of the same arguments, results without values.
         backward, setup_context: as in ``torch.library.register_autograd``.
         mutates: the arguments that it changes.
-        in_extension: the compiled extension has kernels of it, which go before ``eager`` on their
-            devices. Then sisa::``name``_eager is the same op by ``eager`` alone: the kernels hand
-            it fp64, and :func:`sisa_kernels.paths.augment` all where they are wrong.
+        in_library: the compiled library has kernels of it, which where it is loaded go before
+            ``eager`` on their devices. sisa::``name``_eager is then the same op by ``eager`` alone:
+            for what the kernels do not take (fp64) and where they are found wrong.
     """
     schema = torch.library.infer_schema(eager, mutates_args=mutates)
-    compiled = hasattr(torch.ops.sisa, name)
-    if in_extension and _extension.LOADED and not compiled:
-        warnings.warn(
-            f"sisa_kernels runs sisa::{name} in plain PyTorch: its compiled extension is of older "
-            f"sources. To build it: {_extension.REBUILD}",
-            RuntimeWarning,
-            stacklevel=3,
-        )
-    undefined = f"{name}_eager" if compiled else name
-    library.define(undefined + schema, tags=(torch.Tag.pt2_compliant_tag,))
-    for op in {name, undefined}:
+    for op in (name, f"{name}_eager") if in_library else (name,):
+        library.define(op + schema, tags=(torch.Tag.pt2_compliant_tag,))
         library.impl(op, eager, "CompositeExplicitAutograd")
         torch.library.register_fake(f"sisa::{op}", fake, lib=library)
         if backward is not None:

@@ -7,19 +7,18 @@
 // Within a piece each token is taken with all its heads, whose rows usually lie side by side. Arithmetic is fp32 in registers
 // between the inputs and the results, but for the sums of decay and phase and of their gradients, which are fp64.
 
-#include <ATen/Parallel.h>
-
 #include <algorithm>
 #include <type_traits>
 #include <utility>
 #include <vector>
 
 #include "../augment_math.h"
-#include "../sisa.h"
+#include "../parallel.h"
+#include "kernels.h"
 #include "scratch.h"
 #include "vector.h"
 
-namespace sisa::cpu {
+namespace sisa::cpu::SISA_ISA {
 
 namespace {
 
@@ -106,7 +105,7 @@ template <class T, class O>
 void augment_row(Heads<const T> in, Heads<O> out, Angles angles, float factor, int64_t channels) {
   for_channels(channels, [&](int64_t i, auto count) {
     const Vec x = in.get(i, count), c = load(angles.cos + i), s = load(angles.sin + i);
-    out.put(Vec(factor) * rotate(x, partners(x), c, s), i, count);
+    out.put(factor * rotate(x, partners(x), c, s), i, count);
   });
 }
 
@@ -117,7 +116,7 @@ double augment_row_backward(
   Dot dot;
   for_channels(channels, [&](int64_t i, auto count) {
     const Vec value = x.get(i, count), c = load(angles.cos + i), s = load(angles.sin + i);
-    const Vec u = rotate(value, partners(value), c, s), du = Vec(factor) * dy.get(i, count);
+    const Vec u = rotate(value, partners(value), c, s), du = factor * dy.get(i, count);
     dx.put(unrotate(du, partners(du), c, s), i, count);
     dot.add(u, du);
     add_even(d_phase(u, partners(u), du, partners(du)), dphase + i / 2);
@@ -143,7 +142,7 @@ std::vector<Piece> cut(const AugmentParams& p) {
 // Calls work(batch, piece's index) for all of them; scratch() makes a thread's buffers.
 template <class Scratch, class Work>
 void for_each_piece(const AugmentParams& p, int64_t pieces, Scratch scratch, Work work) {
-  at::parallel_for(0, p.batch * pieces, 1, [&](int64_t lo, int64_t hi) {
+  parallel_for(0, p.batch * pieces, 1, [&](int64_t lo, int64_t hi) {
     auto buffers = scratch();
     for (int64_t i = lo; i < hi; ++i) work(buffers, i / pieces, i % pieces);
     fence();
@@ -160,7 +159,7 @@ class Scans {
         phase_(p.batch * (pieces_ + 1) * pairs_) {
     for_each_piece(p, pieces_, [&] { return Buffer<float>(std::max(pairs_, p.key_heads)); },
         [&](float* scratch, int64_t batch, int64_t n) { sum_piece(batch, pieces[n], n, scratch); });
-    at::parallel_for(0, p.batch * p.key_heads, 1, [&](int64_t lo, int64_t hi) {
+    parallel_for(0, p.batch * p.key_heads, 1, [&](int64_t lo, int64_t hi) {
       for (int64_t i = lo; i < hi; ++i) chain(pieces, i / p.key_heads, i % p.key_heads);
     });
   }
@@ -243,8 +242,7 @@ struct Token {
     cos_sin(phase, p.key_heads * pairs, cos, sin);
     const double *local = scans.local(batch, token), *base = scans.base(batch, piece);
     for (int64_t g = 0; g < p.key_heads; ++g) growth[g] = clamped(exponent[g] = local[g] + base[g], p.clamp);
-    using Double = at::vec::Vectorized<double>;
-    for (int64_t g = 0; g < p.key_heads; g += Double::size()) Double::loadu(growth + g).exp().store(growth + g);
+    exp(growth, p.key_heads);
     for (int64_t g = 0; g < p.key_heads; ++g) {
       factor_k[g] = static_cast<float>(scale_k[g] / growth[g]);
       for (int64_t h = g * repeat; h < (g + 1) * repeat; ++h) factor_q[h] = static_cast<float>(scale_q[h] * growth[g]);
@@ -334,7 +332,7 @@ void augment(const AugmentParams& p) {
   const Scans scans(p, pieces);
   for_each_piece(p, pieces.size(), [&] { return Token(p, scans); }, [&](Token& x, int64_t batch, int64_t n) {
     x.enter(batch, n);
-    with_types<at::BFloat16, at::Half>(p, [&]<class T, class O>(std::type_identity<T>, std::type_identity<O>) {
+    with_types<BFloat16, Half>(p, [&]<class T, class O>(std::type_identity<T>, std::type_identity<O>) {
       for (int64_t t = pieces[n].begin; t < pieces[n].end; ++t) {
         x.go_to(t);
         write<T, O>(x, t, query_side(x));
@@ -358,7 +356,7 @@ void augment_backward(const AugmentBackwardParams& p) {
     double *decay = decay_sums + (batch * count + n) * G, *phase = phase_sums + (batch * count + n) * pairs;
     double* lam = lam_sums + (batch * count + n) * p.heads;
     x.enter(batch, n);
-    with_types<at::BFloat16, at::Half>(p, [&]<class T, class O>(std::type_identity<T>, std::type_identity<O>) {
+    with_types<BFloat16, Half>(p, [&]<class T, class O>(std::type_identity<T>, std::type_identity<O>) {
       for (int64_t t = pieces[n].begin; t < pieces[n].end; ++t) {
         x.go_to(t);
         write_backward<T, O>(x, t, query_side(x), p.dq, p.dc, x.row);
@@ -387,7 +385,7 @@ void augment_backward(const AugmentBackwardParams& p) {
   // The sums of the pieces become what comes after each piece: the segment's later pieces and its flux.
   for (int64_t batch = 0; batch < p.batch; ++batch) {
     const auto chain = [&](double* sums, const double* flux, int64_t size) {
-      std::vector<double> carry(size);
+      Buffer<double> carry(size);
       for (int64_t n = count - 1; n >= 0; --n) {
         const int64_t segment = pieces[n].segment;
         if (n == count - 1 || pieces[n + 1].segment != segment) {
@@ -416,4 +414,4 @@ void augment_backward(const AugmentBackwardParams& p) {
   }
 }
 
-}  // namespace sisa::cpu
+}  // namespace sisa::cpu::SISA_ISA

@@ -3,8 +3,6 @@
 // The token's key, value, state and g are written into its slot, and its queries rotated. Then the slots are cut into splits of
 // kSplit, which run in parallel: scores, their softmax, the split's share of the result. Last the shares of a head are merged. The cut depends on the length alone: the result is the same bits for any number of threads.
 
-#include <ATen/Parallel.h>
-
 #include <algorithm>
 #include <cmath>
 #include <limits>
@@ -13,11 +11,12 @@
 #include <vector>
 
 #include "../augment_math.h"
-#include "../sisa.h"
+#include "../parallel.h"
+#include "kernels.h"
 #include "scratch.h"
 #include "vector.h"
 
-namespace sisa::cpu {
+namespace sisa::cpu::SISA_ISA {
 
 namespace {
 
@@ -34,16 +33,16 @@ int64_t padded(int64_t channels) {
 // ---- The new token -------------------------------------------------------------------------------------------------------------
 
 void read(const Rows& x, int64_t row, int64_t head, int64_t channels, float* out) {
-  with_type<at::BFloat16, at::Half>(x.dtype, [&]<class T>(std::type_identity<T>) {
+  with_type<BFloat16, Half>(x.dtype, [&]<class T>(std::type_identity<T>) {
     const T* in = static_cast<const T*>(x.data) + row * x.batch + head * x.head;
-    for (int64_t i = 0; i < channels; ++i) out[i] = static_cast<float>(in[i * x.channel]);
+    for (int64_t i = 0; i < channels; ++i) out[i] = widened(in[i * x.channel]);
   });
 }
 
 void write(const float* in, const Rows& x, int64_t row, int64_t slot, int64_t head, int64_t channels) {
-  with_type<at::BFloat16, at::Half>(x.dtype, [&]<class T>(std::type_identity<T>) {
+  with_type<BFloat16, Half>(x.dtype, [&]<class T>(std::type_identity<T>) {
     T* out = static_cast<T*>(x.data) + row * x.batch + slot * x.token + head * x.head;
-    for (int64_t i = 0; i < channels; ++i) out[i * x.channel] = static_cast<T>(in[i]);
+    for (int64_t i = 0; i < channels; ++i) narrow(in[i], out[i * x.channel]);
   });
 }
 
@@ -113,7 +112,7 @@ void add_products(const float* x, const T* rows, int64_t stride, int64_t channel
   for_channels(channels, [&](int64_t i, auto count) {
     const Vec own = load(x + i);
     for (int64_t n = 0; n < N; ++n) {
-      sums[n] = at::vec::fmadd(load(rows + n * stride + i, count), own, sums[n]);
+      sums[n] = fma(load(rows + n * stride + i, count), own, sums[n]);
     }
   });
 }
@@ -124,10 +123,10 @@ void score(
     const float* q, const float* c, const T* k, int64_t k_stride, const T* b, int64_t b_stride, const float* weight,
     const DecodeParams& p, float* out) {
   Vec sums[N];
-  for (int64_t n = 0; n < N; ++n) sums[n] = Vec(0.f);
+  for (int64_t n = 0; n < N; ++n) sums[n] = Vec{};
   if (weight) {
     add_products<N>(c, b, b_stride, p.state_width, sums);
-    for (int64_t n = 0; n < N; ++n) sums[n] = sums[n] * Vec(weight[n]);
+    for (int64_t n = 0; n < N; ++n) sums[n] = sums[n] * weight[n];
   }
   add_products<N>(q, k, k_stride, p.head_width, sums);
   for (int64_t n = 0; n < N; ++n) out[n] = sum(sums[n]);
@@ -137,14 +136,14 @@ void score(
 template <int64_t N, class T, class Count>
 void weigh_values(const float* weight, const T* v, int64_t stride, int64_t slots, float* out, Count count) {
   Vec sums[N];
-  for (int64_t n = 0; n < N; ++n) sums[n] = Vec(0.f);
+  for (int64_t n = 0; n < N; ++n) sums[n] = Vec{};
   for (int64_t j = 0; j < slots; ++j) {
-    const Vec share(weight[j]);
+    const Vec share = broadcast(weight[j]);
     for (int64_t n = 0; n < N; ++n) {
-      sums[n] = at::vec::fmadd(load(v + j * stride + n * V, count), share, sums[n]);
+      sums[n] = fma(load(v + j * stride + n * V, count), share, sums[n]);
     }
   }
-  for (int64_t n = 0; n < N; ++n) sums[n].store(out + n * V);
+  for (int64_t n = 0; n < N; ++n) store(sums[n], out + n * V);
 }
 
 // What a split gives to a head: the largest score, the sum of exp(score - largest), and that of v with these weights, padded.
@@ -169,7 +168,7 @@ void attend(const DecodeParams& p, const Queries& queries, int64_t row, int64_t 
   for (int64_t j = 0; j < count; ++j) weight[j] = static_cast<float>(now - decay[begin + j]);
   // g falls along the slots: the last one is the least forgotten.
   const bool felt = !(weight[count - 1] < kForgotten);
-  for (int64_t j = 0; j < vectors; j += V) load(weight + j).exp().store(weight + j);
+  for (int64_t j = 0; j < vectors; j += V) store(exp(load(weight + j)), weight + j);
 
   for (int64_t r = 0; r < shared; ++r) {
     const int64_t head = row * p.heads + g * shared + r;
@@ -185,12 +184,12 @@ void attend(const DecodeParams& p, const Queries& queries, int64_t row, int64_t 
     std::fill(scores + count, scores + vectors, kNever);
 
     const Share share{shares + r * share_stride};
-    Vec most(kNever), total(0.f);
-    for (j = 0; j < vectors; j += V) most = at::vec::maximum(most, load(scores + j));
-    share.largest() = at::vec::vec_reduce_all<float>([](const Vec& x, const Vec& y) { return at::vec::maximum(x, y); }, most);
+    Vec most = broadcast(kNever), total{};
+    for (j = 0; j < vectors; j += V) most = maximum(most, load(scores + j));
+    share.largest() = largest(most);
     for (j = 0; j < vectors; j += V) {
-      const Vec x = (load(scores + j) - Vec(share.largest())).exp();
-      x.store(scores + j);
+      const Vec x = exp(load(scores + j) - share.largest());
+      store(x, scores + j);
       total = total + x;
     }
     share.total() = sum(total);
@@ -207,7 +206,7 @@ void attend(const DecodeParams& p, const Queries& queries, int64_t row, int64_t 
 void decode(const DecodeParams& p) {
   const int64_t G = p.key_heads, shared = p.heads / G, width = p.head_width + p.state_width + p.value_width;
   const Queries queries(p);
-  at::parallel_for(0, p.batch * G, 1 + kSerialWork / (16 * shared * width), [&](int64_t lo, int64_t hi) {
+  parallel_for(0, p.batch * G, 1 + kSerialWork / (16 * shared * width), [&](int64_t lo, int64_t hi) {
     const Buffer<float> scratch(std::max({p.head_width, p.value_width, p.state_width}) + p.head_width + p.state_width);
     for (int64_t i = lo; i < hi; ++i) append(p, queries, i / G, i % G, scratch);
   });
@@ -225,8 +224,8 @@ void decode(const DecodeParams& p) {
   const int64_t stride = V + padded(p.value_width), count = static_cast<int64_t>(splits.size());
   const Buffer<float> shares(count * p.heads * stride);
   const int64_t grain = 1 + kSerialWork / (std::min(longest, kSplit) * shared * width);
-  at::parallel_for(0, count * G, grain, [&](int64_t lo, int64_t hi) {
-    with_type<at::BFloat16, at::Half>(p.k_cache.dtype, [&]<class T>(std::type_identity<T>) {
+  parallel_for(0, count * G, grain, [&](int64_t lo, int64_t hi) {
+    with_type<BFloat16, Half>(p.k_cache.dtype, [&]<class T>(std::type_identity<T>) {
       for (int64_t i = lo; i < hi; ++i) {
         const auto [row, begin] = splits[i / G];
         const int64_t slots = std::min(kSplit, p.lengths[row] + 1 - begin);
@@ -235,7 +234,7 @@ void decode(const DecodeParams& p) {
     });
   });
 
-  at::parallel_for(0, p.batch * p.heads, 1 + kSerialWork / (p.value_width * (1 + longest / kSplit)), [&](int64_t lo, int64_t hi) {
+  parallel_for(0, p.batch * p.heads, 1 + kSerialWork / (p.value_width * (1 + longest / kSplit)), [&](int64_t lo, int64_t hi) {
     const Buffer<float> merged(padded(p.value_width));
     for (int64_t i = lo; i < hi; ++i) {
       const int64_t row = i / p.heads, head = i % p.heads;
@@ -254,4 +253,4 @@ void decode(const DecodeParams& p) {
   });
 }
 
-}  // namespace sisa::cpu
+}  // namespace sisa::cpu::SISA_ISA

@@ -1,15 +1,14 @@
-// What the CPU kernels share beside vectors: zeroed scratch.
+// What the CPU kernels share beside vectors: scratch.
 #pragma once
 
 #include <cstdlib>
 #include <cstring>
-#include <memory>
 #include <new>
 
-#include "../sisa.h"
+#include "isa.h"
 #include "vector.h"
 
-namespace sisa::cpu {
+namespace sisa::cpu::SISA_ISA {
 
 // Zeroed scratch, aligned to cache lines and padded so that vector loops may run over its end.
 template <class T>
@@ -17,17 +16,17 @@ class Buffer {
  public:
   explicit Buffer(int64_t size) {
     const size_t bytes = (size * sizeof(T) + 2 * sizeof(Vec) + 63) / 64 * 64;
-    data_.reset(static_cast<T*>(std::aligned_alloc(64, bytes)));
+    data_ = static_cast<T*>(std::aligned_alloc(64, bytes));
     if (!data_) throw std::bad_alloc();
-    std::memset(data_.get(), 0, bytes);
+    std::memset(static_cast<void*>(data_), 0, bytes);
   }
-  operator T*() const { return data_.get(); }
+  ~Buffer() { std::free(data_); }
+  Buffer(const Buffer&) = delete;
+  Buffer& operator=(const Buffer&) = delete;
+  operator T*() const { return data_; }
 
  private:
-  struct Free {
-    void operator()(T* p) const { std::free(p); }
-  };
-  std::unique_ptr<T[], Free> data_;
+  T* data_;
 };
 
-}  // namespace sisa::cpu
+}  // namespace sisa::cpu::SISA_ISA

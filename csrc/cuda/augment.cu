@@ -317,6 +317,8 @@ struct Launcher {
   cudaStream_t stream;
   cudaError_t error = cudaSuccess;
 
+  const char* fault() const { return error == cudaSuccess ? nullptr : cudaGetErrorString(error); }
+
   template <class... Params, class... Args>
   void operator()(void (*kernel)(Params...), int64_t blocks, int threads, size_t shared, Args... args) {
     if (blocks > INT32_MAX) error = cudaErrorInvalidValue;
@@ -378,19 +380,19 @@ int64_t augment_backward_workspace(const AugmentParams& p) {
   return augment_workspace(p) + p.batch * (columns(p) + p.heads) * (chunk_count(p) + 1);
 }
 
-cudaError_t augment(const AugmentParams& p, double* workspace, cudaStream_t stream) {
-  Launcher launch{stream};
+const char* augment(const AugmentParams& p, double* workspace, void* stream) {
+  Launcher launch{static_cast<cudaStream_t>(stream)};
   const Cut cut = cut_sequence(p, workspace, launch);
   double* before = workspace + p.segments;
   launch_scans(p, cut, before, launch);
   with_types<__nv_bfloat16, __half>(p, [&]<class T, class O>(std::type_identity<T>, std::type_identity<O>) {
     launch(augment_chunk<T, O>, p.batch * cut.chunks * p.key_heads, kThreads, shared_bytes(p), p, cut, before);
   });
-  return launch.error;
+  return launch.fault();
 }
 
-cudaError_t augment_backward(const AugmentBackwardParams& p, double* workspace, cudaStream_t stream) {
-  Launcher launch{stream};
+const char* augment_backward(const AugmentBackwardParams& p, double* workspace, void* stream) {
+  Launcher launch{static_cast<cudaStream_t>(stream)};
   const Cut cut = cut_sequence(p, workspace, launch);
   double *before = workspace + p.segments, *totals = before + p.batch * columns(p) * (cut.chunks + 1);
   launch_scans(p, cut, before, launch);
@@ -399,7 +401,7 @@ cudaError_t augment_backward(const AugmentBackwardParams& p, double* workspace, 
   });
   launch_prefix(totals, p.batch * (columns(p) + p.heads), cut.chunks, launch);
   launch(finish, p.batch * cut.chunks, kThreads, 0, p, cut, totals);
-  return launch.error;
+  return launch.fault();
 }
 
 }  // namespace sisa::cuda

@@ -1,10 +1,7 @@
 // The launchers of the augmentation's CUDA kernels. They allocate nothing and never wait for the device: the caller gives a
-// workspace that lives until the stream has passed the call. They may be captured in a CUDA graph.
+// workspace that lives until the stream has passed the call. They may be captured in a CUDA graph. No type of CUDA's here: what
+// calls them needs neither its headers nor its libraries.
 #pragma once
-
-#ifndef SISA_CUDA_SHIM  // tests/cuda_shim.h, which runs the kernels on the host, stands in for it
-#include <cuda_runtime.h>
-#endif
 
 #include "../sisa.h"
 
@@ -16,7 +13,8 @@ constexpr int64_t kMaxStateWidth = 256;  // a chunk's cosines and sines lie in 4
 int64_t augment_workspace(const AugmentParams& params);
 int64_t augment_backward_workspace(const AugmentParams& params);
 
-cudaError_t augment(const AugmentParams& params, double* workspace, cudaStream_t stream);
-cudaError_t augment_backward(const AugmentBackwardParams& params, double* workspace, cudaStream_t stream);
+// On a cudaStream_t; what went wrong, or null.
+const char* augment(const AugmentParams& params, double* workspace, void* stream);
+const char* augment_backward(const AugmentBackwardParams& params, double* workspace, void* stream);
 
 }  // namespace sisa::cuda

@@ -1,9 +1,10 @@
 // What the augmentation's kernels are made of: rows in 16-byte words, scans of a warp, and how the sequence is cut.
 #pragma once
 
-#ifndef SISA_CUDA_SHIM
+#ifndef SISA_CUDA_SHIM  // tests/cuda_host, where the kernels run on the host
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
+#include <cuda_runtime.h>
 #endif
 
 #include <cstdint>

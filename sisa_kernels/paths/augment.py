@@ -29,6 +29,8 @@ from sisa_kernels.scans import (
 )
 from sisa_kernels.testing import relative
 
+MAX_STATE_ON_CUDA = 256  # csrc/cuda/augment.h
+
 
 class _Factors:
     """The factors exp(+-(g - m)) s and the phases' cosines and sines, for forward and backward."""
@@ -223,27 +225,29 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
 
 
 def _backward(ctx: Any, dq_aug: Tensor, dk_aug: Tensor) -> tuple[Tensor | None, ...]:
-    op = _in_service("augment_backward", dq_aug.device)
-    grads = op(dq_aug, dk_aug, *ctx.saved_tensors, ctx.starts, ctx.clamp, None, None)
+    saved = ctx.saved_tensors  # once: under an activation checkpoint a second look is an error
+    op = _in_service("augment_backward", q=saved[0], b=saved[2])
+    grads = op(dq_aug, dk_aug, *saved, ctx.starts, ctx.clamp, None, None)
     return *grads, None, None, None, None, None, None
 
 
-register("augment", augment_eager, _augment_fake, _backward, _save, in_extension=True)
+register("augment", augment_eager, _augment_fake, _backward, _save, in_library=True)
 register(
     "augment_backward",
     augment_backward_eager,
     _augment_backward_fake,
     no_second_derivative,
-    in_extension=True,
+    in_library=True,
 )
 
 
 # ---- The compiled ops, and plain PyTorch in their place where they are wrong --------------------
 
 
-def _in_service(name: str, device: torch.device) -> Callable[..., Any]:
-    """The op of this name: compiled where it is, unless it has been found wrong on such devices."""
-    if selfcheck.ruled_out("augment", device.type):
+def _in_service(name: str, q: Tensor, b: Tensor) -> Callable[..., Any]:
+    """The op of this name: compiled where it takes such operands and has not been found wrong."""
+    refused = q.dtype == torch.float64 or (q.is_cuda and b.shape[3] > MAX_STATE_ON_CUDA)
+    if refused or selfcheck.ruled_out("augment", q.device.type):
         name = f"{name}_eager"
     return getattr(torch.ops.sisa, name).default
 
@@ -256,7 +260,7 @@ def augment(
     The exponents are taken about the middle m of g's range in each segment (segments begin at
     ``starts``, the first at 0) and clamped to +-``clamp`` (inf: not clamped); m is a constant of
     the backward. The phase runs on over segments."""
-    return _in_service("augment", x.q.device)(*x.flat(), starts, clamp, width, dtype)
+    return _in_service("augment", x.q, x.b)(*x.flat(), starts, clamp, width, dtype)
 
 
 def augment_backward(
@@ -275,7 +279,7 @@ def augment_backward(
     segments is given: ``decay_carry`` [B, segments, G] and ``phase_carry`` [B, segments, G, Ds/2],
     fp64, are dL/dg and dL/dPhi summed over all tokens past the segment (None: no attention across
     segments, nothing to carry)."""
-    op = _in_service("augment_backward", x.q.device)
+    op = _in_service("augment_backward", x.q, x.b)
     return op(dq_aug, dk_aug, *x.flat(), starts, clamp, decay_carry, phase_carry)
 
 
@@ -283,7 +287,7 @@ def guard_compiled(x: ScoreInputs) -> None:
     """Check the compiled augmentation on its first use; plain PyTorch takes a wrong one's place."""
     device = x.q.device
     dtype = x.q.dtype
-    if not _extension.LOADED or dtype == torch.float64:
+    if dtype == torch.float64 or not _extension.has_kernels(device.type):
         return
     # Asked first: a compiled call would guard a verdict, and be compiled anew once there is one.
     if not selfcheck.possible(device) or selfcheck.ruled_out("augment", device.type):

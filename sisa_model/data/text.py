@@ -51,7 +51,7 @@ def needs(module: str, what: str) -> Any:
     except ImportError as error:
         package = module.split(".")[0]
         raise ValueError(
-            f'{what} needs the package {package}: pip install "sisa[train]" ({error})'
+            f'{what} needs the package {package}: pip install "sisa-attention[train]" ({error})'
         ) from error
 
 

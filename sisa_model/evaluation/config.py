@@ -42,7 +42,7 @@ class EvalConfig:
     tasks: tuple[str, ...] = ("lambada", "hellaswag", "arc_easy", "winogrande", "niah")
     """Tasks, separated by commas or spaces."""
     protocol: Protocol = "harness"
-    """Scoring of the benchmarks: harness (needs pip install "sisa[eval]") or paper."""
+    """Scoring of the benchmarks: harness (needs pip install "sisa-attention[eval]") or paper."""
     data_dir: Path | None = None
     """Folder of local files in place of downloads (docs/evaluate.md); protocol paper needs it."""
     limit: int | None = None
@@ -103,6 +103,6 @@ def _check_benchmarks(config: EvalConfig, benchmarks: list[str]) -> None:
         )
     if not paper and importlib.util.find_spec("lm_eval") is None:
         raise ValueError(
-            'protocol harness needs a package that is not installed: pip install "sisa[eval]"; '
-            "protocol paper does not"
+            "protocol harness needs a package that is not installed: pip install "
+            '"sisa-attention[eval]"; protocol paper does not'
         )

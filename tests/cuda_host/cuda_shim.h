@@ -160,6 +160,10 @@ T __shfl_down_sync(unsigned, T x, unsigned step) {
 enum cudaError_t { cudaSuccess, cudaErrorInvalidValue, cudaErrorLaunchFailure };
 using cudaStream_t = void*;
 
+inline const char* cudaGetErrorString(cudaError_t error) {
+  return error == cudaErrorInvalidValue ? "invalid value" : "launch failure";
+}
+
 struct cudaLaunchConfig_t {
   dim3 gridDim, blockDim;
   size_t dynamicSmemBytes;

@@ -1,7 +1,6 @@
 """The augmentation's CUDA kernels: compiled for the host (cuda_shim.h), and on a GPU."""
 
 import ctypes
-import os
 import re
 import shutil
 import subprocess
@@ -13,6 +12,8 @@ import torch
 
 import sisa_kernels as sk
 from sisa_kernels import _extension
+from sisa_kernels.paths.augment import MAX_STATE_ON_CUDA
+from sisa_kernels.testing import relative
 from tests.support import ROOT
 from tests.support.augment import (
     BF16,
@@ -133,7 +134,7 @@ def host_augment(
     q_aug, k_aug = (torch.full((*x.shape[:3], width), torch.nan, dtype=dtype) for x in (q, k))
     params = Params()
     alive = fill(params, q, k, b, c, log_decay, theta, lam, cos, sin, starts, clamp, q_aug, k_aug)
-    assert library.host_augment(ctypes.byref(params), last_block_first) == 0
+    assert library.host_augment(ctypes.byref(params), last_block_first) is None
     del alive
     return q_aug, k_aug
 
@@ -147,7 +148,7 @@ def host_augment_backward(library, last_block_first, dq_aug, dk_aug, *inputs):
     params.dq, params.dk, params.db, params.dc = map(rows, grads[:4])
     params.dlog_decay, params.dtheta, params.dlam = (x.data_ptr() for x in grads[4:])
     params.decay_flux, params.phase_flux = (None if x is None else x.data_ptr() for x in fluxes)
-    assert library.host_augment_backward(ctypes.byref(params), last_block_first) == 0
+    assert library.host_augment_backward(ctypes.byref(params), last_block_first) is None
     del alive
     return grads
 
@@ -166,7 +167,10 @@ def host_library(tmp_path_factory):
         str(path),
     ]
     subprocess.run(command, check=True)
-    return ctypes.CDLL(str(path))
+    library = ctypes.CDLL(str(path))
+    for function in (library.host_augment, library.host_augment_backward):
+        function.restype = ctypes.c_char_p  # what went wrong, or null
+    return library
 
 
 def host(library, last_block_first=False):
@@ -192,8 +196,8 @@ def on_gpu(op):
 def implementation(request):
     if request.param == "host":
         return host(request.getfixturevalue("host_library"))
-    if not _extension.LOADED or not _extension.RECORD["cuda_archs"]:
-        pytest.skip("the extension was built without CUDA")
+    if not _extension.has_kernels("cuda"):
+        pytest.skip("the library was built without CUDA")
     return Implementation(*map(on_gpu, COMPILED))
 
 
@@ -293,21 +297,16 @@ def test_captured_in_a_cuda_graph():
 def test_states_too_wide_for_the_kernels_run_in_python():
     """And are no fault of theirs: a warning that they are out would be an error."""
     p = augment_call(length=40, widths=(8, 260), heads=(2, 1), batch=1)
-    if not _extension.LOADED or not _extension.RECORD["cuda_archs"]:
-        pytest.skip("the extension was built without CUDA")
-    check(p, FP32, implementation=Implementation(*map(on_gpu, COMPILED)))
-    sk.augment_qk(*(x.cuda() for x in p.inputs))
+    if not _extension.has_kernels("cuda"):
+        pytest.skip("the library was built without CUDA")
+    found = sk.augment_qk(*(x.cuda() for x in p.inputs), rotary=tuple(x.cuda() for x in p.rotary))
+    for x, right in zip(found, sk.augment_qk(*p.inputs, rotary=tuple(p.rotary))):
+        assert relative(x.cpu(), right) < 1e-6
 
 
-@pytest.mark.skipif(torch.version.cuda is not None, reason="this torch has CUDA")
-def test_a_build_that_demands_cuda_says_what_is_missing():
-    command, environment = (
-        [sys.executable, "setup.py", "--version"],
-        {**os.environ, "SISA_BUILD_CUDA": "1"},
-    )
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert done.returncode != 0
-    assert "no CUDA runtime to link" in done.stderr
+def test_the_widest_state_is_the_kernels_own():
+    header = (ROOT / "csrc" / "cuda" / "augment.h").read_text()
+    assert f"kMaxStateWidth = {MAX_STATE_ON_CUDA};" in header
 
 
 @pytest.mark.slow

@@ -19,7 +19,7 @@ from sisa_kernels.testing import NAMES, in_fp64, relative, worst_row
 from tests.support.augment import laid_out
 from tests.support.problems import problem
 
-COMPILED = torch._C._dispatch_has_kernel_for_dispatch_key("sisa::decode", "CPU")
+COMPILED = _extension.has_kernels("cpu")
 
 
 @pytest.fixture(params=["compiled", "eager"])
@@ -28,7 +28,7 @@ def path(request, monkeypatch):
     if request.param == "eager":
         monkeypatch.setattr(decode_module, "decode", decode_eager)
     elif not COMPILED:
-        pytest.skip(f"the extension is {_extension.STATE}, without this op")
+        pytest.skip(f"the library is {_extension.STATE}")
     return request.param
 
 
@@ -242,12 +242,19 @@ def step_arguments(dtype=torch.float32, capacity=9, lengths=(5, 3)):
     return [*inputs, *rotary, *caches, g, torch.randn(2, 2, 4, dtype=torch.float64), list(lengths)]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-def test_opcheck(dtype):
-    torch.library.opcheck(torch.ops.sisa.decode.default, tuple(step_arguments(dtype)))
+@pytest.mark.parametrize(
+    ("op", "dtype"),
+    [
+        (torch.ops.sisa.decode.default, torch.float32),
+        (torch.ops.sisa.decode_eager.default, torch.float64),
+    ],
+    ids=str,
+)
+def test_opcheck(op, dtype):
+    torch.library.opcheck(op, tuple(step_arguments(dtype)))
 
 
-@pytest.mark.skipif(not COMPILED, reason=f"the extension is {_extension.STATE}, without this op")
+@pytest.mark.skipif(not COMPILED, reason=f"the library is {_extension.STATE}")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("lengths", [(5, 3), (8, 8), (1, 7)])
 def test_compiled_step_changes_what_the_eager_one_does(dtype, lengths):
@@ -301,7 +308,7 @@ def with_rest(args, value):
     return args
 
 
-@pytest.mark.skipif(not COMPILED, reason=f"the extension is {_extension.STATE}, without this op")
+@pytest.mark.skipif(not COMPILED, reason=f"the library is {_extension.STATE}")
 @settings(max_examples=50, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(calls())
 def test_any_call_matches_fp64_and_reads_no_slot_past_the_length(args):
@@ -334,29 +341,38 @@ def test_any_call_matches_fp64_and_reads_no_slot_past_the_length(args):
         torch.set_num_threads(threads)
 
 
+# The compiled step's own checks can raise but RuntimeError; those of sisa_decode come before them.
+both_steps = pytest.mark.parametrize(
+    ("op", "wrong_shape", "wrong_type"),
+    [
+        (torch.ops.sisa.decode, *[RuntimeError if COMPILED else (ValueError, TypeError)] * 2),
+        (decode_eager, ValueError, TypeError),
+    ],
+    ids=["op", "eager"],
+)
 ARGUMENTS = (*NAMES, "cos", "sin", "k_cache", "v_cache", "b_cache", "g_cache", "phase")
 
 
 @pytest.mark.parametrize("name", ARGUMENTS)
-@pytest.mark.parametrize("op", [torch.ops.sisa.decode, decode_eager], ids=["op", "eager"])
-def test_the_op_names_a_wrong_operand(op, name):
+@both_steps
+def test_the_op_names_a_wrong_operand(op, wrong_shape, wrong_type, name):
     place = ARGUMENTS.index(name)
     args = step_arguments()
     args[place] = args[place][..., :-1]
     differs = {"q": "k", "v": "v_cache"}.get(name, name)  # of a free width: what it must fit
-    with pytest.raises(ValueError, match=f"^{differs} must"):
+    with pytest.raises(wrong_shape, match=f"^{differs} must"):
         op(*args)
     args = step_arguments()
     args[place] = args[place].int()
-    with pytest.raises(TypeError, match=f"^{name} must be"):
+    with pytest.raises(wrong_type, match=f"^{name} must be"):
         op(*args)
 
 
-@pytest.mark.parametrize("op", [torch.ops.sisa.decode, decode_eager], ids=["op", "eager"])
+@both_steps
 @pytest.mark.parametrize("lengths", [(5,), (0, 3), (9, 3), (-1, 3)])
-def test_the_op_refuses_lengths_outside_the_cache(op, lengths):
+def test_the_op_refuses_lengths_outside_the_cache(op, wrong_shape, wrong_type, lengths):
     with pytest.raises(
-        ValueError, match="lengths must be 2 integers from 1 to the capacity 9 less 1"
+        wrong_shape, match="lengths must be 2 integers from 1 to the capacity 9 less 1"
     ):
         op(*step_arguments(lengths=lengths))
 

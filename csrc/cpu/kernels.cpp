@@ -1,0 +1,9 @@
+// The table of one instruction set's kernels.
+
+#include "kernels.h"
+
+namespace sisa::cpu::SISA_ISA {
+
+extern const Kernels kernels = {augment, augment_backward, decode};
+
+}  // namespace sisa::cpu::SISA_ISA

@@ -56,13 +56,18 @@ def is_theirs(name: str) -> bool:
     return name.startswith("authors-")
 
 
+STOCK = "stock-"  # before a preset: on PyTorch's own attention
+
+
 def ours(name: str) -> str:
-    """The preset of a model: of "authors-152m-ds16" it is sisa-152m-ds16."""
-    return name.replace("authors-", "sisa-")
+    """The preset of a model: sisa-152m-ds16 of "authors-152m-ds16", X of "stock-X"."""
+    return name.removeprefix(STOCK).replace("authors-", "sisa-")
 
 
 def build(name: str, **overrides) -> LanguageModel:
-    """:func:`sisa_model.build`, which also knows the models on the authors' attention."""
+    """:func:`sisa_model.build`, which also knows models on the authors' or on stock attention."""
+    if name.startswith(STOCK):
+        overrides["backend"] = "sdpa"
     model = sm.build(ours(name), **overrides)
     if is_theirs(name):
         for layer in model.layers:

@@ -1,5 +1,6 @@
 """What the benches time, by section: groups of cases that take turns, each with its check."""
 
+import contextlib
 import functools
 import math
 from collections.abc import Callable, Sequence
@@ -12,7 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import sisa_kernels as sk
-from bench import authors
+import sisa_model as sm
+from bench import authors, llama
 from bench.paths import (
     ATTENTION,
     AUTHORS,
@@ -39,6 +41,10 @@ from sisa_kernels.triton.tiles import choose_tiles, tile_key, tuned_tiles
 from sisa_kernels.triton.tune import CHECK_LENGTH, autotune
 from sisa_model.models.context import Context, rotary_at, rotary_tables
 from sisa_model.models.presets import preset_config
+from sisa_model.runs.config import TrainConfig, resolve
+from sisa_model.training.loss import Objective
+from sisa_model.training.optimizer import make_optimizer
+from sisa_model.training.parallel import Parallel, World
 
 CUDA = torch.device("cuda")
 LAYER_LIMIT = 1e-5  # relative error of a whole layer in fp32
@@ -136,14 +142,24 @@ def attention_work(path: Path, shape: Shape, backward: bool) -> Work:
 
 
 def attention_case(
-    op: str, path: Path, shape: Shape, passes: str, s: Setting, *, label: str = "", baseline=False
+    op: str,
+    path: Path,
+    shape: Shape,
+    passes: str,
+    s: Setting,
+    *,
+    label: str = "",
+    half_life: float = HALF_LIFE,
+    baseline: bool = False,
 ) -> Case:
-    """A path at a shape, in the rows ``label``, with RoPE in every section but ``stock``."""
+    """A path at a shape, in the rows ``label``, with RoPE in every section but ``stock``.
+
+    ``half_life``: in tokens, named in the mode where it is not as at initialisation."""
     rope = op != "stock"
     backward = passes == "fwd+bwd"
 
     def make() -> Callable[[], object]:
-        x, dy = problem(shape, s.dtype, s.device)
+        x, dy = problem(shape, s.dtype, s.device, half_life)
         if not rope:
             x = x._replace(rotary=None)
         if backward:
@@ -153,6 +169,8 @@ def attention_case(
     mode = path.mode
     if rope and mode == "plain":
         mode += ", RoPE compiled" if s.device.type == "cuda" else ", RoPE eager"
+    if op == "decay":
+        mode += f", half-life {half_life:g}"
     bounded = s.datasheet is not None
     return Case(
         op=op,
@@ -547,6 +565,64 @@ def model_groups(s: Setting) -> list[list[Case]]:
                 for preset in s.models
             ]
             groups.append(cases)
+    return groups
+
+
+def trainers_step(
+    preset: str, batch: int, length: int, device: torch.device
+) -> Callable[[], object]:
+    """A training step by the trainer's own parts in fp32, at a learning rate of nought."""
+    torch.manual_seed(0)
+    config = resolve(TrainConfig(preset=preset, device=device.type, seq_len=length))
+    model = sm.build(preset, max_seq_len=length).to(device)
+    optimizer = make_optimizer(model, config)
+    objective = Objective(model, contextlib.nullcontext())
+    parallel = Parallel(objective, World(), config.parallel, bf16=False)
+    ids = torch.randint(model.config.vocab_size, (batch, length + 1), device=device)
+
+    def call() -> None:
+        parallel.backward(ids[:, :-1], ids[:, 1:], None, 1 / (batch * length), last=True)
+        parallel.clip(config.clip)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return call
+
+
+def step_groups(s: Setting) -> list[list[Case]]:
+    """A whole training step in fp32, the trainer's, beside that of a stock Hugging Face Llama.
+
+    The Llama, of the sizes of the first model, a Transformer, is the baseline."""
+    groups = []
+    for length in s.lengths or (2048,):
+        shape = (s.batch(length), length)
+        like = s.models[0]
+        made: dict[str, dict[str, Any]] = {
+            preset: {
+                "make": partial(trainers_step, preset, *shape, s.device),
+                **preset_gate(preset, s),
+            }
+            for preset in s.models
+        }
+        made[like.replace("transformer", "llama")] = {
+            "make": partial(llama.training_step, like, *shape, s.device),
+            "check": partial(llama.failure, like),
+            "baseline": True,
+        }
+        groups.append(
+            [
+                Case(
+                    op="step",
+                    path=path,
+                    mode="eager",
+                    shape="{}x{}".format(*shape),
+                    passes="step",
+                    work=Work(math.prod(shape), "tok/s", "BL"),
+                    **how,
+                )
+                for path, how in made.items()
+            ]
+        )
     return groups
 
 

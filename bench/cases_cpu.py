@@ -18,8 +18,18 @@ from bench.cases import (
     decode_groups,
     layer_groups,
     model_groups,
+    step_groups,
 )
-from bench.paths import ATTENTION_ON_CPU, AUTHORS, EXACT_ON_CPU, FLEX, STOCK, Path
+from bench.paths import (
+    ATTENTION_ON_CPU,
+    AUTHORS,
+    CHUNKED,
+    EXACT_ON_CPU,
+    FLEX,
+    HALF_LIFE,
+    STOCK,
+    Path,
+)
 from bench.roofline import Shape
 
 CPU = torch.device("cpu")
@@ -48,6 +58,7 @@ GROWTH = {  # the field of BASE that grows, and its values
     "batch": (1, 2, 4, 8),
 }
 LAYERS = (
+    "stock-transformer-152m",
     "transformer-152m",
     "sisa-152m-ds16",
     "sisa-152m-ds32",
@@ -63,20 +74,37 @@ DECODERS = tuple(preset for preset in LAYERS if not preset.startswith("authors")
 CONTEXTS = (512, 4096, 8192)
 MODELS = {  # by (batch, length), the trainer's
     (8, 128): (
+        "stock-transformer-tiny",
         "transformer-tiny",
         "sisa-tiny-ds16",
         "authors-tiny-ds16",
         "mamba2-tiny",
         "mamba3-tiny",
     ),
-    (8, 2048): ("transformer-tiny", "sisa-tiny-ds16", "authors-tiny-ds16"),
-    (1, 2048): ("transformer-50m", "sisa-50m-ds16", "authors-50m-ds16"),
+    (8, 2048): (
+        "stock-transformer-tiny",
+        "transformer-tiny",
+        "sisa-tiny-ds16",
+        "authors-tiny-ds16",
+    ),
+    (1, 2048): (
+        "stock-transformer-50m",
+        "transformer-50m",
+        "sisa-50m-ds16",
+        "authors-50m-ds16",
+    ),
 }
+DECAYS = (100.0, 14.0, 5.5, 2.2, 1.0, 0.33)  # half-lives, of b_a from -5 to 2
+DECAY_LENGTHS = (2048, 8192)
+STEPS = {(1, 2048): ("transformer-50m", "sisa-50m-ds16")}  # by (batch, length)
 if QUICK:
     FULL = TINY
     BASE = Shape(1, 64, 1, 16, 16, 16)
     GROWTH = {"length": (64, 128)}
+    DECAYS = (100.0, 1.0)
+    DECAY_LENGTHS = (64,)
     LAYERS = (
+        "stock-transformer-tiny",
         "transformer-tiny",
         "sisa-tiny-ds16",
         "authors-tiny-ds16",
@@ -86,7 +114,8 @@ if QUICK:
         "mamba3-tiny",
     )
     MODELS = {(2, 32): MODELS[8, 128]}
-    DECODERS = (*LAYERS[:2], *LAYERS[3:])
+    STEPS = {(2, 32): MODELS[2, 32][1:3]}
+    DECODERS = tuple(preset for preset in LAYERS if not preset.startswith("authors"))
     CONTEXTS = (64,)
 
 
@@ -102,11 +131,26 @@ def attention() -> Iterator[Group]:
         yield Group(FULL, tuple(cases))
 
 
-def compared(op: str, paths: Sequence[Path], shape: Shape, passes: str) -> tuple[Case, ...]:
+def compared(
+    op: str, paths: Sequence[Path], shape: Shape, passes: str, half_life: float = HALF_LIFE
+) -> tuple[Case, ...]:
     """A case for each path; baseline: plain attention by the stock flash kernel."""
     return tuple(
-        attention_case(op, path, shape, passes, FULL, baseline=path is STOCK[1]) for path in paths
+        attention_case(
+            op, path, shape, passes, FULL, half_life=half_life, baseline=path is STOCK[1]
+        )
+        for path in paths
     )
+
+
+def decay() -> Iterator[Group]:
+    """Ours and plain attention as heads learn to forget, forward + backward."""
+    for length in DECAY_LENGTHS:
+        shape = replace(BASE, length=length)
+        for half_life in DECAYS:
+            paths = (STOCK[1], EXACT_ON_CPU, CHUNKED)
+            cases = compared("decay", paths, shape, "fwd+bwd", half_life)
+            yield Group(FULL, cases, seconds=8.0, least=3)
 
 
 def flex() -> Iterator[Group]:
@@ -135,6 +179,13 @@ def model() -> Iterator[Group]:
             yield Group(setting, tuple(cases))
 
 
+def step() -> Iterator[Group]:
+    for (batch, length), models in STEPS.items():
+        setting = replace(FULL, lengths=(length,), tokens=batch * length, models=models)
+        for cases in step_groups(setting):
+            yield Group(setting, tuple(cases), seconds=60.0)
+
+
 def growth() -> Iterator[Group]:
     """Plain attention, ours and the authors', forward + backward, as one of the sizes grows."""
     grown = [replace(BASE, **{name: value}) for name in GROWTH for value in GROWTH[name]]
@@ -149,9 +200,11 @@ def growth() -> Iterator[Group]:
 SECTIONS = {
     "augment": augment,
     "attention": attention,
+    "decay": decay,
     "flex": flex,
     "layer": layer,
     "decode": decode,
     "model": model,
+    "step": step,
     "growth": growth,
 }

@@ -33,6 +33,8 @@ RIVALS = {  # baseline, to its first hyphen: how it is called
     "chain": "the authors' ops",
     "copy": "a copy of its bytes",
     "transformer": "the Transformer's",
+    "stock": "the Transformer's on stock SDPA",
+    "llama": "a Hugging Face Llama's",
     **dict.fromkeys(("flash", "cudnn", "efficient"), "plain attention + RoPE"),
 }
 PANEL_GAP = 3.5  # between panels, in bars
@@ -106,13 +108,20 @@ OPERATORS = {  # section: title, path -> label and colour
         "attention",
         {
             "sisa": ("ours, exact", OURS),
+            "our plain": ("our kernel, plain", PLAIN),
             "unpadded": ("v not padded", OTHER),
             "eager+sdpa": ("as published", THEIRS),
         },
     ),
 }
-WHOLE = {"model": "training step", "layer": "one 152M layer", "decode": "a token of one 152M layer"}
+WHOLE = {
+    "model": "training step",
+    "step": "the trainer's step",
+    "layer": "one 152M layer",
+    "decode": "a token of one 152M layer",
+}
 FAMILIES = {
+    "transformer": ("Transformer, our kernel", PLAIN),
     "sisa": ("SISA", OURS),
     "authors": ("as published", THEIRS),
     "fox": ("FoX", OTHER),
@@ -138,12 +147,32 @@ def operator_bars(rows: Sequence[Row], paths: dict[str, tuple[str, str]]) -> lis
     return found
 
 
+def decay_bars(rows: Sequence[Row]) -> list[Bar]:
+    """A bar for each row of the kernel and of the path by chunks, by length, then half-life."""
+    styles = {"sisa": ("ours", OURS), "chunked": ("by chunks", OTHER)}
+
+    def half_life(row: Row) -> float:
+        return float(row["mode"].rpartition(" ")[2])
+
+    def place(row: Row) -> tuple[int, float, int]:
+        return sizes(row)["length"], -half_life(row), list(styles).index(row["path"])
+
+    found = []
+    for row in sorted((row for row in rows if row["path"] in styles), key=place):
+        name, color = styles[row["path"]]
+        label = f"L {sizes(row)['length']:,}, half-life {half_life(row):g}, {name}"
+        found.append((label, color, row))
+    return found
+
+
 def model_bars(rows: Sequence[Row]) -> list[Bar]:
     """A bar for each row of a model, layer or decoding step, by its sizes."""
     found = []
     for row in sorted(rows, key=lambda row: [int(n) for n in re.findall(r"\d+", row["shape"])]):
         preset = find_preset(authors.ours(row["path"]))
         family = "authors" if authors.is_theirs(row["path"]) else preset.family
+        if row["path"] == row["baseline"]:
+            continue
         if family not in FAMILIES:
             continue
         name, color = FAMILIES[family]
@@ -151,7 +180,7 @@ def model_bars(rows: Sequence[Row]) -> list[Bar]:
         tokens = f"{batch} x {int(length):,} tokens"
         if row["op"] == "decode":
             tokens = f"behind {int(length):,}"
-        parts = [preset.scale] if row["op"] == "model" else []
+        parts = [preset.scale] if row["op"] in ("model", "step") else []
         parts.append(tokens)
         if preset.family == "sisa":
             parts.append(f"d_s {preset.model.d_state}")
@@ -168,6 +197,8 @@ def speed_panels(rows: Sequence[Row]) -> list[tuple[str, list[Bar]]]:
         longest = max((sizes(row)["length"] for row in mine), default=0)
         mine = [row for row in mine if sizes(row)["length"] == longest]
         panels.append((f"{title}, L {longest:,}", operator_bars(mine, paths)))
+    decays = [row for row in compared if row["op"] == "decay"]
+    panels.append(("attention, d_s 16, 4 heads, by decay", decay_bars(decays)))
     for op, title in WHOLE.items():
         panels.append((title, model_bars([row for row in compared if row["op"] == op])))
     return [(title, found) for title, found in panels if found]
@@ -353,7 +384,7 @@ def accuracy_figure(rows: list[Row], path: Path) -> None:
 Figure = tuple[tuple[str, ...], Callable[[list[Row], Path], None], str]
 FIGURES: dict[str, Figure] = {
     "speed": (
-        ("augment", "attention", "layer", "decode", "model"),
+        ("augment", "attention", "decay", "layer", "decode", "model", "step"),
         speed_figure,
         "python -m bench cpu",
     ),

@@ -126,7 +126,6 @@ def ours(mode: str, backend: str) -> Attend:
 
 
 exact = ours("exact", "triton")
-exact_chunked = ours("exact", "chunked")
 
 
 def augmented(x: SisaInputs) -> tuple[Tensor, Tensor]:
@@ -168,6 +167,11 @@ def plain(x: SisaInputs) -> Tensor:
     return causal_attention(x.q, x.k, x.v, rotary=x.rotary)
 
 
+def plain_native(x: SisaInputs) -> Tensor:
+    """Plain attention by our kernel for CPUs."""
+    return sk.causal_attention(x.q, x.k, x.v, rotary=x.rotary, backend="native")
+
+
 EXACT_TESTS = r"test_exact_in_bf16.*\[\d+-{ds}-|test_two_runs_give_the_same_bits"
 PLAIN_TESTS = "test_without_the_importance_term|test_addresses_past_32_bits"
 FLASH_TESTS = "test_every_legal_row_on_the_gpu"
@@ -190,9 +194,13 @@ ATTENTION = [
 ]
 # It has no backward on a CPU.
 FLEX = Path("flex", "clamped", "eager", flex, dense_augmented, trains=False)
-EXACT_ON_CPU = Path("sisa", "exact", "exact", exact_chunked, dense)
+EXACT_ON_CPU = Path("sisa", "exact", "exact", ours("exact", "native"), dense)
+CHUNKED = Path("chunked", "exact", "exact", ours("exact", "chunked"), dense)
+PLAIN_ON_CPU = Path("our plain", "plain", "plain", plain_native, dense)
 ATTENTION_ON_CPU = [
     EXACT_ON_CPU,
+    PLAIN_ON_CPU,
+    CHUNKED,
     Path("one call", "exact", "augmented", ours("exact", "one_call"), dense),
     FLASH_TABLE,
     Path("unpadded", "clamped", "augmented", unpadded, dense_augmented),

@@ -18,6 +18,7 @@ namespace sisa {
 
 constexpr double kTwoPi = 6.283185307179586476925;
 constexpr double kLowestLogDecay = -1e3;  // exp of it is 0 in fp64; as in reference.py
+constexpr double kSmallestLam = 1e-24;    // stands for 0, which would divide its own gradient away; no score sees it
 
 // R(phase) x
 template <class T>
@@ -68,19 +69,23 @@ SISA_INLINE double clamped(double x, double bound) {
   return x > bound ? bound : x < -bound ? -bound : x;
 }
 
+SISA_INLINE double bounded_lam(double lam) {
+  return lam < kSmallestLam ? kSmallestLam : lam;
+}
+
 // The factors s of query and key. Shared key heads leave all of s^2 to the query, since lam differs among the heads of one key.
 SISA_INLINE double query_scale(double head_width, double lam, bool shared) {
-  const double square = sqrt(head_width) * lam;
+  const double square = sqrt(head_width) * bounded_lam(lam);
   return shared ? square : sqrt(square);
 }
 
 SISA_INLINE double key_scale(double head_width, double lam, bool shared) {
-  return shared ? 1.0 : sqrt(sqrt(head_width) * lam);
+  return shared ? 1.0 : sqrt(sqrt(head_width) * bounded_lam(lam));
 }
 
 // dL/dlam from the sum of dL/dexponent over what carries lam: all of s^2 on the query, or half of it on either side.
 SISA_INLINE double d_lam(double total, double lam, bool shared) {
-  return total / ((shared ? 1.0 : 2.0) * lam);
+  return total / ((shared ? 1.0 : 2.0) * bounded_lam(lam));
 }
 
 }  // namespace sisa

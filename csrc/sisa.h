@@ -65,13 +65,18 @@ struct DecodeParams {
   Rows y;
 };
 
+struct AttentionParams;
+struct AttentionBackwardParams;
+
 namespace cpu {
 
-// The kernels compiled for one instruction set.
+// The kernels compiled for one instruction set; those of attention take what attention.h describes.
 struct Kernels {
   void (*augment)(const AugmentParams&);
   void (*augment_backward)(const AugmentBackwardParams&);
   void (*decode)(const DecodeParams&);
+  void (*attention)(const AttentionParams&);
+  void (*attention_backward)(const AttentionBackwardParams&);
 };
 
 // Those of the best instruction set that this CPU runs, or of the best up to the one that SISA_CPU_ISA names; and its name.

@@ -9,6 +9,7 @@ from sisa_kernels.cache import TokenCache
 from sisa_kernels.decode import SisaCache, sisa_decode
 from sisa_kernels.forgetting import alibi_slopes, forgetting_attention, forgetting_decode
 from sisa_kernels.paths.augment import augment_qk
+from sisa_kernels.plain import causal_attention
 from sisa_kernels.version import __version__
 
 __all__ = [
@@ -18,6 +19,7 @@ __all__ = [
     "alibi_slopes",
     "augment_qk",
     "backends",
+    "causal_attention",
     "forgetting_attention",
     "forgetting_decode",
     "reference",

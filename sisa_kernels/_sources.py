@@ -1,5 +1,6 @@
-"""What the compiled library is of: a digest of csrc/. setup.py, which cannot import the package,
-runs this file."""
+"""What the compiled library is of: a digest of csrc/.
+
+setup.py, which cannot import the package, runs this file."""
 
 import hashlib
 from pathlib import Path

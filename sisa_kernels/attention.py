@@ -9,7 +9,7 @@ from sisa_kernels import _extension, reference, selfcheck
 from sisa_kernels.checks import check_attention
 from sisa_kernels.inputs import BACKENDS, Backend, Mode, Rotary, SisaInputs, joined
 from sisa_kernels.ops import refuse_forward_mode, say_once, without_autocast
-from sisa_kernels.paths import one_call
+from sisa_kernels.paths import native, one_call
 from sisa_kernels.paths.augment import guard_compiled
 from sisa_kernels.paths.chunked import chunked
 
@@ -21,22 +21,26 @@ except ImportError as error:
 
 # What the paths are called, by the names that they have had.
 ALIASES = {"flash": "one_call", "sdpa": "chunked"}
+FUSED = ("native", "triton")  # exact in one kernel, checked on their first use
 
 
 def backends(*, table: bool = False) -> dict[str, str]:
     """What can run here, each by name "available" or why it is not.
 
-    The names are "triton", "flash" (one_call), "sdpa" (chunked) and "extension"; with ``table``
-    also "flash/NAME" of each stock kernel, in the order of preference, for a training call of width
-    64 + 16 in bf16 on the current GPU, or in fp32 on the CPU."""
+    The names are "native", "triton", "flash" (one_call), "sdpa" (chunked) and "extension", the
+    compiled library; with ``table`` also "flash/NAME" of each stock kernel, in the order of
+    preference, for a training call of width 64 + 16 in bf16 on the current GPU, or in fp32 on the
+    CPU."""
+    cpu = torch.device("cpu")
     found = {
+        "native": native.refusal(cpu, torch.float32, 64) or "available",
         "triton": _triton_state(),
         "flash": "available",
         "sdpa": "available",
         "extension": _extension.STATE,
     }
     if table:
-        device = torch.device("cpu")
+        device = cpu
         dtype = torch.float32
         if torch.cuda.is_available():
             device = torch.device("cuda", torch.cuda.current_device())
@@ -56,27 +60,36 @@ def _triton_state() -> str:
     return "needs a CUDA device"
 
 
-def _triton_refusal(inputs: SisaInputs) -> str | None:
-    """Why the Triton path cannot run on these operands, or None."""
+def _widths(inputs: SisaInputs) -> tuple[int, int, int]:
+    """(Dh, Ds, Dv)."""
+    return inputs.q.shape[3], inputs.b.shape[3], inputs.v.shape[3]
+
+
+def _refusal(path: str, inputs: SisaInputs) -> str | None:
+    """Why "native" or "triton" cannot run on these operands, or None."""
+    q = inputs.q
+    if path == "native":
+        return native.refusal(q.device, q.dtype, *_widths(inputs))
     state = _triton_state()
     if state != "available":
         return f"it {state}"
-    return triton_op.refusal(inputs.q, inputs.v, inputs.b)
+    return triton_op.refusal(q, inputs.v, inputs.b)
 
 
-def _triton_fault(inputs: SisaInputs) -> str | None:
-    """What is known to be wrong with the Triton path on such operands, or None."""
-    q = inputs.q
-    widths = (q.shape[3], inputs.b.shape[3], inputs.v.shape[3])
-    use = selfcheck.Use("triton", q.device, q.dtype, *widths)
-    return selfcheck.fault(use, triton_op.attend)
+def _fault(path: str, inputs: SisaInputs) -> str | None:
+    """What is known to be wrong with "native" or "triton" on such operands, or None."""
+    use = selfcheck.Use(path, inputs.q.device, inputs.q.dtype, *_widths(inputs))
+    return selfcheck.fault(use, native.attend if path == "native" else triton_op.attend)
 
 
-def _preferred(mode: str, device: torch.device) -> str:
+def _preferred(mode: str, q: Tensor) -> str:
     """What "auto" runs where nothing speaks against it."""
     if mode == "clamped":
         return "one_call"
-    return "chunked" if device.type in ("cpu", "meta") else "triton"
+    if q.device.type not in ("cpu", "meta"):
+        return "triton"
+    # Without the library, which is said when it is missed, and in fp64 nothing is better.
+    return "native" if _extension.LOADED and q.dtype != torch.float64 else "chunked"
 
 
 def asked_backend(backend: str) -> tuple[str, str]:
@@ -93,21 +106,22 @@ def asked_backend(backend: str) -> tuple[str, str]:
 def _choose(backend: str, mode: str, inputs: SisaInputs) -> str:
     """The path that runs: what is asked for, with "auto" resolved by mode, device and operands."""
     backend, source = asked_backend(backend)
-    device = inputs.q.device
     if backend == "auto":
-        backend = _preferred(mode, device)
-        why = (_triton_refusal(inputs) or _triton_fault(inputs)) if backend == "triton" else None
+        backend = _preferred(mode, inputs.q)
+        if backend not in FUSED:
+            return backend
+        why = _refusal(backend, inputs) or _fault(backend, inputs)
         if why is None:
             return backend
         say_once(
-            f"exact SISA attention on {device.type} runs the 'chunked' path with densely tiled "
-            f"scores, not 'triton': {why}"
+            f"exact SISA attention on {inputs.q.device.type} runs the 'chunked' path, slower, not "
+            f"{backend!r}: {why}"
         )
         return "chunked"
-    if backend == "triton":
-        why = "it computes mode 'exact' only" if mode != "exact" else _triton_refusal(inputs)
+    if backend in FUSED:
+        why = "it computes mode 'exact' only" if mode != "exact" else _refusal(backend, inputs)
         if why is not None:
-            raise ValueError(f"{source} 'triton' cannot run here: {why}")
+            raise ValueError(f"{source} {backend!r} cannot run here: {why}")
     return backend
 
 
@@ -140,13 +154,14 @@ def sisa_attention(
         log_decay: natural log of the decay, [B, L, G] fp32, <= 0 (-inf: the token forgets all
             before it). It, theta, lam and rotary are fp32; beside fp64, fp64 or fp32.
         theta: phase steps in radians, [B, L, G, Ds/2].
-        lam: weight of the importance term, [H], > 0.
+        lam: weight of the importance term, [H], >= 0.
         rotary: (cos, sin) of the positions, each [L, Dh/2], applied to q and k inside (interleaved
             pairs, by the place in the packed sequence); None: already applied, or not wanted.
         mode: "exact", Eq. 2 at any length and decay; "clamped", the authors' formulation with g
             clamped to +-11 about the middle of its range, to reproduce their numbers (wrong once
             the range passes 22; in fp16 on a GPU exp(11) leaves no room: use bf16).
-        backend: "auto"; "chunked", exact by query chunks on stock kernels (in mode "clamped", which
+        backend: "auto"; "native", exact in one compiled kernel on a CPU (in fp64 "auto" is
+            "chunked"); "chunked", exact by query chunks on stock kernels (in mode "clamped", which
             takes one call, as "one_call"); "one_call", a stock kernel on augmented operands, the
             first of a table that is legal and right (in exact mode an error once the range of g is
             too wide); "triton", exact in one kernel on a GPU, its products past the horizon left
@@ -173,6 +188,8 @@ def _attend(inputs: SisaInputs, mode: Mode, backend: str) -> Tensor:
         return reference.sisa_attention(**inputs._asdict(), mode=mode)
     refuse_forward_mode(*inputs.tensors())
     with without_autocast(inputs.q.device):
+        if path == "native":
+            return native.attend(inputs)
         if path == "triton":
             return triton_op.attend(inputs)
         guard_compiled(inputs.scores())

@@ -152,14 +152,14 @@ def check_shapes(x: ScoreInputs) -> None:
 def check_operands(x: ScoreInputs) -> None:
     """Check all of a SISA layer's inputs but v, and for CPU tensors their values too.
 
-    These are ``log_decay <= 0`` and ``lam > 0``; on a GPU the check would stall the device."""
+    These are ``log_decay <= 0`` and ``lam >= 0``; on a GPU the check would stall the device."""
     check_shapes(x)
     check_log("log_decay", x.log_decay, "decay")
     if x.q.device.type == "cpu" and not torch.compiler.is_compiling():
         least, most = (bound.item() for bound in x.lam.detach().aminmax())
-        if not 0 < least <= most < math.inf:
+        if not 0 <= least <= most < math.inf:
             raise ValueError(
-                f"lam must be finite and > 0 for every head, got {x.lam.detach().tolist()}"
+                f"lam must be finite and >= 0 for every head, got {x.lam.detach().tolist()}"
             )
 
 

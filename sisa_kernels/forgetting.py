@@ -20,7 +20,7 @@ from sisa_kernels.cache import MAX_ROWS, TokenCache, last, refuse_gradients, vis
 from sisa_kernels.checks import check_forgetting
 from sisa_kernels.inputs import Rotary, by_document, joined
 from sisa_kernels.ops import no_second_derivative, refuse_forward_mode, register, without_autocast
-from sisa_kernels.paths import chunked
+from sisa_kernels.paths import chunked, native
 from sisa_kernels.rotation import rotate
 from sisa_kernels.scans import cumulative_decay, work_dtype
 
@@ -54,6 +54,7 @@ def forgetting_attention(
     *,
     rotary: Rotary | None = None,
     cu_seqlens: Tensor | None = None,
+    backend: str = "auto",
 ) -> Tensor:
     """Causal softmax attention with a forget gate (FoX); ALiBi with :func:`alibi_slopes`.
 
@@ -72,6 +73,9 @@ def forgetting_attention(
             (as in FoX and ALiBi): no RoPE.
         cu_seqlens: [documents + 1] int32, rising from 0 to L: documents packed into one sequence (B
             = 1), where g and attention restart at each.
+        backend: "auto": "native" on a CPU (in fp64, and without the compiled library, "chunked"),
+            elsewhere "chunked"; "native", the compiled kernel that also runs SISA; "chunked", stock
+            attention kernels by query chunks.
 
     For fp64, pass log_forget and rotary in fp64 or fp32. On a CPU half precision is computed in
     fp32; on a GPU by stock flash kernels (:func:`half_document`).
@@ -83,6 +87,9 @@ def forgetting_attention(
     """
     check_forgetting(q, k, v, log_forget, rotary, cu_seqlens)
     refuse_forward_mode(q, k, v, log_forget)
+    if native.choose_plain(backend, "chunked", q, v, "forgetting attention", forgets=True):
+        with without_autocast(q.device):
+            return native.attend_plain(q, k, v, rotary, cu_seqlens, log_forget)
     dtype = q.dtype
     half = q.device.type == "cuda" and dtype in (torch.bfloat16, torch.float16)
     with without_autocast(q.device):

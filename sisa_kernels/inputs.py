@@ -7,9 +7,12 @@ from torch import Tensor
 
 Rotary = tuple[Tensor, Tensor]
 Mode = Literal["exact", "clamped"]
-Backend = Literal["auto", "triton", "one_call", "chunked", "reference", "flash", "sdpa"]
+Backend = Literal["auto", "native", "triton", "one_call", "chunked", "reference", "flash", "sdpa"]
+# Of attention without an importance term.
+PlainBackend = Literal["auto", "native", "sdpa"]
 MODES: tuple[str, ...] = get_args(Mode)
 BACKENDS: tuple[str, ...] = get_args(Backend)
+PLAIN_BACKENDS: tuple[str, ...] = get_args(PlainBackend)
 
 
 def as_rotary(cos: Tensor | None, sin: Tensor | None) -> Rotary | None:

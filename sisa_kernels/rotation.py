@@ -1,9 +1,10 @@
-"""The rotation and the clamp of the paths; the oracle has its own of both."""
+"""The rotation and the bounds of the paths; the oracle has its own."""
 
 import torch
 from torch import Tensor
 
 CLAMP = 11.0  # the authors' bound on the exponent g - m
+SMALLEST_LAM = 1e-24  # stands for 0, which would divide its own gradient away; no score sees it
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -91,31 +91,45 @@ def small_problem(
 
 
 def _compare(use: Use, attend: Callable[[SisaInputs], Tensor]) -> str | None:
+    def solve() -> tuple[ValueAndGrads, ValueAndGrads]:
+        heads = 4 if use.grouped else 2
+        inputs, dy = small_problem(use.device, use.dtype, H=heads, Dh=use.Dh, Ds=use.Ds, Dv=use.Dv)
+        found = _results(attend, inputs, dy, use.backward)
+        return found, oracle(inputs, dy, mode=use.mode)
+
+    shape = f"Dh {use.Dh}, Ds {use.Ds}, Dv {use.Dv}"
+    return compare(solve, use.device, use.dtype, shape)
+
+
+def compare(
+    solve: Callable[[], tuple[ValueAndGrads, ValueAndGrads]],
+    device: torch.device,
+    dtype: torch.dtype,
+    shape: str,
+) -> str | None:
+    """What is wrong with a path's y and gradients beside the oracle's, both by ``solve``; or None.
+
+    Solved outside of whatever the caller is in: inference mode, autocast, hooks."""
     # The innermost hooks are the ones that run: those of an activation checkpoint around would
     # count what is saved here.
     unhooked = torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x)
-    heads = 4 if use.grouped else 2
     try:
         with (
             torch.inference_mode(False),
             torch.enable_grad(),
-            torch.autocast(use.device.type, enabled=False),
+            torch.autocast(device.type, enabled=False),
             unhooked,
         ):
-            inputs, dy = small_problem(
-                use.device, use.dtype, H=heads, Dh=use.Dh, Ds=use.Ds, Dv=use.Dv
-            )
-            right = oracle(inputs, dy, mode=use.mode)
-            found = _results(attend, inputs, dy, use.backward)
+            found, right = solve()
     except Exception as error:  # whatever keeps a kernel from compiling or launching there
-        return f"it fails on {use.device}: {described(error)}"
+        return f"it fails on {device}: {described(error)}"
     errors = relative_errors(found, right)
-    wrong = {name: error for name, error in errors.items() if not error <= ALLOWED[use.dtype]}
+    wrong = {name: error for name, error in errors.items() if not error <= ALLOWED[dtype]}
     if not wrong:
         return None
     worst = ", ".join(f"{name} by {error:.1e}" for name, error in wrong.items())
     return (
-        f"on a small problem (Dh {use.Dh}, Ds {use.Ds}, Dv {use.Dv}, {use.dtype}) it is wrong "
+        f"on a small problem ({shape}, {dtype}) it is wrong "
         f"against the oracle, relative error of {worst}"
     )
 

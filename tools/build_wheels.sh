@@ -28,4 +28,4 @@ if [ "${SISA_BUILD_CUDA:-auto}" != 0 ] && { [ -n "${NVCC:-}" ] || [ -n "${CUDA_H
   build 1 "$out/cuda"
 fi
 rm -rf build
-ls -l "$out" "$out"/cuda 2> /dev/null
+find "$out" -name "*.whl" -exec ls -l {} +

@@ -89,7 +89,16 @@ def core_tests(python: Path, folder: Path) -> str:
     shutil.copytree(ROOT / "tests", folder / "tests", ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(ROOT / "pyproject.toml", folder)
     files = [f"tests/kernels/{name}" for name in TESTS]
-    command = ("-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "not compile", *files)
+    command = (
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "-k",
+        "not compile and not page",
+        *files,
+    )
     try:
         said = run(python, *command, cwd=folder)
     except RuntimeError as failure:

@@ -4,6 +4,6 @@
 
 namespace sisa::cpu::SISA_ISA {
 
-extern const Kernels kernels = {augment, augment_backward, decode};
+extern const Kernels kernels = {augment, augment_backward, decode, attention, attention_backward};
 
 }  // namespace sisa::cpu::SISA_ISA

@@ -17,7 +17,7 @@ from sisa_kernels import _extension, selfcheck
 from sisa_kernels.checks import DTYPES, check_operands, check_shapes, check_tensor
 from sisa_kernels.inputs import Rotary, ScoreInputs, as_rotary
 from sisa_kernels.ops import no_second_derivative, refuse_forward_mode, register, say_once
-from sisa_kernels.rotation import CLAMP, rotate
+from sisa_kernels.rotation import CLAMP, SMALLEST_LAM, rotate
 from sisa_kernels.scans import (
     cumulative_decay,
     cumulative_phase,
@@ -43,7 +43,8 @@ class _Factors:
         exponent = g - segment_middle(g, starts)
         self.unclamped = exponent.abs() <= clamp
         exponent = exponent.clamp(-clamp, clamp)
-        s2 = math.sqrt(x.q.shape[3]) * x.lam.to(dtype)[:, None]
+        self.lam = x.lam.to(dtype).clamp(min=SMALLEST_LAM)
+        s2 = math.sqrt(x.q.shape[3]) * self.lam[:, None]
         # With shared key heads all of s^2 = sqrt(Dh) lam rides on the query, since lam differs
         # among the heads of one key.
         s_q, s_k = (s2.sqrt(), s2.sqrt()) if H == G else (s2, 1.0)
@@ -175,9 +176,9 @@ def augment_backward_eager(
     col, dphase_k = pair_products(db, rotate(b.to(work), factors.cos_k, factors.sin_k))
     # s^2 = sqrt(Dh) lam, split evenly between query and key or all on the query (see _Factors).
     if q.shape[2] == G:
-        dlam = (row.sum((0, 1)) + col.sum((0, 1))) / (2 * lam)
+        dlam = (row.sum((0, 1)) + col.sum((0, 1))) / (2 * factors.lam)
     else:
-        dlam = row.sum((0, 1)) / lam
+        dlam = row.sum((0, 1)) / factors.lam
     dg = (to_key_heads(row, G) - col) * factors.unclamped
     dphase = to_key_heads(dphase_q, G) + dphase_k
     dlog_decay = _segment_reverse_cumsum(dg, starts, decay_flux)
@@ -359,7 +360,7 @@ def augment_qk(
         c: importance queries [B, L, H, Ds] in q's dtype.
         log_decay: log of the decay, [B, L, G] fp32, <= 0.
         theta: phase steps in radians, [B, L, G, Ds/2] fp32.
-        lam: weight of the importance term, [H] fp32, > 0.
+        lam: weight of the importance term, [H] fp32, >= 0.
         rotary: (cos, sin), each [L, Dh/2] fp32, applied to q and k; None if already applied or not
             wanted.
 

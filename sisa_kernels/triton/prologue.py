@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sisa_kernels.inputs import Rotary, ScoreInputs
-from sisa_kernels.rotation import rotate
+from sisa_kernels.rotation import SMALLEST_LAM, rotate
 from sisa_kernels.scans import (
     cumulative_decay,
     cumulative_phase,
@@ -64,7 +64,7 @@ def prologue(x: ScoreInputs, backward: bool) -> tuple[Tensor, Tensor, Importance
     cos_q, sin_q = (to_query_heads(table, q.shape[2]) for table in (cos_k, sin_k))
     b = rotate(x.b.float(), cos_k, sin_k).to(x.b.dtype)
     c = rotate(x.c.float(), cos_q, sin_q).to(x.c.dtype)
-    lam = x.lam.contiguous()
+    lam = x.lam.clamp(min=SMALLEST_LAM).contiguous()
     cos, sin = (cos_k, sin_k) if backward else (None, None)
     return q, k, Importance(b, c, g_hi, g_lo, lam, _row_norms(b), _row_norms(c), cos, sin)
 

@@ -9,9 +9,15 @@ from sisa_model.models.config import ModelConfig
 from sisa_model.models.context import Context
 from sisa_model.models.layers import QKVAttention
 
+STOCK = {"sdpa": "chunked"}  # what stock attention is called by forgetting_attention
+
 
 class BiasedAttention(QKVAttention):
     """Softmax attention without RoPE; a score loses ``-log_forget`` at each token after the key."""
+
+    def __init__(self, config: ModelConfig, **gates: int):
+        super().__init__(config, **gates)
+        self.backend = STOCK.get(config.backend, config.backend)
 
     def log_forget(self, q: Tensor, *gates: Tensor) -> Tensor:
         """[B, L, H] fp32, <= 0, for queries q [B, L, H, E]."""
@@ -21,7 +27,9 @@ class BiasedAttention(QKVAttention):
         q, k, v, *gates = self.operands(x)
         log_forget = self.log_forget(q, *gates)
         if cache is None:
-            y = sk.forgetting_attention(q, k, v, log_forget, cu_seqlens=context.cu_seqlens)
+            y = sk.forgetting_attention(
+                q, k, v, log_forget, cu_seqlens=context.cu_seqlens, backend=self.backend
+            )
         else:
             y = sk.forgetting_decode(q, k, v, log_forget, cache, lengths=context.lengths)
         return self.W_O(y.flatten(2))

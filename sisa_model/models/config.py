@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, fields
 from typing import Any, Literal, get_args
 
-from sisa_kernels.inputs import BACKENDS, MODES, Backend, Mode
+from sisa_kernels.inputs import BACKENDS, MODES, PLAIN_BACKENDS, Backend, Mode
 
 Family = Literal["sisa", "transformer", "fox", "alibi", "mamba2", "mamba3"]
 LambdaKind = Literal["per-head", "shared", "zero"]
@@ -70,7 +70,9 @@ class ModelConfig:
     mode: Mode = "exact"
     """SISA's numerics: "exact", or "clamped" as its authors ran it."""
     backend: Backend = "auto"
-    """Attention path (sisa_kernels.sisa_attention)."""
+    """Attention path (sisa_kernels.sisa_attention); without an importance term "auto", "native" or
+    "sdpa", PyTorch's own.
+    """
 
     def __post_init__(self) -> None:
         self._check_trunk()
@@ -149,9 +151,7 @@ class ModelConfig:
         """SISA's own: with lambda = 0 a Transformer's attention is what runs."""
         if self.lam == "zero":
             self._require_left({"mode": "exact"}, "with lam 'zero', which has no importance term")
-            self._require_left(
-                {"backend": "auto"}, "with lam 'zero', which runs on stock attention"
-            )
+            self._require_choice("backend", PLAIN_BACKENDS)
         even = self.d_state >= 2 and self.d_state % 2 == 0
         self._require("d_state", even, "even and at least 2")
 
@@ -160,7 +160,7 @@ class ModelConfig:
         model = f"{'an' if self.family == 'alibi' else 'a'} {self.family}"
         idle = {"d_state": 0, "decay": True, "rotation": True, "lam": "per-head", "mode": "exact"}
         self._require_left(idle, f"for {model}, which has no importance term")
-        self._require_left({"backend": "auto"}, f"for {model}, which runs on stock attention")
+        self._require_choice("backend", PLAIN_BACKENDS)
 
     @property
     def layer_kinds(self) -> str:

@@ -5,6 +5,7 @@ Shapes: B batch, L length, D d_model, H query heads, G key heads, E head width.
 
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -12,6 +13,7 @@ from sisa_kernels.cache import TokenCache
 from sisa_model.models.config import ModelConfig
 from sisa_model.models.context import Context
 from sisa_model.models.linear import Linear, PackedLinear
+from sisa_model.utils.buffers import empty_aligned, tiles
 
 
 class QKVAttention(nn.Module):
@@ -37,6 +39,41 @@ class QKVAttention(nn.Module):
         return TokenCache(batch)
 
 
+class _GatedSilu(torch.autograd.Function):
+    """``silu(gate) * up`` of [..., gate | up], which is all that the backward keeps.
+
+    Its bits are those of the plain formula, whose backward makes more passes over memory and
+    which keeps silu(gate) besides."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(gate_up):
+        gate, up = gate_up.chunk(2, -1)
+        return F.silu(gate).mul_(up)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx, dy):
+        (gate_up,) = ctx.saved_tensors
+        if torch.is_grad_enabled():  # for a second derivative
+            gate, up = gate_up.chunk(2, -1)
+            sigmoid = gate.sigmoid()
+            slope = sigmoid * (1 + gate * (1 - sigmoid))
+            return torch.cat([dy * up * slope, dy * F.silu(gate)], -1)
+        rows = gate_up.flatten(0, -2)
+        dgate_up = empty_aligned(rows, *rows.shape)
+        for packed, gradient, d in tiles(rows, dgate_up, dy.flatten(0, -2)):
+            gate, up = packed.chunk(2, -1)
+            dgate, dup = gradient.chunk(2, -1)
+            dup.copy_(d * F.silu(gate))
+            dgate.copy_(torch.ops.aten.silu_backward(d * up, gate))
+        return dgate_up.view(gate_up.shape)
+
+
 class SwiGLU(nn.Module):
     """``w_down(silu(w_gate x) * w_up x)``, [B, L, D] -> [B, L, D]; w_gate and w_up are packed."""
 
@@ -46,6 +83,8 @@ class SwiGLU(nn.Module):
         self.w_down = Linear(d_ff, d_model)
 
     def forward(self, x: Tensor) -> Tensor:
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            return self.w_down(_GatedSilu.apply(self.w_in.side_by_side(x)))
         gate, up = self.w_in(x)
         return self.w_down(F.silu(gate) * up)
 

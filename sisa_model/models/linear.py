@@ -7,7 +7,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
-ALIGNED = 16  # fp32 numbers in a cache line
+from sisa_model.utils.buffers import CACHE_LINE, empty_aligned
+
+ALIGNED = CACHE_LINE // 4  # fp32 numbers in a line
 # Copying weights pays for many rows, or where they are so few that the calls count (measured: for
 # one row the copy of the 2.1 million of a 152M layer takes 4 times as long as its products).
 MANY_ROWS = 64
@@ -15,10 +17,8 @@ FEW_WEIGHTS = 2**17
 
 
 def _matmul_aligned(a: Tensor, b: Tensor) -> Tensor:
-    """``a b`` of matrices, with rows that begin on cache lines: a view of wider rows."""
-    width = b.shape[1]
-    out = a.new_empty(a.shape[0], -(-width // ALIGNED) * ALIGNED)[:, :width]
-    return torch.mm(a, b, out=out)
+    """``a b`` of matrices into :func:`empty_aligned`."""
+    return torch.mm(a, b, out=empty_aligned(a, a.shape[0], b.shape[1]))
 
 
 class _AlignedLinear(torch.autograd.Function):
@@ -43,15 +43,16 @@ class _AlignedLinear(torch.autograd.Function):
 def linear(x: Tensor, weight: Tensor) -> Tensor:
     """``x weight^T`` without bias, [..., d_in] and [d_out, d_in] -> [..., d_out].
 
-    In fp32 on the CPU, where a width is no multiple of 16, with the rows of the result and of the
-    gradients on cache lines: where they are not, the product takes 1.4 times as long (SISA's
-    widths: 2,796 x 768 on one core 131 ms against 91)."""
+    In fp32 on the CPU, of many rows, where a width is no multiple of 16, with the rows of the
+    result and of the gradients on cache lines: where they are not, the product takes 1.4 times as
+    long (SISA's widths: 2,796 x 768 on one core 131 ms against 91)."""
     stock = (
         x.device.type != "cpu"
         or x.dtype != torch.float32
         or not {type(x), type(weight)} <= {Tensor, nn.Parameter}  # sharded, quantised
         or torch.is_autocast_enabled("cpu")
         or torch.compiler.is_compiling()
+        or x.numel() < MANY_ROWS * x.shape[-1]
     )
     if stock or not any(width % ALIGNED for width in weight.shape):
         return F.linear(x, weight)
@@ -139,12 +140,26 @@ class PackedLinear(nn.Module):
             weight.copy_(values)
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        children: list[Any] = [self._modules[name] for name in self.sizes]  # quicker than getattr
+        parts = self._parts(x)
+        if isinstance(parts, tuple):
+            return parts
+        return parts.split([len(child.weight) for child in self._children()], -1)
+
+    def side_by_side(self, x: Tensor) -> Tensor:
+        """What :meth:`forward` returns as one, [..., sum of widths]: no copy of one product."""
+        parts = self._parts(x)
+        return torch.cat(parts, -1) if isinstance(parts, tuple) else parts
+
+    def _children(self) -> list[Any]:
+        return [self._modules[name] for name in self.sizes]  # quicker than getattr
+
+    def _parts(self, x: Tensor) -> Tensor | tuple[Tensor, ...]:
+        """All projections side by side from one product, or one by one."""
+        children = self._children()
         weights = _plain_weights(children)
         if not weights or not _packing_pays(x, weights):
             return tuple(child(x) for child in children)
-        packed = _pack(weights, _product_dtype(x, weights[0]))
-        return linear(x, packed).split([len(weight) for weight in weights], -1)
+        return linear(x, _pack(weights, _product_dtype(x, weights[0])))
 
 
 def _plain_weights(modules: list[Any]) -> list[Tensor]:

@@ -31,7 +31,7 @@ class ModelSize:
     """In fp32; their gradients take as much, AdamW's two moments twice that."""
     activations: int
     """What the layers keep of one training sequence for its backward, in fp32 on the CPU's paths;
-    without the loss, of which at most 64 MiB of logits exist at a time."""
+    without the loss, of which at most 128 MiB of logits exist at a time."""
     activations_bf16: int
     """The same under bf16 autocast."""
     cache_per_token: int | None

@@ -6,17 +6,19 @@ import importlib.util
 import warnings
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sisa_model.data.blocks import IGNORE
 from sisa_model.models.language_model import LanguageModel
+from sisa_model.utils.buffers import empty_aligned, tiles
 
-CHUNK_LOGITS = 2**24  # logits that exist at a time: 64 MiB in fp32
+CHUNK_LOGITS = 2**25  # logits that exist at a time: 128 MiB in fp32
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
-    """Loss and gradients chunk by chunk: three products, as for whole logits, none recomputed."""
+    """Loss and gradients chunk by chunk: three products, as for whole logits, none recomputed.
+
+    A chunk's logits become their own gradient in place, in one buffer that all chunks share."""
 
     @staticmethod
     def forward(ctx, hidden, weight, targets, dtype):
@@ -25,24 +27,23 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         dhidden = torch.empty_like(hidden)
         dweight = torch.zeros_like(weight, dtype=torch.float32)
         matrix = weight.to(dtype)
+        rows = _rows_of_a_chunk(len(hidden), len(weight))
+        buffer = empty_aligned(matrix, rows, len(weight))
+        product = torch.empty_like(matrix) if wanted and dtype != torch.float32 else None
+        chunks = zip(hidden.split(rows), targets[:, None].split(rows), dhidden.split(rows))
         with torch.autocast(hidden.device.type, enabled=False):
-            rows = max(1, CHUNK_LOGITS // weight.shape[0])
-            for h, y, dh in zip(
-                hidden.split(rows), targets[:, None].split(rows), dhidden.split(rows)
-            ):
+            for h, y, dh in chunks:
                 h = h.to(dtype)
-                logits = (h @ matrix.t()).float()
-                logp = F.log_softmax(logits, -1)
-                loss -= logp.gather(1, y).sum()
+                logits = torch.mm(h, matrix.t(), out=buffer[: len(h)])
+                loss += _cross_entropy_(logits, y, wanted)
                 if not wanted:
                     continue
-                softmax = logp.exp_()
-                dlogits = softmax.scatter_add_(1, y, softmax.new_full(y.shape, -1.0)).to(dtype)
+                dlogits = logits
                 dh.copy_(dlogits @ matrix)
-                if dtype == torch.float32:
+                if product is None:
                     dweight.addmm_(dlogits.t(), h)
                 else:
-                    dweight += dlogits.t() @ h
+                    dweight += torch.mm(dlogits.t(), h, out=product)
         if wanted:
             ctx.save_for_backward(dhidden, dweight)
             ctx.weight_dtype = weight.dtype
@@ -60,6 +61,33 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             None,
             None,
         )
+
+
+def _rows_of_a_chunk(rows: int, vocab: int) -> int:
+    """Of chunks of one size (a small rest would multiply slowly) of ``CHUNK_LOGITS`` at most."""
+    most = max(1, CHUNK_LOGITS // vocab)
+    chunks = max(1, -(-rows // most))
+    return max(1, -(-rows // chunks))
+
+
+def _cross_entropy_(logits: Tensor, targets: Tensor, gradient: bool) -> Tensor:
+    """The sum of the cross entropies of ``logits`` [N, V] at ``targets`` [N, 1], an fp32 scalar.
+
+    With ``gradient`` the logits become its gradient, ``softmax(logits) - onehot(targets)``, else
+    they are lost. All is computed in fp32."""
+    loss = logits.new_zeros((), dtype=torch.float32)
+    for tile, y in tiles(logits, targets):
+        x = tile.float()
+        at_target = x.gather(1, y)
+        highest = x.amax(1, keepdim=True)
+        exps = x.sub_(highest).exp_()
+        sums = exps.sum(1, keepdim=True)
+        loss += (sums.log() + highest - at_target).sum()
+        if gradient:
+            softmax = exps.mul_(1 / sums)
+            softmax.scatter_add_(1, y, softmax.new_full(y.shape, -1.0))
+            tile.copy_(softmax)
+    return loss
 
 
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
@@ -86,8 +114,8 @@ def _liger_is_here() -> bool:
     if importlib.util.find_spec("liger_kernel") is not None:
         return True
     warnings.warn(
-        "liger-kernel is not installed (pip install 'sisa[cuda]'): the loss runs in chunks of "
-        "plain PyTorch",
+        "liger-kernel is not installed (pip install 'sisa-attention[cuda]'): the loss runs in "
+        "chunks of plain PyTorch",
         stacklevel=3,
     )
     return False

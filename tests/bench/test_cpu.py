@@ -26,6 +26,7 @@ CPU = torch.device("cpu")
 MODELS = ("transformer-152m", "sisa-152m-ds16", "authors-152m-ds16")
 FAMILIES = ("transformer", "sisa", "authors", "fox", "alibi", "mamba2", "mamba3")
 LAYERS = [f"{family}-tiny{'-ds16' if family in ('sisa', 'authors') else ''}" for family in FAMILIES]
+LAYERS.insert(0, "stock-transformer-tiny")
 TINY = Setting(CPU, torch.float32, (64,), (16,), tokens=1, heads=1, head_dim=16)
 SHAPE = Shape(1, 64, 1, 16, 16, 16)
 
@@ -93,7 +94,7 @@ def test_the_commands_run_from_a_bare_checkout(tmp_path):
 
 
 def wrong_by_a_tenth_of_a_percent(x):
-    return 1.001 * paths.exact_chunked(x)
+    return 1.001 * paths.EXACT_ON_CPU.call(x)
 
 
 def test_a_wrong_path_gets_a_reason_and_no_number(tmp_path):
@@ -111,6 +112,16 @@ def test_a_wrong_path_gets_a_reason_and_no_number(tmp_path):
 @pytest.mark.parametrize("path", ATTENTION_ON_CPU, ids=lambda path: path.name)
 def test_every_path_passes_its_check(path):
     assert failure(path, (16, 16, 16), torch.float32, CPU, True) is None
+
+
+def test_without_transformers_the_llama_is_left_out_with_a_reason(monkeypatch, tmp_path):
+    steps = cases.step_groups(replace(TINY, models=("transformer-tiny",)))[0]
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    run = timing.Run(TINY, tmp_path, 1.0, lambda calls: [[1.0, 2.0, 3.0] for _ in calls])
+    found = {case.path: row for case, (row, _) in timing.measure(run, steps).items()}
+    assert found["llama-tiny"]["status"] == "skipped: transformers is not installed"
+    assert found["transformer-tiny"]["status"] == "ok"
+    assert found["transformer-tiny"]["ratio"] == ""
 
 
 def test_the_ratio_is_of_medians_and_its_spread_of_rounds(tmp_path):

@@ -282,7 +282,7 @@ BAD = {
     "log_decay must be <= 0 everywhere (log of a decay in (0, 1]), got a maximum of nan": {
         "log_decay": NAN_DECAY
     },
-    "lam must be finite and > 0": {"lam": torch.tensor([1.0, 1.0, 0.0, 1.0])},
+    "lam must be finite and >= 0": {"lam": torch.tensor([1.0, 1.0, -0.1, 1.0])},
     "lam must have shape [4], got [1]": {"lam": torch.ones(1)},
     "lam must be on cpu like q, got meta": {"lam": torch.ones(4, device="meta")},
     "rotary must be a pair": {"rotary": torch.zeros(63, 32)},
@@ -345,7 +345,7 @@ def test_command_line_checks_the_machine(monkeypatch):
     assert float(errors["exact", "chunked"]) <= 5e-6
     assert float(errors["clamped", "one_call"]) > 0.3
     assert "SISA_BACKEND=reference does not count below" in done.stdout
-    assert set(sk.backends()) == {"triton", "flash", "sdpa", "extension"}
+    assert set(sk.backends()) == {"native", "triton", "flash", "sdpa", "extension"}
 
 
 def test_command_line_says_why_a_path_failed(monkeypatch):

@@ -299,7 +299,7 @@ def test_a_first_eager_use_compiles_nothing_anew(backend):
 
 def test_the_table_is_shown():
     shown = sk.backends(table=True)
-    assert list(shown)[4:] == [f"flash/{row.name}" for row in one_call.TABLE]
+    assert list(shown)[5:] == [f"flash/{row.name}" for row in one_call.TABLE]
     if not torch.cuda.is_available():
         assert shown["flash/cpu"] == "available"
         assert shown["flash/efficient"] == "it needs a CUDA device"

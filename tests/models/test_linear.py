@@ -9,8 +9,10 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 import sisa_model as sm
+from sisa_model.models.layers import SwiGLU
 from sisa_model.models.linear import FEW_WEIGHTS, MANY_ROWS, Linear, PackedLinear, linear
 from sisa_model.models.presets import PRESETS
+from sisa_model.utils import buffers
 from tests.support.models import tiny, tokens
 
 SIZES = {"W_Q": 40, "W_K": 16, "w_gate": 7}
@@ -279,3 +281,55 @@ def test_values_are_one_draw_split_by_rows():
     torch.manual_seed(3)
     drawn = torch.empty(63, 5).normal_(std=0.5)
     assert torch.equal(torch.cat([*module.parameters()]), drawn)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_swiglu_has_the_bits_of_its_formula_and_keeps_one_tensor_less(monkeypatch, autocast):
+    monkeypatch.setattr(buffers, "TILE", 500)
+    torch.manual_seed(0)
+    ffn = SwiGLU(24, 37)
+    ffn.w_in.reset_parameters(0.5)
+    x = torch.randn(3, 11, 24, requires_grad=True)
+    dy = torch.randn_like(x)
+    weights = list(ffn.parameters())
+
+    def plain(x):
+        gate, up = ffn.w_in(x)
+        return ffn.w_down(F.silu(gate) * up)
+
+    found = []
+    for function in (ffn, plain):
+        kept = []
+        hooks = torch.autograd.graph.saved_tensors_hooks(
+            lambda t, kept=kept: (kept.append(t.untyped_storage().data_ptr()), t)[1], lambda t: t
+        )
+        with hooks, torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            y = function(x)
+        gradients = torch.autograd.grad(y, [x, *weights], dy)
+        found.append(([y, *gradients], len(set(kept))))
+    (mine, few), (theirs, many) = found
+    assert all(torch.equal(a, b) for a, b in zip(mine, theirs))
+    assert few < many
+    with torch.no_grad():
+        assert autocast or torch.equal(ffn(x), mine[0])
+
+
+def test_swiglu_calls_projections_that_were_replaced():
+    ffn = SwiGLU(24, 32)
+    ffn.w_in.reset_parameters(0.5)
+    x = torch.randn(2, 24)
+    doubled = ffn(x)
+    ffn.w_in.w_up = nn.Sequential(ffn.w_in.w_up)
+    torch.testing.assert_close(ffn(x), doubled)
+    torch.nn.init.zeros_(ffn.w_in.w_up[0].weight)
+    assert not ffn(x).any()
+
+
+def test_swiglu_has_a_second_derivative():
+    ffn = SwiGLU(6, 5).double()
+    ffn.w_in.reset_parameters(0.5)
+    x = torch.randn(2, 3, 6, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(ffn, x)
+    assert torch.autograd.gradgradcheck(ffn, x)
+    each = torch.stack([torch.func.grad(lambda row: ffn(row).sum())(row) for row in x])
+    torch.testing.assert_close(torch.func.vmap(torch.func.grad(lambda r: ffn(r).sum()))(x), each)

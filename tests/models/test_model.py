@@ -212,8 +212,8 @@ def test_max_seq_len_bounds_the_input():
         ),
         (
             "transformer-tiny",
-            {"backend": "sdpa"},
-            "backend must be left at 'auto' for a transformer",
+            {"backend": "chunked"},
+            "backend must be one of auto, native, sdpa, got 'chunked'",
         ),
         (
             "fox-tiny",
@@ -222,7 +222,7 @@ def test_max_seq_len_bounds_the_input():
         ),
         ("fox-tiny", {"decay": False}, "decay must be left at True for a fox"),
         ("alibi-tiny", {"lam": "zero"}, "lam must be left at 'per-head' for an alibi"),
-        ("alibi-tiny", {"backend": "triton"}, "backend must be left at 'auto' for an alibi"),
+        ("alibi-tiny", {"backend": "triton"}, "backend must be one of auto, native, sdpa"),
     ],
 )
 def test_bad_configurations_are_named(preset, overrides, message):

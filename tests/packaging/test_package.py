@@ -43,6 +43,7 @@ def test_version(capsys):
     assert main(["--version"]) == 0
     assert capsys.readouterr().out == f"sisa {sk.__version__}\n"
     assert re.fullmatch(r"\d+\.\d+\.\d+", sk.__version__)  # a semantic version
+    assert f"\nversion: {sk.__version__}\n" in (ROOT / "CITATION.cff").read_text()
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])

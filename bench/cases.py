@@ -187,6 +187,24 @@ def attention_case(
     )
 
 
+def gemm_case(op: str, shape: Shape, s: Setting, size: int = 2048) -> Case:
+    """A product of square matrices: about the most that a CPU gets done, beside the others."""
+
+    def make() -> Callable[[], object]:
+        a, b, out = (torch.randn(size, size, dtype=s.dtype, device=s.device) for _ in range(3))
+        return lambda: torch.mm(a, b, out=out)
+
+    return Case(
+        op=op,
+        path="gemm",
+        mode=f"{size} x {size} x {size}",
+        shape=label_of(shape),
+        passes="fwd+bwd",
+        make=make,
+        work=Work(2e-12 * size**3, "TFLOP/s", "2 n^3"),
+    )
+
+
 def stock_groups(s: Setting) -> list[list[Case]]:
     """Each stock backend at the widths of augmented operands, v as it is or padded to them.
 

@@ -16,6 +16,7 @@ from bench.cases import (
     attention_groups,
     augmentation_groups,
     decode_groups,
+    gemm_case,
     layer_groups,
     model_groups,
     step_groups,
@@ -144,13 +145,15 @@ def compared(
 
 
 def decay() -> Iterator[Group]:
-    """Ours and plain attention as heads learn to forget, forward + backward."""
+    """Ours and plain attention as heads learn to forget, forward + backward.
+
+    Beside them a square matrix product, whose rate is what attention's is a share of."""
     for length in DECAY_LENGTHS:
         shape = replace(BASE, length=length)
         for half_life in DECAYS:
             paths = (STOCK[1], EXACT_ON_CPU, CHUNKED)
             cases = compared("decay", paths, shape, "fwd+bwd", half_life)
-            yield Group(FULL, cases, seconds=8.0, least=3)
+            yield Group(FULL, (*cases, gemm_case("decay", shape, FULL)), seconds=8.0, least=3)
 
 
 def flex() -> Iterator[Group]:

@@ -28,6 +28,7 @@ struct AttentionParams {
   const int64_t* bounds;      // [segments + 1], not falling: documents, in each of which all starts anew; null: one of all keys
   int64_t segments;
   Rows y;                     // zero for queries of no document
+  bool bf16_products;         // may products' operands be rounded to bf16? For the CPUs that have such products
   float* lse;                 // [batch, heads, queries]: logarithm of the sum of e^score; -inf for queries of no document
 };
 

@@ -54,11 +54,17 @@ struct Lane {
 // All that one key head, and one query head after another, keeps for all tokens.
 struct Unit {
   Unit() = default;
-  Unit(Arena& arena, const AttentionBackwardParams& p, const Tiles& tiles, int64_t lane_count)
-      : gates(arena, tiles), keys(arena, p, tiles, true), lanes(lane_count) {
+  Unit(Arena& arena, const AttentionBackwardParams& p, const Tiles& tiles, int64_t lane_count, bool paired)
+      : gates(arena, tiles), keys(arena, p, tiles, true, paired), lanes(lane_count) {
     const int64_t tokens = tiles.size() * kTile;
     q = arena.take<float>(tokens * keys.k_width), c = arena.take<float>(tokens * keys.b_width);
-    dy = arena.take<float>(tokens * keys.v_width), delta = arena.take<float>(tokens);
+    dy = arena.take<float>(tokens * keys.dy_width), delta = arena.take<float>(tokens);
+    q_left = q_right = q, c_left = c_right = c, dy_right = dy;
+    if (paired) {
+      q_left = arena.take<float>(tokens * keys.q_width), c_left = arena.take<float>(tokens * keys.c_width);
+      q_right = arena.take<float>(tokens / 2 * keys.k_width), c_right = arena.take<float>(tokens / 2 * keys.b_width);
+      dy_right = arena.take<float>(tokens / 2 * keys.v_width);
+    }
     lse = arena.take<float>(tokens);
     own_weight = arena.take<float>(tokens), norm = arena.take<float>(tiles.size());
     least = arena.take<float>(tiles.size()), lam_parts = arena.take<double>(tiles.size());
@@ -82,8 +88,10 @@ struct Unit {
   int64_t lanes;
   Lane lane[kMostLanes];
   // Of the query head, [tiles][kTile](channels):
-  float *q, *c, *dy;
-  float* delta;  // dy . y - dlse
+  float *q, *c;
+  float *q_left, *c_left, *dy;          // left operands of products
+  float *q_right, *c_right, *dy_right;  // right ones, by tokens in Numbers
+  float* delta;                         // dy . y - dlse
   float* lse;
   float* own_weight;
   // [tiles]:
@@ -98,15 +106,24 @@ struct Unit {
 // Weights and gradients of a pair's scores, and the gradients' sums over a group of key tiles, by query and lane of a vector.
 struct Work {
   Work() = default;
-  explicit Work(Arena& arena) {
+  Work(Arena& arena, bool paired) {
     weights = arena.take<float>(kTile * kTile), d_scores = arena.take<float>(kTile * kTile);
     d_importance = arena.take<float>(kTile * kTile), sums = arena.take<float>(kTile * V);
+    weights_by_key = weights, scores_by_query = scores_by_key = d_scores, importance_by_query = importance_by_key = d_importance;
+    if (!paired) return;
+    for (float** x : {&weights_by_key, &scores_by_query, &scores_by_key, &importance_by_query, &importance_by_key}) {
+      *x = arena.take<float>(kTile * kTile / 2);
+    }
   }
   float *weights, *d_scores, *d_importance, *sums;
+  // As left operands of products: for results by query, and for those by key.
+  float *weights_by_key, *scores_by_query, *scores_by_key, *importance_by_query, *importance_by_key;
 };
 
-template <Bias kBias>
+template <Bias kBias, class Number>
 class Backward {
+  static constexpr bool kPaired = Number::kNumbers == 2;
+
  public:
   explicit Backward(const AttentionBackwardParams& p)
       : p_(p), wanted_(p), tiles_(p), lanes_(std::clamp<int64_t>(tiles_.size() / kTilesOfLane, 1, kMostLanes)),
@@ -126,7 +143,7 @@ class Backward {
 
  private:
   void key_head(int64_t batch, int64_t key_head, bool wide) {
-    Scratched<Unit> scratch(Use::head, p_, tiles_, wide ? lanes_ : std::min<int64_t>(lanes_, 2));
+    Scratched<Unit> scratch(Use::head, p_, tiles_, wide ? lanes_ : std::min<int64_t>(lanes_, 2), kPaired);
     Unit& unit = *scratch;
     pack_keys(p_, tiles_, batch, key_head, unit.gates, unit.keys);
     for_each_free(tiles_.size(), [&](int64_t t) { unit.clear_keys(t); });
@@ -168,14 +185,16 @@ class Backward {
     const Tile& tile = tiles_[t];
     const Keys& keys = unit.keys;
     const int64_t token = t * kTile;
-    float* c = unit.c + token * keys.b_width;
-    pack_queries(p_, tile, t, keys, batch, head, unit.q + token * keys.k_width, c);
-    unit.norm[t] = largest_query_norm(p_, tile, t, keys, unit.gates, unit.q + token * keys.k_width, c);
+    float *q = unit.q + token * keys.k_width, *c = unit.c + token * keys.b_width, *dy_rows = unit.dy + token * keys.dy_width;
+    pack_queries(p_, tile, t, keys, batch, head, q, c);
+    unit.norm[t] = largest_query_norm(p_, tile, t, keys, unit.gates, q, c);
+    Scratch scratch(Use::tile, kPaired ? kTile * keys.v_width * sizeof(float) : 0);
+    if (kPaired) dy_rows = static_cast<float*>(scratch.data());
     unit.least[t] = std::numeric_limits<float>::infinity();
     alignas(64) float spare[kMaxWidth];
     for (int64_t i = tile.rows.begin; i < tile.rows.end; ++i) {
       const int64_t query = tile.begin + i - p_.offset, row = (batch * p_.heads + head) * p_.queries + query;
-      float* dy = unit.dy + (token + i) * keys.v_width;
+      float* dy = dy_rows + i * keys.v_width;
       read_row(p_.dy, batch, query, head, p_.value_width, dy);
       const float* y = row_floats(p_.y, batch, query, head, p_.value_width, spare);
       Vec product{};
@@ -185,6 +204,33 @@ class Backward {
       const float finite = unit.lse[token + i] + 0 * unit.delta[token + i];  // a NaN where dy, y or lse is not
       if (finite < unit.least[t] || finite != finite) unit.least[t] = finite;
     }
+    if constexpr (kPaired) pack_pairs(unit, t, q, c, dy_rows);
+  }
+
+  // The tokens whose pairs hold the rows.
+  static Span whole_pairs(Span rows) {
+    return {rows.begin & -Number::kNumbers, (rows.end + Number::kNumbers - 1) & -Number::kNumbers};
+  }
+
+  // A query tile's operands as Pairs. Tokens beside its rows that belong to their pairs get weights and gradients of 0.
+  void pack_pairs(Unit& unit, int64_t t, float* q, float* c, float* dy) const {
+    const Keys& keys = unit.keys;
+    const int64_t token = t * kTile;
+    const Span rows = tiles_[t].rows, whole = whole_pairs(rows);
+    for (const int64_t row : {whole.begin, whole.end - 1}) {
+      if (rows.begin <= row && row < rows.end) continue;
+      unit.delta[token + row] = 0, unit.lse[token + row] = -kMasked;
+      std::memset(q + row * keys.k_width, 0, keys.k_width * sizeof(float));
+      std::memset(c + row * keys.b_width, 0, keys.b_width * sizeof(float));
+      std::memset(dy + row * keys.v_width, 0, keys.v_width * sizeof(float));
+    }
+    round_rows(q, keys.k_width, whole), round_rows(c, keys.b_width, whole);
+    pair_channels(q, keys.k_width, whole, unit.q_left + token * keys.q_width);
+    pair_channels(c, keys.b_width, whole, unit.c_left + token * keys.c_width);
+    pair_channels(dy, keys.v_width, whole, unit.dy + token * keys.dy_width);
+    pair_tokens(q, keys.k_width, whole, unit.q_right + token / 2 * keys.k_width);
+    pair_tokens(c, keys.b_width, whole, unit.c_right + token / 2 * keys.b_width);
+    pair_tokens(dy, keys.v_width, whole, unit.dy_right + token / 2 * keys.v_width);
   }
 
   // Adds another lane's sums to the first's.
@@ -202,7 +248,7 @@ class Backward {
   // ---- Pairs of tiles -------------------------------------------------------------------------------------------------------
 
   void walk(Unit& unit, int64_t head, int64_t lane, Lane& sums) {
-    Scratched<Work> work(Use::tile);
+    Scratched<Work> work(Use::tile, kPaired);
     sums.clear();
     const int64_t groups = (tiles_.size() + kGroup - 1) / kGroup;
     for (int64_t group = 0; group < groups; ++group) {
@@ -216,7 +262,7 @@ class Backward {
         const int64_t token = i * kTile;
         std::memset(work->sums, 0, kTile * V * sizeof(float));
         Pair pair = pair_of(
-            p_, unit.keys, unit.gates, i, head, unit.q + token * unit.keys.k_width, unit.c + token * unit.keys.b_width);
+            p_, unit.keys, unit.gates, i, head, unit.q_left + token * unit.keys.q_width, unit.c_left + token * unit.keys.c_width);
         for (int64_t j = std::max(begin, tiles_[i].first); j < std::min(end, i + 1); ++j) {
           if (!pair_with<kBias>(pair, unit.keys, unit.gates, i, j, unit.norm[i], unit.least[i])) continue;
           if (j < i) {
@@ -237,33 +283,38 @@ class Backward {
       Unit& unit, Lane& lane, Work& work, const Pair& pair, int64_t head, int64_t i, int64_t j) {
     constexpr Part by_query = kDiagonal ? Part::lower : Part::whole, by_key = kDiagonal ? Part::upper : Part::whole;
     const Keys& keys = unit.keys;
-    const Span rows = tiles_[i].rows, all{0, kDiagonal ? rows.end : kTile};
+    const Span rows = tiles_[i].rows, all{0, kDiagonal ? rows.end : kTile}, whole = whole_pairs(rows);
+    const Span by_rows = in_numbers(rows), by_all = in_numbers(all);  // as depths
     const int64_t query = i * kTile, key = j * kTile;
-    const float *dy = unit.dy + query * keys.v_width, *delta = unit.delta + query, *lse = unit.lse + query;
-    const float* v_t = keys.v_t + key * p_.value_width;
+    const int64_t right_query = query / Number::kNumbers, right_key = key / Number::kNumbers;
+    const float *dy = unit.dy + query * keys.dy_width, *delta = unit.delta + query, *lse = unit.lse + query;
+    const float* v_t = keys.v_t + key * keys.v_depth;
     const bool importance = kBias == Bias::importance && pair.b_t && (wanted_.b || wanted_.c);
 
-    for_score_blocks<kDiagonal>(rows, [&]<int R, int N>(int64_t row, int64_t column, std::integral_constant<int, R>,
-                                                        std::integral_constant<int, N>) __attribute__((always_inline)) {
+    for_score_blocks<kDiagonal>(whole, [&]<int R, int N>(int64_t row, int64_t column, std::integral_constant<int, R>,
+                                                         std::integral_constant<int, N>) __attribute__((always_inline)) {
       Vec acc[R][N] = {};
-      score_block<kBias, kDiagonal>(pair, row, column, acc);
+      score_block<kBias, kDiagonal, Number>(pair, row, column, acc);
 #pragma GCC unroll 16
       for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 16
-        for (int n = 0; n < N; ++n) {
-          store(weight(acc[r][n] - broadcast(lse[row + r])), work.weights + (row + r) * kTile + column + n * V);
-        }
+        for (int n = 0; n < N; ++n) acc[r][n] = weight(acc[r][n] - broadcast(lse[row + r]));
       }
+      if (kPaired && kDiagonal) clear_beside(rows, row, acc);
+      put(acc, row, column, work.weights);
+      if constexpr (kPaired) put_pairs(acc, row, column, nullptr, work.weights_by_key);
     });
     if (wanted_.v) {
-      product<true, by_key>(work.weights, dy, keys.v_width, all, rows, 1, unit.dv + key * keys.v_width);
+      product<true, by_key, Number>(
+          work.weights_by_key, unit.dy_right + right_query * keys.v_width, keys.v_width, all, by_rows, 1,
+          unit.dv + key * keys.v_width);
     }
     if (!wanted_.scores) return;
 
-    for_score_blocks<kDiagonal>(rows, [&]<int R, int N>(int64_t row, int64_t column, std::integral_constant<int, R>,
-                                                        std::integral_constant<int, N>) __attribute__((always_inline)) {
+    for_score_blocks<kDiagonal>(whole, [&]<int R, int N>(int64_t row, int64_t column, std::integral_constant<int, R>,
+                                                         std::integral_constant<int, N>) __attribute__((always_inline)) {
       Vec acc[R][N] = {};
-      accumulate<false>(acc, dy + row * keys.v_width, keys.v_width, v_t + column, kTile, {0, p_.value_width});
+      accumulate<false, Number>(acc, dy + row * keys.dy_width, keys.dy_width, v_t + column, kTile, {0, keys.v_depth});
 #pragma GCC unroll 16
       for (int r = 0; r < R; ++r) {
         Vec total = load(work.sums + (row + r) * V);
@@ -271,19 +322,25 @@ class Backward {
         for (int n = 0; n < N; ++n) {
           const int64_t at = (row + r) * kTile + column + n * V;
           acc[r][n] = load(work.weights + at) * (acc[r][n] - broadcast(delta[row + r]));
-          store(acc[r][n], work.d_scores + at), total += acc[r][n];
+          if (!kPaired || kDiagonal || kBias == Bias::forget) store(acc[r][n], work.d_scores + at);
+          total += acc[r][n];
         }
         if (!kDiagonal) store(total, work.sums + (row + r) * V);
       }
+      if (kPaired && kDiagonal) clear_beside(rows, row, acc);
+      if constexpr (kPaired) put_pairs(acc, row, column, work.scores_by_query, work.scores_by_key);
       if constexpr (kBias == Bias::importance) {
         if (importance) {
 #pragma GCC unroll 16
           for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 16
-            for (int n = 0; n < N; ++n) {
-              const int64_t at = (row + r) * kTile + column + n * V;
-              store(acc[r][n] * decay<kDiagonal>(pair, row + r, column + n * V), work.d_importance + at);
-            }
+            for (int n = 0; n < N; ++n) acc[r][n] *= decay<kDiagonal>(pair, row + r, column + n * V);
+          }
+          if constexpr (kPaired) {
+            if (kDiagonal) clear_beside(rows, row, acc);
+            put_pairs(acc, row, column, work.importance_by_query, work.importance_by_key);
+          } else {
+            put(acc, row, column, work.d_importance);
           }
         }
       }
@@ -293,23 +350,70 @@ class Backward {
       for (int64_t n = rows.begin; n < rows.end; ++n) {
         unit.own_weight[query + n] = work.weights[n * kTile + n], own[n] = work.d_scores[n * kTile + n];
         work.d_scores[n * kTile + n] = work.d_importance[n * kTile + n] = 0;
+        if constexpr (kPaired) {
+          const int64_t by_query = n * kTile + n, by_key = (n / 2 * kTile + n) * 2 + n % 2;
+          for (float* x : {work.scores_by_query, work.importance_by_query}) reinterpret_cast<BFloat16*>(x)[by_query] = {};
+          for (float* x : {work.scores_by_key, work.importance_by_key}) reinterpret_cast<BFloat16*>(x)[by_key] = {};
+        }
       }
     }
     if (kDiagonal || kBias == Bias::forget) add_sums<kDiagonal>(work, rows, unit.flux + key);
     if (wanted_.k) {
-      product<true, by_key>(work.d_scores, pair.q, keys.k_width, all, rows, 1, unit.dk + key * keys.k_width);
+      product<true, by_key, Number>(
+          work.scores_by_key, unit.q_right + right_query * keys.k_width, keys.k_width, all, by_rows, 1,
+          unit.dk + key * keys.k_width);
     }
     if (wanted_.q) {
-      product<false, by_query>(
-          work.d_scores, keys.k + key * keys.k_width, keys.k_width, rows, all, 1, lane.q + query * keys.k_width);
+      product<false, by_query, Number>(
+          work.scores_by_query, keys.k_right + right_key * keys.k_width, keys.k_width, rows, by_all, 1,
+          lane.q + query * keys.k_width);
     }
     if (!importance) return;
     if (wanted_.b) {
-      product<true, by_key>(work.d_importance, pair.c, keys.b_width, all, rows, p_.lam[head], unit.db + key * keys.b_width);
+      product<true, by_key, Number>(
+          work.importance_by_key, unit.c_right + right_query * keys.b_width, keys.b_width, all, by_rows, p_.lam[head],
+          unit.db + key * keys.b_width);
     }
     if (wanted_.c) {
-      product<false, by_query>(
-          work.d_importance, keys.b + key * keys.b_width, keys.b_width, rows, all, 1, lane.c + query * keys.b_width);
+      product<false, by_query, Number>(
+          work.importance_by_query, keys.b_right + right_key * keys.b_width, keys.b_width, rows, by_all, 1,
+          lane.c + query * keys.b_width);
+    }
+  }
+
+  static Span in_numbers(Span x) { return {x.begin / Number::kNumbers, (x.end + Number::kNumbers - 1) / Number::kNumbers}; }
+
+  // Rows that only complete a pair count as 0: on the diagonal keys may be theirs alone, and not numbers.
+  template <int R, int N>
+  SISA_INLINE static void clear_beside(Span rows, int64_t row, Vec (&x)[R][N]) {
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r) {
+      if (rows.begin <= row + r && row + r < rows.end) continue;
+#pragma GCC unroll 16
+      for (int n = 0; n < N; ++n) x[r][n] = Vec{};
+    }
+  }
+
+  template <int R, int N>
+  SISA_INLINE static void put(const Vec (&x)[R][N], int64_t row, int64_t column, float* to) {
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 16
+      for (int n = 0; n < N; ++n) store(x[r][n], to + (row + r) * kTile + column + n * V);
+    }
+  }
+
+  // by_query may be null.
+  template <int R, int N>
+  SISA_INLINE static void put_pairs(const Vec (&x)[R][N], int64_t row, int64_t column, float* by_query, float* by_key) {
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r) {
+      if (by_query) store_row<N>(x[r], reinterpret_cast<BFloat16*>(by_query) + (row + r) * kTile + column);
+      if (r % 2 != 0) continue;
+#pragma GCC unroll 16
+      for (int n = 0; n < N; ++n) {
+        store(zipped(x[r][n], r + 1 < R ? x[r + 1][n] : Vec{}), by_key + (row + r) / 2 * kTile + column + n * V);
+      }
     }
   }
 
@@ -413,6 +517,11 @@ class Backward {
   }
 
   void finish_b(Unit& unit, int64_t batch, int64_t key_head, int64_t at, int64_t token) {
+    const int64_t query = token - p_.offset;
+    if (query >= p_.queries) {  // seen by no query: what is no number in it must not enter the sums below
+      if (p_.db.data) write_zeros(p_.db, batch, token, key_head, p_.state_width);
+      return;
+    }
     const Keys& keys = unit.keys;
     const float* b = keys.b + at * keys.b_width;
     float* row = unit.db + at * keys.b_width;
@@ -425,8 +534,7 @@ class Backward {
     unit.flux[at] -= others.total();
     if (!p_.db.data) return;
     rotate_row<true>(row, keys.cos + at * keys.pairs, keys.sin + at * keys.pairs, keys.b_width, 1, row);
-    const int64_t query = token - p_.offset;
-    for (int64_t n = 0; n < shared_by_ && query >= 0 && query < p_.queries; ++n) {
+    for (int64_t n = 0; n < shared_by_ && query >= 0; ++n) {
       alignas(64) float spare[kMaxWidth];
       const float* c = row_floats(p_.c, batch, query, key_head * shared_by_ + n, p_.state_width, spare);
       const Vec scale = broadcast(p_.lam[key_head * shared_by_ + n] * own_of(unit, n)[at]);
@@ -467,14 +575,19 @@ class Backward {
   Buffer<double> d_lam_;  // [batch, heads]
 };
 
+template <class Number>
+void backward(const AttentionBackwardParams& p) {
+  switch (p.bias) {
+    case Bias::none: return Backward<Bias::none, Number>(p).run();
+    case Bias::importance: return Backward<Bias::importance, Number>(p).run();
+    case Bias::forget: return Backward<Bias::forget, Number>(p).run();
+  }
+}
+
 }  // namespace
 
 void attention_backward(const AttentionBackwardParams& p) {
-  switch (p.bias) {
-    case Bias::none: return Backward<Bias::none>(p).run();
-    case Bias::importance: return Backward<Bias::importance>(p).run();
-    case Bias::forget: return Backward<Bias::forget>(p).run();
-  }
+  return kHasPairs && p.bf16_products ? backward<Pairs>(p) : backward<Single>(p);
 }
 
 }  // namespace sisa::cpu::SISA_ISA

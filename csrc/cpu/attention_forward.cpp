@@ -11,12 +11,15 @@ namespace {
 constexpr float kNever = -std::numeric_limits<float>::infinity();
 constexpr float kRise = 5;  // by which scores may pass a row's pivot: weights up to e^5 lose nothing
 
-// One tile of queries under way.
+// One tile of queries under way. Of Pairs, the weights are rows of bf16.
+template <class Number>
 struct Walk {
+  using Weight = std::conditional_t<Number::kNumbers == 2, BFloat16, float>;
+
   Walk() = default;
   Walk(Arena& arena, const Keys& keys) : width(keys.v_width) {
     q = arena.take<float>(kTile * keys.k_width), c = arena.take<float>(kTile * keys.b_width);
-    y = arena.take<float>(kTile * width), weights = arena.take<float>(kTile * kTile), sums = arena.take<float>(kTile * V);
+    y = arena.take<float>(kTile * width), weights = arena.take<Weight>(kTile * kTile), sums = arena.take<float>(kTile * V);
     pivot = arena.take<float>(kTile);
   }
 
@@ -50,7 +53,8 @@ struct Walk {
   // Scores to weights e^(score - pivot), and their sums, kept a lane.
   template <int R, int N>
   SISA_INLINE void soften(Vec (&acc)[R][N], int64_t row, int64_t column) {
-    float *const to = weights + row * kTile + column, *const totals = sums + row * V, *const pivots = pivot + row;
+    Weight* const to = weights + row * kTile + column;
+    float *const totals = sums + row * V, *const pivots = pivot + row;
     bool rises = false;
     Vec most[R];
 #pragma GCC unroll 16
@@ -71,10 +75,12 @@ struct Walk {
       const Vec from = broadcast(pivots[r]);
 #pragma GCC unroll 16
       for (int n = 0; n < N; ++n) {
-        const Vec x = weight(acc[r][n] - from);
-        total += x;
-        store(x, to + r * kTile + n * V);
+        acc[r][n] = weight(acc[r][n] - from);
+        if constexpr (Number::kNumbers == 1) store(acc[r][n], to + r * kTile + n * V);
       }
+      if constexpr (Number::kNumbers == 2) store_row<N>(acc[r], to + r * kTile);
+#pragma GCC unroll 16
+      for (int n = 0; n < N; ++n) total += acc[r][n];
       store(total, totals + r * V);
     }
   }
@@ -84,10 +90,11 @@ struct Walk {
     for_score_blocks<kDiagonal>(rows, [&]<int R, int N>(int64_t row, int64_t column, std::integral_constant<int, R>,
                                                         std::integral_constant<int, N>) __attribute__((always_inline)) {
       Vec acc[R][N] = {};
-      score_block<kBias, kDiagonal>(pair, row, column, acc);
+      score_block<kBias, kDiagonal, Number>(pair, row, column, acc);
       soften(acc, row, column);
     });
-    product<false, kDiagonal ? Part::lower : Part::whole>(weights, v, width, rows, {0, kTile}, 1, y);
+    product<false, kDiagonal ? Part::lower : Part::whole, Number>(
+        reinterpret_cast<const float*>(weights), v, width, rows, {0, kTile / Number::kNumbers}, 1, y);
   }
 
   void finish(const AttentionParams& p, const Tile& tile, int64_t batch, int64_t head) const {
@@ -102,26 +109,30 @@ struct Walk {
   }
 
   int64_t width;
-  float *q, *c, *y, *weights, *sums, *pivot;
+  float *q, *c, *y, *sums, *pivot;
+  Weight* weights;
 };
 
-template <Bias kBias>
+template <Bias kBias, class Number>
 void attend(const AttentionParams& p, const Tiles& tiles, const Keys& keys, const Gates& gates, int64_t batch, int64_t head,
             int64_t index) {
   const Tile& tile = tiles[index];
-  Scratched<Walk> walk(Use::tile, keys);
+  Scratched<Walk<Number>> walk(Use::tile, keys);
   pack_queries(p, tile, index, keys, batch, head, walk->q, walk->c);
   walk->start();
   Pair pair = pair_of(p, keys, gates, index, head, walk->q, walk->c);
   const float norm = largest_query_norm(p, tile, index, keys, gates, walk->q, walk->c);
+  if constexpr (Number::kNumbers == 2) {
+    pair_channels(walk->q, keys.k_width, tile.rows, walk->q), pair_channels(walk->c, keys.b_width, tile.rows, walk->c);
+  }
   for (int64_t j = index; j >= tile.first; --j) {
     const float least = kBias == Bias::forget ? walk->least_pivot(tile.rows) : 0;
     if (!pair_with<kBias>(pair, keys, gates, index, j, norm, least)) continue;
-    const float* v = keys.v + j * kTile * keys.v_width;
+    const float* v = keys.v + j * kTile / Number::kNumbers * keys.v_width;
     if (j < index) {
-      walk->step<kBias, false>(pair, v, tile.rows);
+      walk->template step<kBias, false>(pair, v, tile.rows);
     } else {
-      walk->step<kBias, true>(pair, v, tile.rows);
+      walk->template step<kBias, true>(pair, v, tile.rows);
     }
   }
   walk->finish(p, tile, batch, head);
@@ -138,15 +149,16 @@ void write_nothing(const AttentionParams& p, const Tile& tile, int64_t batch, in
 
 struct Unit {
   Unit() = default;
-  Unit(Arena& arena, const AttentionParams& p, const Tiles& tiles) : gates(arena, tiles), keys(arena, p, tiles, false) {}
+  Unit(Arena& arena, const AttentionParams& p, const Tiles& tiles, bool paired)
+      : gates(arena, tiles), keys(arena, p, tiles, false, paired) {}
   Gates gates;
   Keys keys;
 };
 
 // All query heads of one key head.
-template <Bias kBias>
+template <Bias kBias, class Number>
 void attend_with_key_head(const AttentionParams& p, const Tiles& tiles, int64_t batch, int64_t key_head) {
-  Scratched<Unit> unit(Use::head, p, tiles);
+  Scratched<Unit> unit(Use::head, p, tiles, Number::kNumbers == 2);
   Gates& gates = unit->gates;
   Keys& keys = unit->keys;
   pack_keys(p, tiles, batch, key_head, gates, keys);
@@ -158,7 +170,7 @@ void attend_with_key_head(const AttentionParams& p, const Tiles& tiles, int64_t 
       const Tile& tile = tiles[index];
       if (tile.rows.begin == tile.rows.end) return;
       if (tiles.attended(index)) {
-        attend<kBias>(p, tiles, keys, gates, batch, head, index);
+        attend<kBias, Number>(p, tiles, keys, gates, batch, head, index);
       } else {
         write_nothing(p, tile, batch, head);
       }
@@ -166,22 +178,27 @@ void attend_with_key_head(const AttentionParams& p, const Tiles& tiles, int64_t 
   }
 }
 
-template <Bias kBias>
+template <Bias kBias, class Number>
 void attend_all(const AttentionParams& p) {
   const Tiles tiles(p);
   for_heads(p.batch * p.key_heads, tiles.size() / 4, [&](int64_t i, bool) {
-    attend_with_key_head<kBias>(p, tiles, i / p.key_heads, i % p.key_heads);
+    attend_with_key_head<kBias, Number>(p, tiles, i / p.key_heads, i % p.key_heads);
   });
+}
+
+template <class Number>
+void attend_all(const AttentionParams& p) {
+  switch (p.bias) {
+    case Bias::none: return attend_all<Bias::none, Number>(p);
+    case Bias::importance: return attend_all<Bias::importance, Number>(p);
+    case Bias::forget: return attend_all<Bias::forget, Number>(p);
+  }
 }
 
 }  // namespace
 
 void attention(const AttentionParams& p) {
-  switch (p.bias) {
-    case Bias::none: return attend_all<Bias::none>(p);
-    case Bias::importance: return attend_all<Bias::importance>(p);
-    case Bias::forget: return attend_all<Bias::forget>(p);
-  }
+  return kHasPairs && p.bf16_products ? attend_all<Pairs>(p) : attend_all<Single>(p);
 }
 
 }  // namespace sisa::cpu::SISA_ISA

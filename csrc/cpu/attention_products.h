@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <type_traits>
 
+#include "attention_bf16.h"
 #include "vector.h"
 
 namespace sisa::cpu::SISA_ISA {
@@ -38,7 +39,7 @@ SISA_INLINE void pin(T*& x) {
 }
 
 // acc[r][n] += a_rk b_kn over k. a_rk is a[r][k], or a[k][r] if transposed.
-template <bool kTransposed, int R, int N>
+template <bool kTransposed, class Number = Single, int R, int N>
 SISA_INLINE void accumulate(Vec (&acc)[R][N], const float* a, int64_t a_stride, const float* b, int64_t b_stride, Span depth) {
   constexpr int kQuads = (R + 3) / 4;
   const float* quads[kQuads];  // every fourth row of a
@@ -50,10 +51,10 @@ SISA_INLINE void accumulate(Vec (&acc)[R][N], const float* a, int64_t a_stride, 
     for (int n = 0; n < N; ++n) row[n] = load(b + k * b_stride + n * V), pin(row[n]);
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r) {
-      Vec x = broadcast(kTransposed ? a[k * a_stride + r] : quads[r / 4][r % 4 * a_stride]);
+      Vec x = Number::broadcast(kTransposed ? a[k * a_stride + r] : quads[r / 4][r % 4 * a_stride]);
       if (N > 1) pin(x);
 #pragma GCC unroll 16
-      for (int n = 0; n < N; ++n) acc[r][n] = fma(x, row[n], acc[r][n]);
+      for (int n = 0; n < N; ++n) acc[r][n] = Number::fma(x, row[n], acc[r][n]);
     }
 #pragma GCC unroll 16
     for (int i = 0; !kTransposed && i < kQuads; ++i) ++quads[i], pin(quads[i]);
@@ -64,24 +65,30 @@ SISA_INLINE void accumulate(Vec (&acc)[R][N], const float* a, int64_t a_stride, 
 // number there, or in the rows of b that they belong to, stays there.
 enum class Part { whole, lower, upper };
 
-template <bool kTransposed, Part part, int R, int N>
+template <bool kTransposed, Part part, class Number, int R, int N>
 SISA_INLINE void product_block(
     const float* a, const float* b, int64_t width, int64_t row, Span depth, float scale, float* out) {
+  constexpr int64_t kNumbers = Number::kNumbers, kStride = kTransposed ? kTile : kTile / kNumbers;
   Vec acc[R][N] = {};
-  const float* rows = a + (kTransposed ? row : row * kTile);
+  const float* rows = a + row * (kTransposed ? 1 : kStride);
   Span all = depth;
-  if constexpr (part == Part::lower) all.end = std::min(depth.end, row + 1);
-  if constexpr (part == Part::upper) all.begin = std::max(depth.begin, row + R - 1);
-  accumulate<kTransposed>(acc, rows, kTile, b, width, all);
+  if constexpr (part == Part::lower) all.end = std::min(depth.end, (row + 1) / kNumbers);
+  if constexpr (part == Part::upper) all.begin = std::max(depth.begin, (row + R + kNumbers - 2) / kNumbers);
+  accumulate<kTransposed, Number>(acc, rows, kStride, b, width, all);
   if constexpr (part != Part::whole) {
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r) {
-      const Span rest = part == Part::lower ? Span{all.end, std::min(depth.end, row + r + 1)}
-                                            : Span{std::max(depth.begin, row + r), std::min(depth.end, all.begin)};
+      const int64_t own = (row + r) / kNumbers;
+      const Span rest = part == Part::lower ? Span{all.end, std::min(depth.end, own + 1)}
+                                            : Span{std::max(depth.begin, own), std::min(depth.end, all.begin)};
       for (int64_t k = rest.begin; k < rest.end; ++k) {
-        const Vec x = broadcast(kTransposed ? rows[k * kTile + r] : rows[r * kTile + k]);
+        const int64_t at = row + r - k * kNumbers;  // the diagonal, in what is at k
+        const int64_t begin = part == Part::lower ? 0 : at, end = part == Part::lower ? at + 1 : kNumbers;
+        const Vec x = Number::some(Number::broadcast(rows[kTransposed ? k * kStride + r : r * kStride + k]), begin, end);
 #pragma GCC unroll 16
-        for (int n = 0; n < N; ++n) acc[r][n] = fma(x, load(b + k * width + n * V), acc[r][n]);
+        for (int n = 0; n < N; ++n) {
+          acc[r][n] = Number::fma(x, Number::some(load(b + k * width + n * V), begin, end), acc[r][n]);
+        }
       }
     }
   }
@@ -94,26 +101,27 @@ SISA_INLINE void product_block(
   }
 }
 
-template <bool kTransposed, Part part, int N>
+template <bool kTransposed, Part part, class Number, int N>
 void product_columns(const float* a, const float* b, int64_t width, Span rows, Span depth, float scale, float* out) {
   for_blocks<kBlockRows<N>>(rows, [&]<int R>(int64_t row, std::integral_constant<int, R>) __attribute__((always_inline)) {
-    product_block<kTransposed, part, R, N>(a, b, width, row, depth, scale, out);
+    product_block<kTransposed, part, Number, R, N>(a, b, width, row, depth, scale, out);
   });
 }
 
 // out += scale a b in the given rows. a is a whole tile, b and out have rows of `width` channels, a whole number of vectors.
-template <bool kTransposed, Part part>
+// The depth is in Numbers.
+template <bool kTransposed, Part part, class Number = Single>
 void product(const float* a, const float* b, int64_t width, Span rows, Span depth, float scale, float* out) {
   int64_t n = 0;
   for (; n + kColumns * V <= width; n += kColumns * V) {
-    product_columns<kTransposed, part, kColumns>(a, b + n, width, rows, depth, scale, out + n);
+    product_columns<kTransposed, part, Number, kColumns>(a, b + n, width, rows, depth, scale, out + n);
   }
   const int64_t rest = (width - n) / V;
   if constexpr (kColumns > 3) {
-    if (rest == 3) product_columns<kTransposed, part, 3>(a, b + n, width, rows, depth, scale, out + n);
-    if (rest == 2) product_columns<kTransposed, part, 2>(a, b + n, width, rows, depth, scale, out + n);
+    if (rest == 3) product_columns<kTransposed, part, Number, 3>(a, b + n, width, rows, depth, scale, out + n);
+    if (rest == 2) product_columns<kTransposed, part, Number, 2>(a, b + n, width, rows, depth, scale, out + n);
   }
-  if (rest == 1) product_columns<kTransposed, part, 1>(a, b + n, width, rows, depth, scale, out + n);
+  if (rest == 1) product_columns<kTransposed, part, Number, 1>(a, b + n, width, rows, depth, scale, out + n);
 }
 
 }  // namespace sisa::cpu::SISA_ISA

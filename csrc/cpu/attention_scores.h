@@ -17,9 +17,9 @@ SISA_INLINE Vec weight(Vec x) {
 // What scores of a tile of queries with a tile of keys are made of.
 struct Pair {
   const float *q, *k_t;
-  int64_t q_width, head_width;
+  int64_t q_width, k_depth;
   const float *c, *b_t;  // importance; b_t is null past the horizon
-  int64_t c_width, state_width;
+  int64_t c_width, b_depth;
   const float *query_gate, *key_gate;  // Gates
   const float *high, *low;
   float factor;  // of the bias. importance: e^(g_I - g_J), forget: g_I - g_J
@@ -58,13 +58,13 @@ SISA_INLINE void for_score_blocks(Span rows, F body) {
   }
 }
 
-template <Bias kBias, bool kDiagonal, int R, int N>
+template <Bias kBias, bool kDiagonal, class Number = Single, int R, int N>
 SISA_INLINE void score_block(const Pair& x, int64_t row, int64_t column, Vec (&acc)[R][N]) {
   // Summed apart: many small terms of q.k added to a large bias would each be rounded like it.
   Vec bias[R][N] = {};
   if constexpr (kBias == Bias::importance) {
     if (x.b_t) {
-      accumulate<false>(bias, x.c + row * x.c_width, x.c_width, x.b_t + column, kTile, {0, x.state_width});
+      accumulate<false, Number>(bias, x.c + row * x.c_width, x.c_width, x.b_t + column, kTile, {0, x.b_depth});
 #pragma GCC unroll 16
       for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 16
@@ -72,7 +72,7 @@ SISA_INLINE void score_block(const Pair& x, int64_t row, int64_t column, Vec (&a
       }
     }
   }
-  accumulate<false>(acc, x.q + row * x.q_width, x.q_width, x.k_t + column, kTile, {0, x.head_width});
+  accumulate<false, Number>(acc, x.q + row * x.q_width, x.q_width, x.k_t + column, kTile, {0, x.k_depth});
 #pragma GCC unroll 16
   for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 16
@@ -91,8 +91,8 @@ SISA_INLINE void score_block(const Pair& x, int64_t row, int64_t column, Vec (&a
 inline Pair pair_of(const AttentionParams& p, const Keys& keys, const Gates& gates, int64_t tile, int64_t head, const float* q,
                     const float* c) {
   Pair x{};
-  x.q = q, x.q_width = keys.k_width, x.head_width = p.head_width;
-  x.c = c, x.c_width = keys.b_width, x.state_width = p.state_width;
+  x.q = q, x.q_width = keys.q_width, x.k_depth = keys.k_depth;
+  x.c = c, x.c_width = keys.c_width, x.b_depth = keys.b_depth;
   x.query_gate = gates.query + tile * kTile, x.high = gates.high + tile * kTile, x.low = gates.low + tile * kTile;
   x.lam = p.bias == Bias::importance ? p.lam[head] : 0;
   return x;
@@ -106,7 +106,7 @@ inline Pair pair_of(const AttentionParams& p, const Keys& keys, const Gates& gat
 template <Bias kBias>
 bool pair_with(
     Pair& x, const Keys& keys, const Gates& gates, int64_t query_tile, int64_t key_tile, float query_norm, float least) {
-  x.k_t = keys.k_t + key_tile * kTile * x.head_width;
+  x.k_t = keys.k_t + key_tile * kTile * x.k_depth;
   if constexpr (kBias == Bias::none) return true;
   x.key_gate = gates.key + key_tile * kTile;
   const bool diagonal = query_tile == key_tile;
@@ -115,7 +115,7 @@ bool pair_with(
     constexpr float kHorizon = 0x1p-24f;
     x.factor = diagonal ? 1 : static_cast<float>(std::exp(gap));
     const bool vanishes = x.factor * std::max(1.0f, x.lam) * query_norm * keys.norm[key_tile] < kHorizon;
-    x.b_t = diagonal || !vanishes ? keys.b_t + key_tile * kTile * x.state_width : nullptr;
+    x.b_t = diagonal || !vanishes ? keys.b_t + key_tile * kTile * x.b_depth : nullptr;
     return true;
   } else {
     constexpr float kNoWeight = -106;  // exp of it is 0, with some room

@@ -191,18 +191,45 @@ void Gates::fill(const AttentionParams& p, const Tiles& tiles, int64_t batch, in
   }
 }
 
-Keys::Keys(Arena& arena, const AttentionParams& p, const Tiles& tiles, bool backward) {
+void pair_channels(const float* in, int64_t width, Span rows, float* out) {
+  const int64_t to = padded(width / 2);
+  for (int64_t row = rows.begin; row < rows.end; ++row) {
+    for (int64_t i = 0; i < width; i += 2 * V) {
+      const float* x = in + row * width + i;
+      store(in_a_row(load(x), i + V < width ? load(x + V) : Vec{}), out + row * to + i / 2);
+    }
+  }
+}
+
+void pair_tokens(const float* in, int64_t width, Span rows, float* out) {
+  for (int64_t row = rows.begin; row < rows.end; row += 2) {
+    for (int64_t i = 0; i < width; i += V) {
+      store(zipped(load(in + row * width + i), load(in + (row + 1) * width + i)), out + row / 2 * width + i);
+    }
+  }
+}
+
+void round_rows(float* rows, int64_t width, Span at) {
+  for (int64_t i = at.begin * width; i < at.end * width; i += V) store(rounded_to_bf16(load(rows + i)), rows + i);
+}
+
+Keys::Keys(Arena& arena, const AttentionParams& p, const Tiles& tiles, bool backward, bool paired_) : paired(paired_) {
   const int64_t n = tiles.size(), tokens = n * kTile;
   const bool importance = p.bias == Bias::importance;
   k_width = padded(p.head_width), v_width = padded(p.value_width), b_width = importance ? padded(p.state_width) : 0;
   pairs = b_width / 2;
-  k_t = arena.take<float>(tokens * p.head_width), b_t = arena.take<float>(importance ? tokens * p.state_width : 0);
+  k_depth = paired ? (p.head_width + 1) / 2 : p.head_width, b_depth = importance ? p.state_width / (paired ? 2 : 1) : 0;
+  q_width = paired ? padded(k_width / 2) : k_width, c_width = paired ? padded(b_width / 2) : b_width;
+  v_depth = paired ? (p.value_width + 1) / 2 : p.value_width, dy_width = paired ? padded(v_width / 2) : v_width;
+  k_t = arena.take<float>(tokens * k_depth), b_t = arena.take<float>(tokens * b_depth);
   // A forward needs rows of k and b only on the way to their transposes, and a backward those of v: pack has a tile's place for
   // them.
   k = backward ? arena.take<float>(tokens * k_width) : nullptr;
   b = backward ? arena.take<float>(tokens * b_width) : nullptr;
-  v = backward ? nullptr : arena.take<float>(tokens * v_width);
-  v_t = backward ? arena.take<float>(tokens * p.value_width) : nullptr;
+  k_right = backward && paired ? arena.take<float>(tokens / 2 * k_width) : k;
+  b_right = backward && paired ? arena.take<float>(tokens / 2 * b_width) : b;
+  v = backward ? nullptr : arena.take<float>(tokens * v_width / (paired ? 2 : 1));
+  v_t = backward ? arena.take<float>(tokens * v_depth) : nullptr;
   cos = arena.take<float>(tokens * pairs), sin = arena.take<float>(tokens * pairs);
   norm = arena.take<float>(n), phase = arena.take<double>(n * pairs);
 }
@@ -235,10 +262,14 @@ void Keys::pack(const AttentionParams& p, const Tiles& tiles, int64_t t, const G
   const Tile& tile = tiles[t];
   const int64_t token = t * kTile, count = tile.count;
   const int64_t widest = std::max({k_width, v_width, b_width});
-  Scratch scratch(Use::tile, kTile * (widest * sizeof(float) + pairs * sizeof(double)));
-  float* const rows = static_cast<float*>(scratch.data());
-  double* const angles = reinterpret_cast<double*>(rows + kTile * widest);
+  Scratch scratch(Use::tile, kTile * (2 * widest * sizeof(float) + pairs * sizeof(double)));
+  float *const rows = static_cast<float*>(scratch.data()), *const words = rows + kTile * widest;
+  double* const angles = reinterpret_cast<double*>(words + kTile * widest);
   alignas(64) float spare[kMaxWidth];
+  const auto transpose = [&](const float* in, int64_t width, int64_t row, int64_t depth, float* out) {
+    if (paired) pair_channels(in, width, {0, kTile}, words);
+    transpose_tile(paired ? words : in, row, depth, out + token * depth);
+  };
 
   float* k_rows = k ? k + token * k_width : rows;
   for (int64_t i = 0; i < count; ++i) {
@@ -246,15 +277,18 @@ void Keys::pack(const AttentionParams& p, const Tiles& tiles, int64_t t, const G
     rope_row<false>(p, tile.begin + i, in, 1, k_rows + i * k_width);
   }
   zero_rows(k_rows, k_width, count);
-  transpose_tile(k_rows, k_width, p.head_width, k_t + token * p.head_width);
+  const float k_norm = p.bias == Bias::forget ? largest_norm(k_rows, k_width, nullptr, count) : 0;
+  if (k && paired) round_rows(k_rows, k_width, {0, kTile}), pair_tokens(k_rows, k_width, {0, kTile}, k_right + token / 2 * k_width);
+  transpose(k_rows, k_width, q_width, k_depth, k_t);
 
-  float* v_rows = v ? v + token * v_width : rows;
+  float* v_rows = v && !paired ? v + token * v_width : rows;
   for (int64_t i = 0; i < count; ++i) read_row(p.v, batch, tile.begin + i, head, p.value_width, v_rows + i * v_width);
   zero_rows(v_rows, v_width, count);
-  if (v_t) transpose_tile(v_rows, v_width, p.value_width, v_t + token * p.value_width);
+  if (v && paired) pair_tokens(v_rows, v_width, {0, kTile}, v + token / 2 * v_width);
+  if (v_t) transpose(v_rows, v_width, dy_width, v_depth, v_t);
 
   if (p.bias == Bias::forget) {
-    const float k_norm = largest_norm(k_rows, k_width, nullptr, count), v_norm = largest_norm(v_rows, v_width, nullptr, count);
+    const float v_norm = largest_norm(v_rows, v_width, nullptr, count);
     norm[t] = k_norm + 0 * (k_norm + v_norm);
   }
   if (p.bias != Bias::importance) return;
@@ -271,8 +305,9 @@ void Keys::pack(const AttentionParams& p, const Tiles& tiles, int64_t t, const G
     rotate_row<false>(in, cos + (token + i) * pairs, sin + (token + i) * pairs, b_width, 1, b_rows + i * b_width);
   }
   zero_rows(b_rows, b_width, count);
-  transpose_tile(b_rows, b_width, p.state_width, b_t + token * p.state_width);
   norm[t] = largest_norm(b_rows, b_width, gates.key + token, count);
+  if (b && paired) round_rows(b_rows, b_width, {0, kTile}), pair_tokens(b_rows, b_width, {0, kTile}, b_right + token / 2 * b_width);
+  transpose(b_rows, b_width, c_width, b_depth, b_t);
 }
 
 void pack_queries(const AttentionParams& p, const Tile& tile, int64_t index, const Keys& keys, int64_t batch, int64_t head,

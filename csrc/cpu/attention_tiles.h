@@ -156,22 +156,35 @@ struct Gates {
 // The keys of one key head.
 struct Keys {
   Keys() = default;
-  Keys(Arena& arena, const AttentionParams& p, const Tiles& tiles, bool backward);
+  Keys(Arena& arena, const AttentionParams& p, const Tiles& tiles, bool backward, bool paired);
   // Running sums of theta at the tiles' first tokens; all tiles before pack.
   void sum_phases(const AttentionParams& p, const Tiles& tiles, int64_t batch, int64_t head);
   void pack(const AttentionParams& p, const Tiles& tiles, int64_t tile, const Gates& gates, int64_t batch, int64_t head);
 
+  bool paired;                               // products are of Pairs
   int64_t k_width, v_width, b_width, pairs;  // padded
-  float *k_t, *b_t;                          // [tiles][channels][kTile]
-  float *k, *v, *b;                          // [tiles][kTile][channels]; k and b for the backward, v for the forward
+  int64_t k_depth, b_depth;                  // channels, in Numbers
+  int64_t q_width, c_width, dy_width;        // of rows that are left operands of products, in Numbers
+  int64_t v_depth;
+  float *k_t, *b_t;                          // [tiles][k_depth or b_depth][kTile]
+  float *k, *v, *b;                          // [tiles][kTile][channels]; k and b for the backward, v for the forward; of
+                                             // Pairs, v is [tiles][kTile / 2][channels]
   float* v_t;                                // as k_t, for the backward
+  float *k_right, *b_right;                  // k and b as right operands of products, by tokens in Numbers
   float *cos, *sin;                          // [tiles][kTile][pairs], of the phases
   float* norm;                               // [tiles], at least 1. importance: the largest |e^(g_J - g_j) b_j|;
                                              // forget: the largest |k_j|, NaN if any of k or v is not finite
   double* phase;                             // [tiles][pairs]
 };
 
-// The queries of one head in one tile, with 1 / sqrt(head_width) in q.
+// Rows of fp32 to rows of Pairs of channels, padded(width / 2) apart; in may be out.
+void pair_channels(const float* in, int64_t width, Span rows, float* out);
+// Rows of fp32 to half as many rows of Pairs of tokens; the span is of whole pairs.
+void pair_tokens(const float* in, int64_t width, Span rows, float* out);
+// Rounds rows to bf16.
+void round_rows(float* rows, int64_t width, Span at);
+
+// The queries of one head in one tile, as fp32, with 1 / sqrt(head_width) in q.
 void pack_queries(const AttentionParams& p, const Tile& tile, int64_t index, const Keys& keys, int64_t batch, int64_t head,
                   float* q, float* c);
 

@@ -72,7 +72,9 @@ void check(const Operands& x, Integers& bounds) {
 }
 
 // lam is contiguous; it and bounds must outlive the parameters.
-void fill(AttentionParams& p, const Operands& x, const OptionalTensor& lam, const Integers& bounds, const Tensor& y, const Tensor& lse) {
+void fill(
+    AttentionParams& p, const Operands& x, const OptionalTensor& lam, const Integers& bounds, bool bf16_products, const Tensor& y,
+    const Tensor& lse) {
   p.batch = x.q.size(0), p.queries = x.q.size(1), p.keys = x.k.size(1), p.offset = x.offset;
   p.heads = x.q.size(2), p.key_heads = x.k.size(2);
   p.head_width = x.q.size(3), p.value_width = x.v.size(3), p.state_width = x.b ? x.b->size(3) : 0;
@@ -82,6 +84,7 @@ void fill(AttentionParams& p, const Operands& x, const OptionalTensor& lam, cons
   if (x.log_decay) p.log_decay = rows(*x.log_decay);
   if (x.cos) p.cos = rows(*x.cos), p.sin = rows(*x.sin);
   if (x.bounds) p.bounds = bounds.data(), p.segments = static_cast<int64_t>(bounds.size()) - 1;
+  p.bf16_products = bf16_products;
   p.y = rows(y), p.lse = data<float>(lse);
 }
 
@@ -91,7 +94,7 @@ OptionalTensor in_one_piece(const OptionalTensor& x) {
 
 std::tuple<Tensor, Tensor> attention(
     Tensor q, Tensor k, Tensor v, OptionalTensor b, OptionalTensor c, OptionalTensor log_decay, OptionalTensor theta,
-    OptionalTensor lam, OptionalTensor cos, OptionalTensor sin, OptionalTensor bounds, int64_t offset) {
+    OptionalTensor lam, OptionalTensor cos, OptionalTensor sin, OptionalTensor bounds, int64_t offset, bool bf16_products) {
   const Operands x{q, k, v, b, c, log_decay, theta, lam, cos, sin, bounds, offset};
   Integers documents;
   check(x, documents);
@@ -99,7 +102,7 @@ std::tuple<Tensor, Tensor> attention(
   const Tensor lse = empty(q, {q.size(0), q.size(2), q.size(1)}, ScalarType::Float);
   const OptionalTensor lam_row = in_one_piece(lam);
   AttentionParams p{};
-  fill(p, x, lam_row, documents, y, lse);
+  fill(p, x, lam_row, documents, bf16_products, y, lse);
   cpu::kernels().attention(p);
   return {y, lse};
 }
@@ -108,7 +111,7 @@ std::tuple<Tensor, Tensor> attention(
 std::vector<Tensor> attention_backward(
     Tensor dy, OptionalTensor dlse, Tensor y, Tensor lse, Tensor q, Tensor k, Tensor v, OptionalTensor b, OptionalTensor c,
     OptionalTensor log_decay, OptionalTensor theta, OptionalTensor lam, OptionalTensor cos, OptionalTensor sin,
-    OptionalTensor bounds, int64_t offset, std::vector<bool> wanted) {
+    OptionalTensor bounds, int64_t offset, std::vector<bool> wanted, bool bf16_products) {
   const Operands x{q, k, v, b, c, log_decay, theta, lam, cos, sin, bounds, offset};
   Integers documents;
   check(x, documents);
@@ -121,7 +124,7 @@ std::vector<Tensor> attention_backward(
   SISA_CHECK(wanted.size() == 8, "wanted must be 8 booleans, got ", wanted.size());
   const OptionalTensor lam_row = in_one_piece(lam), dlse_rows = in_one_piece(dlse);
   AttentionBackwardParams p{};
-  fill(p, x, lam_row, documents, y, lse);
+  fill(p, x, lam_row, documents, bf16_products, y, lse);
   p.dy = rows(dy), p.dlse = dlse_rows ? data<float>(*dlse_rows) : nullptr;
   std::vector<Tensor> grads;
   const auto grad = [&](size_t n, const OptionalTensor& of) -> const Tensor* {

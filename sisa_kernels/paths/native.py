@@ -52,6 +52,7 @@ def _attention(
     sin: Tensor | None,
     bounds: Tensor | None,
     offset: int,
+    bf16_products: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """y [B, Lq, H, Dv] and the scores' log-sum-exp [B, H, Lq], both fp32.
 
@@ -60,7 +61,10 @@ def _attention(
     Query i is token ``offset + i`` of the L tokens of k, v, b, log_decay and theta; tables [L,
     Dh/2]. With b, c, theta and lam it is SISA; with log_decay [B, L, H] alone FoX. ``bounds``
     [documents + 1] int32 or int64 rise from 0 to at most L, not strictly: a document may be empty,
-    and tokens past the last bound have y 0 and lse -inf."""
+    and tokens past the last bound have y 0 and lse -inf.
+
+    ``bf16_products``: products' operands may be rounded to bf16, which a CPU with AVX-512 BF16 then
+    does, in the backward, too; sums, softmax and decay stay fp32."""
     raise NotImplementedError("sisa::attention needs the compiled library, on a CPU")
 
 
@@ -88,6 +92,7 @@ def _attention_backward(
     bounds: Tensor | None,
     offset: int,
     wanted: list[bool],
+    bf16_products: bool = False,
 ) -> list[Tensor]:
     """The gradients of those of q .. lam that are ``wanted``, one after another."""
     raise NotImplementedError("sisa::attention_backward needs the compiled library, on a CPU")
@@ -95,11 +100,11 @@ def _attention_backward(
 
 def _attention_backward_fake(*arguments: Any) -> list[Tensor]:
     operands = arguments[4 : 4 + OPERANDS]
-    return [x.new_empty(x.shape) for x, one in zip(operands, arguments[-1]) if one]
+    return [x.new_empty(x.shape) for x, one in zip(operands, arguments[16]) if one]
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    *tensors, ctx.offset = inputs
+    *tensors, ctx.offset, ctx.bf16_products = inputs
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*output, *tensors)
 
@@ -110,18 +115,29 @@ def _backward(ctx: Any, dy: Tensor | None, dlse: Tensor | None) -> tuple[Tensor 
     if dy is None:
         dy = torch.zeros_like(saved[0])
     op = torch.ops.sisa.attention_backward
-    grads = iter(op(dy, dlse, *saved, ctx.offset, wanted))
+    grads = iter(op(dy, dlse, *saved, ctx.offset, wanted, ctx.bf16_products))
     found = [next(grads) if one else None for one in wanted]
-    return *found, None, None, None, None
+    return *found, None, None, None, None, None
 
 
 attention_op = register("attention", _attention, _attention_fake, _backward, _save)
 register("attention_backward", _attention_backward, _attention_backward_fake, no_second_derivative)
 
 
+@torch.compiler.assume_constant_result  # which Dynamo does not trace
+def _precision() -> str:
+    return torch.get_float32_matmul_precision()
+
+
+def _bf16_products(q: Tensor) -> bool:
+    """Whether torch.set_float32_matmul_precision lets products inside be of bf16, as the inputs."""
+    return q.dtype == torch.bfloat16 and _precision() == "medium"
+
+
 def attend(inputs: SisaInputs) -> Tensor:
     """SISA: y [B, L, H, Dv] for operands that :func:`refusal` does not speak against."""
-    return attention_op(*inputs.flat(), inputs.cu_seqlens, 0)[0].to(inputs.q.dtype)
+    q = inputs.q
+    return attention_op(*inputs.flat(), inputs.cu_seqlens, 0, _bf16_products(q))[0].to(q.dtype)
 
 
 def attend_plain(
@@ -134,9 +150,8 @@ def attend_plain(
 ) -> Tensor:
     """Causal softmax attention, y [B, L, H, Dv]; with log_forget [B, L, H] FoX's and ALiBi's."""
     cos, sin = rotary or (None, None)
-    return attention_op(q, k, v, None, None, log_forget, None, None, cos, sin, cu_seqlens, 0)[0].to(
-        q.dtype
-    )
+    given = q, k, v, None, None, log_forget, None, None, cos, sin, cu_seqlens
+    return attention_op(*given, 0, _bf16_products(q))[0].to(q.dtype)
 
 
 def plain_fault(q: Tensor, v: Tensor, forgets: bool) -> str | None:

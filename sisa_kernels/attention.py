@@ -114,7 +114,7 @@ def _choose(backend: str, mode: str, inputs: SisaInputs) -> str:
         if why is None:
             return backend
         say_once(
-            f"exact SISA attention on {inputs.q.device.type} runs the 'chunked' path, slower, not "
+            f"exact SISA attention on {inputs.q.device.type} runs the 'chunked' path in place of "
             f"{backend!r}: {why}"
         )
         return "chunked"

@@ -204,5 +204,5 @@ def choose_plain(
     why = why or plain_fault(q, v, forgets)
     if why is None:
         return True
-    say_once(f"{what} on {q.device.type} runs the {stock!r} path, slower, not 'native': {why}")
+    say_once(f"{what} on {q.device.type} runs the {stock!r} path in place of 'native': {why}")
     return False

@@ -1018,7 +1018,7 @@ def test_a_path_found_wrong_is_out_for_the_process_and_said_once(monkeypatch, br
     with first_use(monkeypatch):
         monkeypatch.setattr(native, "attention_op", broken)
         with pytest.warns(
-            UserWarning, match=rf"'chunked' path, slower, not 'native': {why}"
+            UserWarning, match=rf"'chunked' path in place of 'native': {why}"
         ) as told:
             assert torch.equal(sk.sisa_attention(**inputs), expected)
         assert len(told) == 1

@@ -450,7 +450,7 @@ def test_a_path_found_wrong_is_out_for_the_process_and_said_once(which, monkeypa
     inputs, _ = forgetting_problem(L=33, Dh=16)
     function, given = call_both(inputs)[which]
     expected = function(**given, backend=STOCK[function])
-    said = rf"runs the '{STOCK[function]}' path, slower, not 'native': .* of y by 1.0e-02"
+    said = rf"runs the '{STOCK[function]}' path in place of 'native': .* of y by 1.0e-02"
     with first_use(monkeypatch):
         monkeypatch.setattr(native, "attention_op", crooked)
         with pytest.warns(UserWarning, match=said) as told:

@@ -540,7 +540,7 @@ def test_a_kernel_that_fails_is_out_and_said(preferred, monkeypatch):
 
     monkeypatch.setattr(ta, "choose_tiles", out_of_resources)
     with pytest.warns(
-        UserWarning, match=r"not 'triton': it fails on \w+: RuntimeError: out of resources"
+        UserWarning, match=r"in place of 'triton': it fails on \w+: RuntimeError: out of resources"
     ):
         assert torch.equal(
             sk.sisa_attention(**inputs), sk.sisa_attention(**inputs, backend="chunked")

@@ -1038,7 +1038,7 @@ def test_a_verdict_that_is_known_holds(monkeypatch):
         sk.sisa_attention(**inputs)
         assert list(selfcheck._verdicts) == [key]
         monkeypatch.setitem(selfcheck._verdicts, key, "it was seen to be wrong")
-        with pytest.warns(UserWarning, match="not 'native': it was seen to be wrong"):
+        with pytest.warns(UserWarning, match="in place of 'native': it was seen to be wrong"):
             sk.sisa_attention(**inputs)
 
 

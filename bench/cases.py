@@ -188,7 +188,7 @@ def attention_case(
 
 
 def gemm_case(op: str, shape: Shape, s: Setting, size: int = 2048) -> Case:
-    """A product of square matrices: about the most that a CPU gets done, beside the others."""
+    """PyTorch's product of square matrices, to compare rates with."""
 
     def make() -> Callable[[], object]:
         a, b, out = (torch.randn(size, size, dtype=s.dtype, device=s.device) for _ in range(3))

@@ -147,7 +147,7 @@ def compared(
 def decay() -> Iterator[Group]:
     """Ours and plain attention as heads learn to forget, forward + backward.
 
-    Beside them a square matrix product, whose rate is what attention's is a share of."""
+    Beside them PyTorch's product of square matrices, for its rate."""
     for length in DECAY_LENGTHS:
         shape = replace(BASE, length=length)
         for half_life in DECAYS:

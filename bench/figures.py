@@ -169,10 +169,10 @@ def model_bars(rows: Sequence[Row]) -> list[Bar]:
     """A bar for each row of a model, layer or decoding step, by its sizes."""
     found = []
     for row in sorted(rows, key=lambda row: [int(n) for n in re.findall(r"\d+", row["shape"])]):
-        preset = find_preset(authors.ours(row["path"]))
-        family = "authors" if authors.is_theirs(row["path"]) else preset.family
         if row["path"] == row["baseline"]:
             continue
+        preset = find_preset(authors.ours(row["path"]))
+        family = "authors" if authors.is_theirs(row["path"]) else preset.family
         if family not in FAMILIES:
             continue
         name, color = FAMILIES[family]

@@ -438,6 +438,9 @@ def test_large_scores_stay_finite_and_as_good_as_pytorch():
 
     assert found[0].isfinite().all()
     no_worse_than(value_and_grads(by_pytorch, inputs, dy), found, right, 2.0)
+    assert lam_error(found[1]["lam"], inputs, dy) <= relative(
+        found[1]["log_decay"], right[1]["log_decay"]
+    )
 
 
 def same_bits_before(token, found, expected):
@@ -978,7 +981,9 @@ def test_what_it_does_not_take_is_said_once_and_runs_chunked(monkeypatch, recwar
     inputs, _ = problem(L=33, Dh=300)
     expected = sk.sisa_attention(**inputs, backend="chunked")
     with first_use(monkeypatch):
-        with pytest.warns(UserWarning, match=r"runs the 'chunked' path, slower, .*got 300") as told:
+        with pytest.warns(
+            UserWarning, match=r"runs the 'chunked' path in place of 'native': .*got 300"
+        ) as told:
             assert torch.equal(sk.sisa_attention(**inputs), expected)
         assert len(told) == 1
         assert torch.equal(sk.sisa_attention(**inputs), expected), "a warning would be an error"

@@ -429,7 +429,7 @@ def test_what_it_does_not_take_is_said_once_and_runs_stock(which, monkeypatch):
     inputs, _ = forgetting_problem(L=33, Dh=300)
     function, given = call_both(inputs)[which]
     expected = function(**given, backend=STOCK[function])
-    said = rf"attention on cpu runs the '{STOCK[function]}' path, slower, .*got 300"
+    said = rf"attention on cpu runs the '{STOCK[function]}' path in place of 'native': .*got 300"
     with first_use(monkeypatch):
         with pytest.warns(UserWarning, match=said) as told:
             assert torch.equal(function(**given), expected)

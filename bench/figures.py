@@ -168,6 +168,9 @@ def decay_bars(rows: Sequence[Row]) -> list[Bar]:
 def model_bars(rows: Sequence[Row]) -> list[Bar]:
     """A bar for each row of a model, layer or decoding step, by its sizes."""
     found = []
+    # Measured beside what the newest are: others are of before a rival was there.
+    rival = rows[-1]["baseline"].partition("-")[0] if rows else ""
+    rows = [row for row in rows if row["baseline"].startswith(rival)]
     for row in sorted(rows, key=lambda row: [int(n) for n in re.findall(r"\d+", row["shape"])]):
         if row["path"] == row["baseline"]:
             continue
@@ -221,10 +224,8 @@ def speed_figure(rows: list[Row], path: Path) -> None:
         inner = grid[place].subgridspec(len(ratios), 1, height_ratios=ratios, hspace=gap)
         for line, (title, found) in enumerate(column):
             bars(figure.add_subplot(inner[line]), found, title)
-    figure.suptitle(
-        "how many times as fast: forward + backward, a training step with its optimizer",
-        fontsize=10,
-    )
+    title = "how many times as fast: forward + backward, a training step with its optimizer"
+    figure.suptitle(title, fontsize=10, y=1.0, va="bottom")
     footer(
         figure,
         rows,

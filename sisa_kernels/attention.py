@@ -161,14 +161,14 @@ def sisa_attention(
             clamped to +-11 about the middle of its range, to reproduce their numbers (wrong once
             the range passes 22; in fp16 on a GPU exp(11) leaves no room: use bf16).
         backend: "auto"; "native", exact in one compiled kernel on a CPU (in fp64 "auto" is
-            "chunked"), which multiplies bf16 inputs in fp32, or, faster, in bf16 under
-            ``torch.set_float32_matmul_precision("medium")``; "chunked", exact by query chunks on stock kernels (in mode "clamped", which
-            takes one call, as "one_call"); "one_call", a stock kernel on augmented operands, the
-            first of a table that is legal and right (in exact mode an error once the range of g is
-            too wide); "triton", exact in one kernel on a GPU, its products past the horizon left
-            out; "reference", the dense fp64 oracle; "sdpa" and "flash" are old names of "chunked"
-            and "one_call". The environment's SISA_BACKEND overrides it. A named backend that cannot
-            run is an error, never a fallback.
+            "chunked"), which multiplies bf16 inputs in fp32 or, faster, in bf16 under
+            ``torch.set_float32_matmul_precision("medium")``; "chunked", exact by query chunks on
+            stock kernels (in mode "clamped", which takes one call, as "one_call"); "one_call", a
+            stock kernel on augmented operands, the first of a table that is legal and right (in
+            exact mode an error once the range of g is too wide); "triton", exact in one kernel on a
+            GPU, its products past the horizon left out; "reference", the dense fp64 oracle; "sdpa"
+            and "flash" are old names of "chunked" and "one_call". The environment's SISA_BACKEND
+            overrides it. A named backend that cannot run is an error, never a fallback.
         cu_seqlens: [documents + 1] int32, rising from 0 to L: documents packed into one sequence (B
             = 1), where decay, phase and attention restart at each.
 

@@ -124,9 +124,12 @@ attention_op = register("attention", _attention, _attention_fake, _backward, _sa
 register("attention_backward", _attention_backward, _attention_backward_fake, no_second_derivative)
 
 
-@torch.compiler.assume_constant_result  # which Dynamo does not trace
 def _precision() -> str:
     return torch.get_float32_matmul_precision()
+
+
+# Dynamo does not trace it. By torch.compiler.assume_constant_result it would be loaded here, in 4 s.
+_precision._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _bf16_products(q: Tensor) -> bool:

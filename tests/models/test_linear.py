@@ -18,8 +18,15 @@ from tests.support.models import tiny, tokens
 SIZES = {"W_Q": 40, "W_K": 16, "w_gate": 7}
 
 
+def test_few_rows_are_pytorchs_own_product():
+    x, weight = torch.randn(MANY_ROWS - 1, 24, requires_grad=True), torch.randn(37, 24)
+    y = linear(x, weight)
+    assert torch.equal(y, F.linear(x, weight))
+    assert y.stride(0) == 37
+
+
 @pytest.mark.parametrize(
-    ("rows", "d_in", "d_out"), [((3, 50), 24, 37), ((64,), 40, 48), ((1, 2), 16, 17)]
+    ("rows", "d_in", "d_out"), [((3, 50), 24, 37), ((64,), 40, 48), ((2, 33), 16, 17)]
 )
 def test_linear_is_the_product_with_rows_on_cache_lines(rows, d_in, d_out):
     x, weight = (

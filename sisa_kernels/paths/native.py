@@ -128,7 +128,7 @@ def _precision() -> str:
     return torch.get_float32_matmul_precision()
 
 
-# Dynamo does not trace it. By torch.compiler.assume_constant_result it would be loaded here, in 4 s.
+# Dynamo does not trace it. torch.compiler.assume_constant_result would load Dynamo here, in 4 s.
 _precision._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 

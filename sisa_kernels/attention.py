@@ -86,10 +86,9 @@ def _preferred(mode: str, q: Tensor) -> str:
     """What "auto" runs where nothing speaks against it."""
     if mode == "clamped":
         return "one_call"
-    if q.device.type not in ("cpu", "meta"):
-        return "triton"
-    # Without the library, which is said when it is missed, and in fp64 nothing is better.
-    return "native" if _extension.LOADED and q.dtype != torch.float64 else "chunked"
+    if native.is_first_choice(q):
+        return "native"
+    return "chunked" if q.device.type in ("cpu", "meta") else "triton"
 
 
 def asked_backend(backend: str) -> tuple[str, str]:

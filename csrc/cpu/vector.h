@@ -229,20 +229,7 @@ inline Vec rounded(Vec x) {  // to the nearest integer, for |x| < 2^22
   return (x + kInteger) - kInteger;
 }
 
-// 2^x to 1e-7, relative; 0 and infinity past fp32's range, NaN of NaN. The coefficients are minimax over [-1/2, 1/2].
-inline Vec exp2(Vec x) {
-  x = minimum(broadcast(130), maximum(broadcast(-160), x));
-  const Vec n = rounded(x), f = x - n;
-  Vec p = broadcast(1.5353362e-4f);
-  p = fma(p, f, broadcast(1.3398875e-3f));
-  p = fma(p, f, broadcast(9.618437e-3f));
-  p = fma(p, f, broadcast(5.5503324e-2f));
-  p = fma(p, f, broadcast(2.4022648e-1f));
-  p = fma(p, f, broadcast(6.9314718e-1f));
-  return scaled(fma(p, f, broadcast(1)), n);
-}
-
-// e^x, likewise.
+// e^x to 1e-7, relative; 0 and infinity past fp32's range, NaN of NaN. The coefficients are minimax over +-log(2) / 2.
 inline Vec exp(Vec x) {
   x = minimum(broadcast(90), maximum(broadcast(-110), x));
   const Vec n = rounded(x * 1.44269504f);

@@ -62,12 +62,7 @@ void check(const Operands& x, Integers& bounds) {
     check_tensor("lam", *x.lam, {H}, ScalarType::Float, x.q);
   }
   if (x.log_decay) check_tensor("log_decay", *x.log_decay, {B, L, importance ? G : H}, ScalarType::Float, x.q);
-  SISA_CHECK(x.cos.has_value() == x.sin.has_value(), "cos and sin must be given together");
-  if (x.cos) {
-    SISA_CHECK(Dh % 2 == 0, "cos and sin need an even head width, got q with ", Dh, " channels");
-    check_tensor("cos", *x.cos, {L, Dh / 2}, ScalarType::Float, x.q);
-    check_tensor("sin", *x.sin, {L, Dh / 2}, ScalarType::Float, x.q);
-  }
+  check_tables(x.cos, x.sin, L, x.q);
   if (x.bounds) check_bounds(x, bounds);
 }
 

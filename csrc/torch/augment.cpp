@@ -38,12 +38,7 @@ void check(const Operands& x) {
   check_tensor("log_decay", x.log_decay, {B, L, G}, ScalarType::Float, x.q);
   check_tensor("theta", x.theta, {B, L, G, Ds / 2}, ScalarType::Float, x.q);
   check_tensor("lam", x.lam, {H}, ScalarType::Float, x.q);
-  SISA_CHECK(x.cos.has_value() == x.sin.has_value(), "cos and sin must be given together");
-  if (x.cos) {
-    SISA_CHECK(Dh % 2 == 0, "cos and sin need an even head width, got q with ", Dh, " channels");
-    check_tensor("cos", *x.cos, {L, Dh / 2}, ScalarType::Float, x.q);
-    check_tensor("sin", *x.sin, {L, Dh / 2}, ScalarType::Float, x.q);
-  }
+  check_tables(x.cos, x.sin, L, x.q);
   SISA_CHECK(x.clamp >= 0, "clamp must be >= 0, got ", x.clamp);
   SISA_CHECK(!x.starts.empty() && x.starts[0] == 0, "starts must begin with 0, got ", text(x.starts));
   for (size_t n = 1; n < x.starts.size(); ++n) {

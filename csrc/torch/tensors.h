@@ -64,6 +64,16 @@ inline void check_floating(const char* name, ScalarType dtype) {
   SISA_CHECK(fits, name, " must be Float, BFloat16 or Half here, got ", dtype);
 }
 
+// RoPE's tables [length, head width / 2], both or none.
+inline void check_tables(const OptionalTensor& cos, const OptionalTensor& sin, int64_t length, const Tensor& q) {
+  SISA_CHECK(cos.has_value() == sin.has_value(), "cos and sin must be given together");
+  if (!cos) return;
+  const int64_t width = q.size(3);
+  SISA_CHECK(width % 2 == 0, "cos and sin need an even head width, got q with ", width, " channels");
+  check_tensor("cos", *cos, {length, width / 2}, ScalarType::Float, q);
+  check_tensor("sin", *sin, {length, width / 2}, ScalarType::Float, q);
+}
+
 // ---- Parameters ----------------------------------------------------------------------------------------------------------------
 
 inline Tensor empty(const Tensor& like, std::initializer_list<int64_t> shape, ScalarType dtype) {

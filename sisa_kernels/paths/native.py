@@ -39,6 +39,13 @@ def refusal(device: torch.device, dtype: torch.dtype, *widths: int) -> str | Non
     return None
 
 
+def is_first_choice(q: Tensor) -> bool:
+    """Whether "auto" runs the kernel where nothing speaks against it.
+
+    Not in fp64, nor without the library, which is said when it is missed."""
+    return q.device.type in ("cpu", "meta") and _extension.LOADED and q.dtype != torch.float64
+
+
 def _attention(
     q: Tensor,
     k: Tensor,
@@ -202,8 +209,8 @@ def choose_plain(
         if why is not None:
             raise ValueError(f"backend 'native' cannot run here: {why}")
         return True
-    if q.device.type not in ("cpu", "meta") or not _extension.LOADED or q.dtype == torch.float64:
-        return False  # known of "auto", or said already
+    if not is_first_choice(q):
+        return False
     why = why or plain_fault(q, v, forgets)
     if why is None:
         return True

@@ -6,6 +6,7 @@ is a shuffle (shuffle.py). Of a large one `sisa prepare` (prepare.py) makes shar
 
 import hashlib
 import io
+import logging
 import math
 from collections.abc import Iterable, Sized
 from dataclasses import dataclass
@@ -15,8 +16,11 @@ import numpy as np
 
 from sisa_model.data.blocks import Blocks
 from sisa_model.data.shards import INDEX, TOKENIZER, Shards, file_sha256, read_index
-from sisa_model.data.text import documents, find_files, read_text, standard_library
+from sisa_model.data.sources import AS_NAMED, Reading, endings, read_units
+from sisa_model.data.text import documents, find_files, standard_library
 from sisa_model.data.tokenizer import Encoder
+
+log = logging.getLogger(__name__)
 
 HELD_OUT_PERCENT = 5
 MIN_UNITS = 20  # fewer files (or documents) than this cannot be split with 5 % held out
@@ -40,22 +44,27 @@ class Corpus:
         return digest.hexdigest()
 
 
-def load_corpus(data: list[Path], val_data: list[Path], encoder: Encoder) -> Corpus:
+def load_corpus(
+    data: list[Path], val_data: list[Path], encoder: Encoder, reading: Reading = AS_NAMED
+) -> Corpus:
     """Read, split and encode a corpus; no ``data`` means the Python standard library.
 
-    Held out are ``val_data``, or else 5 % of the distinct files (of few files, documents), the
-    first by the hash of their text; no document of theirs stays in training. Fewer than 20
-    documents are cut at 95 %. Raises ValueError for an empty corpus."""
+    Held out are ``val_data``, or else 5 % of the distinct files (of few files, and of rows of
+    parquet or jsonl, documents), the first by the hash of their text; no document of theirs stays
+    in training. Fewer than 20 documents are cut at 95 %. Raises ValueError for an empty corpus, and
+    as :func:`sisa_model.data.sources.read` does."""
     files = find_files(data) if data else standard_library()
-    texts = [text for text in map(read_text, files) if text.strip()]
+    if any(path.is_dir() for path in data):
+        log.info(f"data: {endings(files)}")
+    texts, unit = read_units(files, reading)
     if not texts:
         where = ", ".join(map(str, data)) or "the standard library"
         raise ValueError(f"data holds no text in {len(files)} files: {where}")
     if val_data:
-        held_out = _documents(map(read_text, find_files(val_data)))
+        held_out = _documents(read_units(find_files(val_data), reading)[0])
         return _without(held_out, texts, encoder, "held-out files as given")
     if len(texts) >= MIN_UNITS:
-        return _split_by_hash(texts, "files", encoder)
+        return _split_by_hash(texts, unit, encoder)
     units = _documents(texts)
     if len(units) >= MIN_UNITS:
         return _split_by_hash(units, "documents", encoder)
@@ -141,6 +150,7 @@ def open_data(
     seq_len: int,
     seed: int,
     *,
+    reading: Reading = AS_NAMED,
     verify: bool = True,
     rank: int = 0,
     size: int = 1,
@@ -152,10 +162,15 @@ def open_data(
     Raises FileNotFoundError or ValueError naming the file, the shard or the argument at fault."""
     folder = prepared(data)
     if folder is None:
-        return _of_text(load_corpus([*data], [*val_data], encoder), seq_len, seed)
+        return _of_text(load_corpus([*data], [*val_data], encoder, reading), seq_len, seed)
     if val_data:
         raise ValueError(
             f"val_data must be left out: {folder} brings the documents that sisa prepare held out"
+        )
+    if reading != AS_NAMED:
+        raise ValueError(
+            f"text_field, format and skip_bad must be left out: sisa prepare has read what {folder}"
+            " holds"
         )
     shards = Shards(folder)
     if verify:

@@ -35,7 +35,7 @@ from sisa_model.data.shards import (
     read_index,
     read_record,
 )
-from sisa_model.data.sources import Position, Source, find_sources, read
+from sisa_model.data.sources import START, Faults, Format, Position, Source, find_sources, read
 from sisa_model.data.text import needs
 from sisa_model.data.tokenizer import Encoder
 from sisa_model.utils.files import make_folder_atomically, write_atomically, write_json
@@ -64,6 +64,10 @@ class PrepareConfig:
     """A `tokenizers` JSON file, a repository of the Hub that has a tokenizer.json, or "bytes"."""
     text_field: str = "text"
     """Field of a parquet, jsonl or Hub row that holds the text."""
+    format: Format = "auto"
+    """What the files are read as; auto: as their names say (.jsonl, .parquet, .txt, .py ...)."""
+    skip_bad: bool = False
+    """Pass over lines and files that are no text, and count them, instead of stopping there."""
     subset: str | None = None
     """Which configuration of the Hub's datasets. Default: their default."""
     split: str = "train"
@@ -103,7 +107,7 @@ def prepare(config: PrepareConfig) -> Shards:
     _check(config, workers)
     tokenizer = _find_tokenizer(config.tokenizer)
     encoder = Encoder(tokenizer)
-    sources = find_sources(config.sources)
+    sources = find_sources(config.sources, config.format)
     _check_hub(config, sources)
     dtype = np.dtype("<u2" if encoder.size <= 2**16 else "<u4")
     options = _options(config, sources, tokenizer)
@@ -113,8 +117,9 @@ def prepare(config: PrepareConfig) -> Shards:
     _begin(config.out, index, tokenizer)
 
     shards = list(finished_shards(config.out, dtype))
-    start: Position = tuple(shards[-1]["end"]) if shards else (0, 0)
-    documents = read(sources, start, config.text_field, config.subset, config.split)
+    start = Position(*shards[-1]["end"]) if shards else START
+    faults = Faults(config.skip_bad)
+    documents = read(sources, start, config.text_field, config.subset, config.split, faults)
     encoded = _encoded(_batches(documents), workers, (tokenizer, config.held_out, dtype))
     before = sum(shard[split]["tokens"] for shard in shards for split in SPLITS)
     bar = tqdm(initial=before, unit="tok", unit_scale=True, dynamic_ncols=True)
@@ -123,6 +128,7 @@ def prepare(config: PrepareConfig) -> Shards:
             batches = itertools.chain([first], encoded)
             shards.append(_add_shard(config, len(shards), batches, encoder.end_of_text, bar))
             bar.set_postfix(shards=len(shards))
+    faults.report()
     _check_totals(config, shards)
     write_json(config.out / INDEX, {**index, "complete": True, "shards": shards})
     return _finished(config.out, "is finished")
@@ -241,8 +247,11 @@ def _is_finished(out: Path, options: dict[str, Any]) -> bool:
     index = read_index(out)
     # Where no shard is there yet, nothing would be mixed, nor lost.
     if index["complete"] or any(out.glob("shard-*")):
+        begun = index["options"]
+        if not index["complete"]:
+            begun = {**begun, "sources": _unread_as(begun["sources"], options["sources"], out)}
         for name, value in options.items():
-            before = index["options"].get(name)
+            before = begun.get(name)
             if before != value:
                 before, value = _difference(before, value)
                 raise ValueError(
@@ -250,6 +259,20 @@ def _is_finished(out: Path, options: dict[str, Any]) -> bool:
                     "choose another folder"
                 )
     return index["complete"]
+
+
+def _unread_as(before: list[dict], after: list[dict], out: Path) -> list[dict]:
+    """Sources as they were, with the versions ``after`` of those that no finished shard is of.
+
+    So a line may be corrected that stopped ``sisa prepare``; of the source that it stopped in,
+    :func:`~sisa_model.data.sources.read` compares the documents before it."""
+    *_, last = sorted(out.glob("shard-*"))
+    end = Position(*read_record(last / RECORD)["end"])
+    first = end.source if end.digest else end.source + 1
+    changed = [
+        {**old, "version": new["version"]} for old, new in zip(before[first:], after[first:])
+    ]
+    return [*before[:first], *changed, *before[first + len(changed) :]]
 
 
 def _difference(before: Any, value: Any) -> tuple[Any, Any]:
@@ -263,7 +286,7 @@ def _batches(documents: Iterator[tuple[Position, str]]) -> Iterator[_Batch]:
     """The documents in order, a million characters and more at a time."""
     texts: list[str] = []
     characters = 0
-    end: Position = (0, 0)
+    end = START
     for end, text in documents:
         texts.append(text)
         characters += len(text)
@@ -350,7 +373,7 @@ def _write_shard(
     """Fill a shard's folder from as many batches as it takes."""
     counts = {split: {"tokens": 0, "documents": 0} for split in SPLITS}
     hashes = {split: hashlib.sha256() for split in SPLITS}
-    end: Position = (0, 0)
+    end = START
     with contextlib.ExitStack() as stack:
         paths = {split: folder / f"{split}.bin" for split in SPLITS}
         files = {split: stack.enter_context(open(path, "wb")) for split, path in paths.items()}

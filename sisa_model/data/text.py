@@ -4,14 +4,25 @@ import contextlib
 import gzip
 import importlib
 import io
+import logging
 import lzma
+import os
+import re
 import sysconfig
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, BinaryIO, TextIO
+
+log = logging.getLogger(__name__)
 
 END_OF_TEXT = "<|endoftext|>"
+# What stands beside data to describe it, in any spelling: README.md, LICENSE, dataset_card.md ...
+DESCRIPTION = re.compile(
+    r"(readme|licen[cs]e|copying|notice|authors|citation|change(s|log)|contributing|"
+    r"data(set)?[_-]?card)(\b|_).*",
+    re.IGNORECASE,
+)
 SKIPPED_FOLDERS = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test"}
 
 
@@ -23,25 +34,45 @@ def standard_library() -> list[Path]:
 
 
 def find_files(paths: list[Path]) -> list[Path]:
-    """The files of ``paths`` and, but for hidden ones, of the folders among them.
+    """The files of ``paths`` and of the folders among them, in their order.
 
-    Raises FileNotFoundError or ValueError for none."""
+    Links are followed, a folder is read once however many lead to it. Of a folder, hidden files are
+    left out, and with a line in the log those that describe it (README, LICENSE ...), which can be
+    named themselves. Raises FileNotFoundError or ValueError for none."""
     files: list[Path] = []
+    described: list[Path] = []
     for path in paths:
         if not path.exists():
             raise FileNotFoundError(f"data path {path} does not exist")
         if not path.is_dir():
             files.append(path)
             continue
-        found = (p for p in path.rglob("*") if p.is_file())
-        files += sorted(p for p in found if not _is_hidden(p.relative_to(path)))
+        found = _walk(path)
+        described += [file for file in found if DESCRIPTION.fullmatch(file.name)]
+        files += [file for file in found if not DESCRIPTION.fullmatch(file.name)]
+    left_out = ", ".join(map(str, described))
     if not files:
-        raise ValueError(f"data must hold at least one file, got {', '.join(map(str, paths))}")
+        where = ", ".join(map(str, paths))
+        beside = f" but {left_out}, which describe it" if described else ""
+        raise ValueError(f"data must hold at least one file, got {where} with none{beside}")
+    if described:
+        log.info(f"left out, as they describe the data (name them to take them): {left_out}")
     return files
 
 
-def _is_hidden(path: Path) -> bool:
-    return any(part.startswith(".") for part in path.parts)
+def _walk(root: Path) -> list[Path]:
+    """The files under a folder that are not hidden, sorted, none by two ways through links."""
+    files: list[Path] = []
+    seen: set[Path] = set()
+    for folder, inner, names in os.walk(root, followlinks=True):
+        if Path(folder).resolve() in seen:
+            inner.clear()
+            continue
+        seen.add(Path(folder).resolve())
+        inner[:] = sorted(name for name in inner if not name.startswith("."))
+        paths = (Path(folder, name) for name in names if not name.startswith("."))
+        files += [path for path in paths if path.is_file()]
+    return sorted(files)
 
 
 def needs(module: str, what: str) -> Any:
@@ -56,29 +87,44 @@ def needs(module: str, what: str) -> Any:
 
 
 @contextlib.contextmanager
+def open_binary(path: Path) -> Iterator[BinaryIO]:
+    """The bytes of a file, plain or compressed (.gz, .xz, .zst, in any case).
+
+    Raises ValueError naming the file if its compression is damaged."""
+    suffix = path.suffix.lower()
+    try:
+        if suffix == ".zst":  # Arrow's reader: it notices a file that was cut short
+            with needs("pyarrow", str(path)).input_stream(path, compression="zstd") as file:
+                yield io.BufferedReader(file)
+        else:
+            opener: Any = {".gz": gzip.open, ".xz": lzma.open}.get(suffix, open)
+            with opener(path, "rb") as file:
+                yield file
+    except (EOFError, lzma.LZMAError, zlib.error, OSError) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise  # the system's, which names the file; the others are a decompressor's
+        raise ValueError(f"{path} is damaged or not compressed as it is named: {error}") from error
+
+
+@contextlib.contextmanager
 def open_text(path: Path) -> Iterator[TextIO]:
-    """A UTF-8 file, plain or compressed (.gz, .xz, .zst).
+    """A UTF-8 file, as :func:`open_binary` has it, without its byte order mark.
 
     Raises ValueError naming the file if it is not text."""
     try:
-        if path.suffix == ".zst":  # Arrow's reader: it notices a file that was cut short
-            stream = needs("pyarrow", str(path)).input_stream(path, compression="zstd")
-            with io.TextIOWrapper(stream, encoding="utf-8") as file:
-                yield file
-        else:
-            opener: Any = {".gz": gzip.open, ".xz": lzma.open}.get(path.suffix, open)
-            with opener(path, "rt", encoding="utf-8") as file:
-                yield file
-    except (UnicodeDecodeError, EOFError, lzma.LZMAError, zlib.error, OSError) as error:
-        if isinstance(error, OSError) and error.errno is not None:
-            raise  # the system's, which names the file; the others are a decompressor's
+        with open_binary(path) as stream, io.TextIOWrapper(stream, encoding="utf-8-sig") as file:
+            yield file
+    except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not a UTF-8 text file: {error}") from error
 
 
 def read_text(path: Path) -> str:
-    """The text of a file; raises as :func:`open_text` does."""
+    """The text of a file; raises as :func:`open_text` does, and ValueError for NUL characters."""
     with open_text(path) as file:
-        return file.read()
+        text = file.read()
+    if "\0" in text:
+        raise ValueError(f"{path} is not a text file: it holds NUL characters")
+    return text
 
 
 def documents(lines: TextIO) -> Iterator[str]:

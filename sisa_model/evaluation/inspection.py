@@ -16,8 +16,9 @@ from sisa_kernels.reference import scores
 from sisa_kernels.rotation import rotate
 from sisa_model.data.blocks import Blocks
 from sisa_model.data.corpus import open_data
+from sisa_model.data.sources import AS_NAMED, read_units
 from sisa_model.data.synthetic import TASK_EXAM, TASK_EXAM_SEED, exams, find_task
-from sisa_model.data.text import find_files, read_text
+from sisa_model.data.text import find_files
 from sisa_model.data.tokenizer import Encoder
 from sisa_model.models.checkpoint import load
 from sisa_model.models.context import Context
@@ -148,10 +149,18 @@ def _sequences(config: InspectConfig, record: RunRecord, vocab: int) -> tuple[Te
         return _exam(config.blocks, length, train, vocab), f"exam of {train.task}"
     encoder = Encoder(train.tokenizer)
     if config.text:
-        tokens: Any = encoder.encode([read_text(path) for path in find_files([*config.text])])
+        tokens: Any = encoder.encode(read_units(find_files([*config.text]), AS_NAMED)[0])
         where = ", ".join(map(str, config.text))
     else:
-        data = open_data(train.data, train.val_data, encoder, length, train.seed, verify=False)
+        data = open_data(
+            train.data,
+            train.val_data,
+            encoder,
+            length,
+            train.seed,
+            reading=train.reading,
+            verify=False,
+        )
         if data.fingerprint != record.sha256:
             raise ValueError(
                 f"the data of {config.run} changed since its training: "

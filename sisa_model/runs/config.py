@@ -16,6 +16,7 @@ import tyro
 
 from sisa_kernels.inputs import Backend, Mode
 from sisa_model.data.corpus import find_tokenizer
+from sisa_model.data.sources import AS_NAMED, Format, Reading
 from sisa_model.data.synthetic import LENGTHS, TASKS, RetrievalTask, find_task
 from sisa_model.models.config import ModelConfig
 from sisa_model.models.presets import find_preset, preset_config
@@ -69,10 +70,17 @@ class TrainConfig:
     model: ModelOverrides = field(default_factory=dict)
     """Fields of the preset's model to change."""
     data: tuple[Path, ...] = ()
-    """Text files or folders (plain, .gz, .xz or .zst), or a folder of `sisa prepare`.
-    Lines of `<|endoftext|>` separate documents. Default: Python's standard library."""
+    """Files or folders of text, jsonl or parquet (plain, .gz, .xz or .zst), or a folder of
+    `sisa prepare`. Lines of `<|endoftext|>` separate documents of text. Default: Python's standard
+    library."""
     val_data: tuple[Path, ...] = ()
     """Held-out text. Default: 5 % of the data, by file (or by document, where files are few)."""
+    text_field: str = "text"
+    """Field of a jsonl or parquet row that holds the text."""
+    format: Format = "auto"
+    """What the files are read as; auto: as their names say (.jsonl, .parquet, .txt, .py ...)."""
+    skip_bad: bool = False
+    """Pass over lines and files that are no text, and count them, instead of stopping there."""
     tokenizer: Path | None = None
     """A `tokenizers` JSON file. Default: that of a prepared folder, or bytes."""
     out: Path | None = None
@@ -141,6 +149,11 @@ class TrainConfig:
     """Continue the run in --out, bit for bit on a CPU, with the settings it was begun with.
     Of data that moved give the new paths. A flag set otherwise is an error; one set to its
     default counts as left out."""
+
+    @property
+    def reading(self) -> Reading:
+        """How its data is read."""
+        return Reading(self.text_field, self.format, self.skip_bad)
 
     @property
     def title(self) -> str:
@@ -263,6 +276,8 @@ def _check_choices(config: ResolvedConfig) -> None:
         _require(config, name, getattr(config, name) in allowed, f"one of {', '.join(allowed)}")
     _require(config, "mix", set(config.mix) <= TASKS.keys(), f"among {', '.join(TASKS)}")
     _require(config, "mix", len(set(config.mix)) == len(config.mix), "all different")
+    if config.reading != AS_NAMED and not config.data:
+        raise ValueError("data must be given with text_field, format or skip_bad, got none")
     check_logs(config.log)
 
 

@@ -73,6 +73,7 @@ def open_run_data(config: ResolvedConfig, encoder: Encoder, top: int, world: Wor
         encoder,
         config.seq_len,
         config.seed,
+        reading=config.reading,
         rank=world.rank,
         size=world.size,
     )

@@ -24,9 +24,11 @@ from bench.authors import eager_chain, sdpa
 from bench.roofline import Shape
 from sisa_kernels import testing
 from sisa_kernels.inputs import NAMES, SisaInputs
+from sisa_kernels.rotation import rotate
+from sisa_kernels.scans import cumulative_phase
 from sisa_kernels.testing import ValueAndGrads
 from sisa_kernels.triton.op import causal_attention, exact_attention
-from sisa_kernels.triton.prologue import fused, prologue, rotate_qk
+from sisa_kernels.triton.prologue import fused, rotate_qk
 from sisa_kernels.triton.tune import CHECK_LENGTH
 from sisa_model.models.context import rotary_tables
 
@@ -85,10 +87,12 @@ def softmax_attention(score: Tensor, v: Tensor) -> Tensor:
 
 def dense(x: SisaInputs) -> Tensor:
     """Eq. 2 as a user would write it: products in the operands' dtype, scores in fp32."""
-    q, k, importance = prologue(x.scores(), False)
+    q, k = rotate_qk(x.q, x.k, x.rotary)
+    cos, sin = cumulative_phase(x.theta, torch.float32)
+    b, c = (rotate(t.float(), cos, sin).to(t.dtype) for t in (x.b, x.c))
     g = x.log_decay.double().cumsum(1).transpose(1, 2)
     decay_between = (g[..., :, None] - g[..., None, :]).clamp(max=0).exp().float()
-    q, k, b, c = (t.transpose(1, 2) for t in (q, k, importance.b, importance.c))
+    q, k, b, c = (t.transpose(1, 2) for t in (q, k, b, c))
     content = (q @ k.mT).float() / math.sqrt(q.shape[3])
     importance_term = x.lam[:, None, None] * decay_between * (c @ b.mT).float()
     return softmax_attention(content + importance_term, x.v)

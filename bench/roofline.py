@@ -142,9 +142,12 @@ def prologue_bytes(path: str, shape: Shape) -> tuple[int, int]:
     if path == "eager":
         # Tensors that the ops of authors.eager_chain and of its autograd read and write, summed.
         return 112 * Dh + 164 * Ds + 80, 136 * Dh + 350 * Ds + 152
-    # Out with the operands of "exact": two halves of g, norms of b and c. Back: dc, db, dL/ds_ii
-    # and the phases' tables in fp32.
-    return fused + FP32 * 4, BF16 * 4 * (Dh + Ds) + FP32 * (2 + Ds // 2 + 3 * Ds)
+    # Out with the operands of "exact": b lowered to its tiles, g in fp64 and its level, norms of b
+    # and c. Back: dc, db, dL/ds_ii, g, its level and the phases' tables in fp32.
+    return (
+        fused + BF16 * Ds + FP32 * 5,
+        BF16 * 4 * (Dh + Ds) + FP32 * (5 + Ds // 2 + 3 * Ds),
+    )
 
 
 def two_product_kernels(
@@ -155,16 +158,17 @@ def two_product_kernels(
     rows = B * L * H
     scores = B * H * causal_scores(L, tile)
     within = B * H * causal_scores(L, tile, horizon)
-    # q, k, v in; y, the log-sum-exp and two halves of g out. In the backward q, k, v, dy, two
-    # halves of g, log-sum-exp and delta in, both times; the importance gradients out in fp32.
-    operands = BF16 * 2 * (Dh + Ds + Dv)
+    # q, k, v, c, b, lowered b and levels in; y and the log-sum-exp out. In the backward q, k, v,
+    # dy, c, b, one of them lowered, levels, log-sum-exp and delta in, both times; the importance
+    # gradients out in fp32.
+    operands = BF16 * (2 * (Dh + Ds + Dv) + Ds)
     macs = (Dh + Dv) * scores + Ds * within
-    forward = Stage("attention", 2 * macs, rows * (operands + 3 * FP32))
+    forward = Stage("attention", 2 * macs, rows * (operands + 2 * FP32))
     dkdv_macs = 2 * macs  # S, dP, dV, dK
     dq_macs = (2 * Dh + Dv) * scores + 2 * Ds * within  # S, dP, dQ
-    common = operands + 4 * FP32
-    # The prologue is recomputed, not saved; now with the phases' tables.
-    again = Stage("prologue again", 0, rows * (prologue + FP32 * Ds))
+    common = operands + 3 * FP32
+    # The prologue is recomputed, not saved; with the phases' tables and c lowered to its tiles.
+    again = Stage("prologue again", 0, rows * (prologue + FP32 * Ds + BF16 * Ds))
     dkdv = Stage("dK/dV", 2 * dkdv_macs, rows * (common + BF16 * (Dh + Dv) + FP32 * Ds))
     dq = Stage("dQ", 2 * dq_macs, rows * (common + BF16 * Dh + FP32 * (Ds + 1)))
     return forward, [again, dkdv, dq]

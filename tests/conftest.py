@@ -1,5 +1,6 @@
 """Fixtures for every test: fresh memory is poisoned, threads are two; texts to train on."""
 
+import importlib.util
 import os
 import sys
 
@@ -37,22 +38,15 @@ def poisoned_memory(monkeypatch):
 
 
 @pytest.fixture(autouse=True, scope="session")
-def products_of_the_interpreter():
-    """Let Triton's interpreter multiply as PyTorch does, whose error a kernel's is held to: numpy's
-    rounding depends on the processor, and is up to 5 times worse.
-    """
-    try:
-        from triton.runtime import interpreter
-    except ImportError:
+def interpreter_computes_as_a_gpu():
+    """Triton's interpreter multiplies as PyTorch does, and takes bf16 (tests/support)."""
+    if importlib.util.find_spec("triton") is None:
         yield
         return
-
-    def create_dot(self, a, b, d, input_precision, max_num_imprecise_acc):
-        product = torch.from_numpy(a.data).float() @ torch.from_numpy(b.data).float()
-        return interpreter.TensorHandle(product.numpy() + d.data, d.dtype.scalar)
+    from tests.support import interpreter
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(interpreter.InterpreterBuilder, "create_dot", create_dot)
+        interpreter.patch(patch)
         yield
 
 

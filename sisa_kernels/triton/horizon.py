@@ -26,8 +26,8 @@ def bounds(x: Importance, tile: Tile, tolerance: float) -> tuple[Tensor, Tensor]
     gradients. In base-2 logarithms:
     ``log2 |b_J| - g_J <= log2 tolerance - log2 lam - log2 |c_I| - g_I``."""
     H = x.lam.shape[0]
-    _, G, L = x.g_hi.shape
-    g = x.g_hi.double() + x.g_lo
+    g = x.g
+    _, G, L = g.shape
     last = (torch.arange(tile.n, L + tile.n, tile.n, device=g.device) - 1).clamp(max=L - 1)
     largest_b = _tile_maxima(x.norm_b, tile.n).clamp(min=1).double()
     reach = largest_b.log2() - g[:, :, last]

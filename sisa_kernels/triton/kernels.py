@@ -1,18 +1,26 @@
 """The Triton kernels: the forward and the backward's query side (dq, dc) and key side (dk, dv, db).
 
 Suffixes: _m rows of a query tile, _n rows of a key tile. Logarithms are base 2: exp2 is the GPU's
-own. Each walks the other side's tiles in up to three phases: FAR (past the horizon, no importance
-product), NEAR, and DIAGONAL (masked). Every program owns the rows it writes: there are no atomics,
-and two runs give the same bits."""
+own. Each walks the other side's tiles in up to three phases: NEAR, DIAGONAL (masked), and FAR (past
+the horizon, no importance product). Their order counts on sm_90. A product into an accumulator is
+still under way when its loop ends, and where ptxas must copy accumulators on the way around the
+next loop it gives up and waits after every product (its remark C7515); in this order it need not.
+tools/resources.py fails on that remark.
+
+The decay of a pair is 2^(level_i - level_j), a power of two: the fractions of g are in c and b. On
+the diagonal it multiplies the product element by element. In a NEAR tile c is lowered to its tile's
+first level and b to its tile's last, both without rounding, and what is left is one number a tile.
+
+Every program owns the rows it writes: there are no atomics, and two runs give the same bits."""
 
 import math
 
 import triton
 import triton.language as tl
 
-FAR: tl.constexpr = tl.constexpr(0)
-NEAR: tl.constexpr = tl.constexpr(1)
-DIAGONAL: tl.constexpr = tl.constexpr(2)
+NEAR: tl.constexpr = tl.constexpr(0)
+DIAGONAL: tl.constexpr = tl.constexpr(1)
+FAR: tl.constexpr = tl.constexpr(2)
 LN2: tl.constexpr = tl.constexpr(math.log(2))
 
 
@@ -50,50 +58,42 @@ def _store_rows(
 
 
 @triton.jit
-def _load_g(g_hi, g_lo, o, L):
-    """g of the tokens o as its two halves; past L it is so low that such a query weighs nothing."""
-    return tl.load(g_hi + o, mask=o < L, other=-1e30), tl.load(g_lo + o, mask=o < L, other=0.0)
+def _levels(level, o, L):
+    """The levels of the tokens o; 0 past L, where the operands are 0."""
+    return tl.load(level + o, mask=o < L, other=0)
 
 
 @triton.jit
-def _decay_between(hi_m, lo_m, hi_n, lo_n):
-    """2^(g_m - g_n) for g = hi + lo, 1 where g would rise (in masked pairs, and rows past L)."""
-    return tl.exp2(tl.minimum((hi_m - hi_n) + (lo_m - lo_n), 0.0))
+def _power_of_two(exponent):
+    """2^exponent in fp32 from its bits: 0 below -126, and 1 above 0 (in masked pairs, past L)."""
+    bits = (tl.minimum(tl.maximum(exponent, -127), 0) + 127) << 23
+    return bits.to(tl.float32, bitcast=True)
 
 
 @triton.jit
-def _visible(s, o_m, o_n, first_m, ON_DIAGONAL: tl.constexpr, PACKED: tl.constexpr):
-    """Scores s of queries o_m and keys o_n (broadcast); -inf at later keys, other documents."""
+def _lowered(x, exponent):
+    """Rows x times 2^exponent, in x's dtype."""
+    return (x.to(tl.float32) * _power_of_two(exponent)[:, None]).to(x.dtype)
+
+
+@triton.jit
+def _visible(s, key, first_m, last_m, ON_DIAGONAL: tl.constexpr, PACKED: tl.constexpr):
+    """Scores s of each query's keys from first_m to last_m (broadcast), -inf at the others."""
     if ON_DIAGONAL:
-        s = tl.where(o_m >= o_n, s, float("-inf"))
+        s = tl.where(key <= last_m, s, float("-inf"))
     if PACKED:
-        s = tl.where(o_n >= first_m, s, float("-inf"))
+        s = tl.where(key >= first_m, s, float("-inf"))
     return s
 
 
 @triton.jit
-def _weights(
-    g_hi,
-    g_lo,
-    o_n,
-    last,
-    hi_m,
-    lo_m,
-    hi_first,
-    lo_first,
-    weight_m,
-    lam_h,
-    L,
-    ON_DIAGONAL: tl.constexpr,
-):
-    """lam_h exp(g_i - g_j) of a query tile (weight_m its share) and a key tile up to ``last``."""
-    hi_n, lo_n = _load_g(g_hi, g_lo, o_n, L)
+def _visible_keys(s, start_n, o_m, first_m, ON_DIAGONAL: tl.constexpr, PACKED: tl.constexpr):
+    """Scores s [queries o_m, keys from start_n on], -inf at later keys and other documents."""
+    o_n = tl.arange(0, s.shape[1])[None, :]
     if ON_DIAGONAL:
-        return lam_h * _decay_between(hi_m[:, None], lo_m[:, None], hi_n[None, :], lo_n[None, :])
-    else:
-        hi_last, lo_last = tl.load(g_hi + last), tl.load(g_lo + last)
-        between = _decay_between(hi_first, lo_first, hi_last, lo_last)
-        return (weight_m * between)[:, None] * _decay_between(hi_last, lo_last, hi_n, lo_n)[None, :]
+        return _visible(s, start_n + o_n, first_m, o_m[:, None], True, PACKED)
+    else:  # against constants: a thread's keys would be held in 32 registers
+        return _visible(s, o_n, first_m - start_n, 0, False, PACKED)
 
 
 @triton.jit
@@ -103,8 +103,8 @@ def forward_kernel(
     v,
     c,
     b,
-    g_hi,
-    g_lo,
+    near_b,
+    level,
     lam,
     horizon_start,
     first,
@@ -121,7 +121,7 @@ def forward_kernel(
     v_h,
     L,
     H,
-    REPEAT,
+    REPEAT: tl.constexpr,
     scale,
     IMPORTANCE: tl.constexpr,
     PACKED: tl.constexpr,
@@ -137,9 +137,9 @@ def forward_kernel(
 ):
     """y [B, L, H, DV] and the base-2 logarithm of each softmax's sum, lse [B, H, L].
 
-    One program a query tile and head. q, k, v are strided; c [B, L, H, DS], b [B, L, G, DS], g
-    [B, G, L] (base 2, in halves), horizon_start [B, H, tiles], first [L] are not."""
-    STEP: tl.constexpr = (BN, BN, BD)
+    One program a query tile and head. q, k, v are strided; c [B, L, H, DS], b and near_b
+    [B, L, G, DS], level [B, G, L], horizon_start [B, H, tiles], first [L] are not."""
+    STEP: tl.constexpr = (BN, BD, BN)
     tiles = tl.cdiv(L, BM)
     tile = tiles - 1 - tl.program_id(0) % tiles  # the longest rows first
     i_bh = tl.program_id(0) // tiles
@@ -153,7 +153,7 @@ def forward_kernel(
     acc = tl.zeros([BM, BV], tl.float32)
     norm = tl.zeros([BM], tl.float32)
     top = tl.full([BM], float("-inf"), tl.float32)
-    begin, first_m = 0, None
+    begin, first_m = 0, 0
     whole = start_m // BN * BN  # the keys before it are seen by every row
     horizon = whole
     if PACKED:
@@ -161,45 +161,37 @@ def forward_kernel(
         begin = tl.load(first + start_m) // BN * BN
     if IMPORTANCE:
         b += (i_b * L * G + i_g) * DS
-        g_hi += (i_b * G + i_g) * L
-        g_lo += (i_b * G + i_g) * L
+        near_b += (i_b * L * G + i_g) * DS
+        level += (i_b * G + i_g) * L
         c_m = _rows(c + (i_b * L * H + i_h) * DS, start_m, H * DS, L, DS, BS, BM, False)
         lam_h = tl.load(lam + i_h) / (scale * LN2)
-        hi_first, lo_first = tl.load(g_hi + start_m), tl.load(g_lo + start_m)
-        hi_m, lo_m = _load_g(g_hi, g_lo, o_m, L)
-        weight_m = lam_h * _decay_between(hi_m, lo_m, hi_first, lo_first)
+        level_m = _levels(level, o_m, L)
+        level_first = tl.load(level + start_m)
+        near_c_m = _lowered(c_m, level_m - level_first)
         horizon = tl.minimum(tl.maximum(tl.load(horizon_start + i_bh * tiles + tile), begin), whole)
     for phase in tl.static_range(3):
-        if phase == FAR:
-            lo, hi = begin, horizon
-        elif phase == NEAR:
+        if phase == NEAR:
             lo, hi = horizon, whole
-        else:
+        elif phase == DIAGONAL:
             lo, hi = whole, tl.minimum(start_m + BM, L)
+        else:
+            lo, hi = begin, horizon
         for start_n in tl.range(lo, hi, STEP[phase]):
-            o_n = start_n + tl.arange(0, STEP[phase])
             k_n = _rows(k, start_n, k_l, L, DH, BH, STEP[phase], phase != DIAGONAL)
             s = tl.zeros([BM, STEP[phase]], tl.float32)
-            if IMPORTANCE and phase != FAR:
-                b_n = _rows(b, start_n, G * DS, L, DS, BS, STEP[phase], phase != DIAGONAL)
-                end_n = start_n + BN - 1
-                weight = _weights(
-                    g_hi,
-                    g_lo,
-                    o_n,
-                    end_n,
-                    hi_m,
-                    lo_m,
-                    hi_first,
-                    lo_first,
-                    weight_m,
-                    lam_h,
-                    L,
-                    phase == DIAGONAL,
-                )
+            if IMPORTANCE and phase == NEAR:
+                b_n = _rows(near_b, start_n, G * DS, L, DS, BS, BN, True)
+                level_last = tl.load(level + start_n + BN - 1)
+                weight = lam_h * _power_of_two(level_first - level_last)
+                s = tl.dot(near_c_m, tl.trans(b_n), input_precision="ieee") * weight
+            if IMPORTANCE and phase == DIAGONAL:
+                b_n = _rows(b, start_n, G * DS, L, DS, BS, BD, False)
+                o_n = start_n + tl.arange(0, BD)
+                level_n = _levels(level, o_n, L)
+                weight = lam_h * _power_of_two(level_m[:, None] - level_n[None, :])
                 s = tl.dot(c_m, tl.trans(b_n), input_precision="ieee") * weight
             s = tl.dot(q_m, tl.trans(k_n), s, input_precision="ieee")
-            s = _visible(s, o_m[:, None], o_n[None, :], first_m, phase == DIAGONAL, PACKED)
+            s = _visible_keys(s, start_n, o_m, first_m, phase == DIAGONAL, PACKED)
             new_top = tl.maximum(top, tl.max(s, 1) * scale)
             # A row whose document begins in a later tile has no key yet: its maximum is -inf, and
             # -inf - -inf would be NaN.
@@ -221,8 +213,8 @@ def backward_query_kernel(
     v,
     c,
     b,
-    g_hi,
-    g_lo,
+    near_b,
+    level,
     lam,
     horizon_start,
     first,
@@ -243,7 +235,7 @@ def backward_query_kernel(
     v_h,
     L,
     H,
-    REPEAT,
+    REPEAT: tl.constexpr,
     scale,
     IMPORTANCE: tl.constexpr,
     PACKED: tl.constexpr,
@@ -262,7 +254,7 @@ def backward_query_kernel(
     The last is dL/ds_ii; it and dc are fp32. One program a query tile and head. dy [B, L, H, DV],
     delta [B, H, L] = <dy, y> and the rest as in the forward. The pairs i = j do not depend on decay
     and phase; kept apart, their rounding does not enter those gradients, which are differences."""
-    STEP: tl.constexpr = (BN, BN, BD)
+    STEP: tl.constexpr = (BN, BD, BN)
     tiles = tl.cdiv(L, BM)
     tile = tiles - 1 - tl.program_id(0) % tiles
     i_bh = tl.program_id(0) // tiles
@@ -278,7 +270,7 @@ def backward_query_kernel(
     lse_m = tl.load(lse + row, mask=o_m < L, other=0.0)
     delta_m = tl.load(delta + row, mask=o_m < L, other=0.0)
     dq_m = tl.zeros([BM, BH], tl.float32)
-    begin, first_m = 0, None
+    begin, first_m = 0, 0
     whole = start_m // BN * BN
     horizon = whole
     if PACKED:
@@ -286,58 +278,53 @@ def backward_query_kernel(
         begin = tl.load(first + start_m) // BN * BN
     if IMPORTANCE:
         b += (i_b * L * G + i_g) * DS
-        g_hi += (i_b * G + i_g) * L
-        g_lo += (i_b * G + i_g) * L
+        near_b += (i_b * L * G + i_g) * DS
+        level += (i_b * G + i_g) * L
         c_m = _rows(c + (i_b * L * H + i_h) * DS, start_m, H * DS, L, DS, BS, BM, False)
         lam_h = tl.load(lam + i_h) / (scale * LN2)
-        hi_first, lo_first = tl.load(g_hi + start_m), tl.load(g_lo + start_m)
-        hi_m, lo_m = _load_g(g_hi, g_lo, o_m, L)
-        weight_m = lam_h * _decay_between(hi_m, lo_m, hi_first, lo_first)
+        level_m = _levels(level, o_m, L)
+        level_first = tl.load(level + start_m)
+        near_c_m = _lowered(c_m, level_m - level_first)
         horizon = tl.minimum(tl.maximum(tl.load(horizon_start + i_bh * tiles + tile), begin), whole)
         dc_m = tl.zeros([BM, BS], tl.float32)
         diagonal_m = tl.zeros([BM], tl.float32)
     for phase in tl.static_range(3):
-        if phase == FAR:
-            lo, hi = begin, horizon
-        elif phase == NEAR:
+        if phase == NEAR:
             lo, hi = horizon, whole
-        else:
+        elif phase == DIAGONAL:
             lo, hi = whole, tl.minimum(start_m + BM, L)
+        else:
+            lo, hi = begin, horizon
         for start_n in tl.range(lo, hi, STEP[phase]):
-            o_n = start_n + tl.arange(0, STEP[phase])
             k_n = _rows(k, start_n, k_l, L, DH, BH, STEP[phase], phase != DIAGONAL)
             s = tl.zeros([BM, STEP[phase]], tl.float32)
-            if IMPORTANCE and phase != FAR:
-                b_n = _rows(b, start_n, G * DS, L, DS, BS, STEP[phase], phase != DIAGONAL)
-                end_n = start_n + BN - 1
-                weight = _weights(
-                    g_hi,
-                    g_lo,
-                    o_n,
-                    end_n,
-                    hi_m,
-                    lo_m,
-                    hi_first,
-                    lo_first,
-                    weight_m,
-                    lam_h,
-                    L,
-                    phase == DIAGONAL,
-                )
+            if IMPORTANCE and phase == NEAR:
+                b_n = _rows(near_b, start_n, G * DS, L, DS, BS, BN, True)
+                level_last = tl.load(level + start_n + BN - 1)
+                weight = lam_h * _power_of_two(level_first - level_last)
+                s = tl.dot(near_c_m, tl.trans(b_n), input_precision="ieee") * weight
+            if IMPORTANCE and phase == DIAGONAL:
+                b_n = _rows(b, start_n, G * DS, L, DS, BS, BD, False)
+                o_n = start_n + tl.arange(0, BD)
+                level_n = _levels(level, o_n, L)
+                weight = lam_h * _power_of_two(level_m[:, None] - level_n[None, :])
                 s = tl.dot(c_m, tl.trans(b_n), input_precision="ieee") * weight
             s = tl.dot(q_m, tl.trans(k_n), s, input_precision="ieee")
-            s = _visible(s, o_m[:, None], o_n[None, :], first_m, phase == DIAGONAL, PACKED)
+            s = _visible_keys(s, start_n, o_m, first_m, phase == DIAGONAL, PACKED)
             v_n = _rows(v, start_n, v_l, L, DV, BV, STEP[phase], phase != DIAGONAL)
             ds = tl.exp2(s * scale - lse_m[:, None]) * (
                 tl.dot(dy_m, tl.trans(v_n), input_precision="ieee") - delta_m[:, None]
             )
             dq_m = tl.dot(ds.to(k_n.dtype), k_n, dq_m, input_precision="ieee")
-            if IMPORTANCE and phase != FAR:
-                if phase == DIAGONAL:
-                    same = o_m[:, None] == o_n[None, :]
-                    diagonal_m += tl.sum(tl.where(same, ds, 0.0), 1)
-                    ds = tl.where(same, 0.0, ds)
-                dc_m = tl.dot((ds * weight).to(b_n.dtype), b_n, dc_m, input_precision="ieee")
+            if IMPORTANCE and phase == NEAR:
+                dc_m += tl.dot(ds.to(b_n.dtype), b_n, input_precision="ieee") * weight
+            if IMPORTANCE and phase == DIAGONAL:
+                same = o_m[:, None] == o_n[None, :]
+                diagonal_m += tl.sum(tl.where(same, ds, 0.0), 1)
+                ds = tl.where(same, 0.0, ds) * weight
+                dc_m = tl.dot(ds.to(b_n.dtype), b_n, dc_m, input_precision="ieee")
+        if IMPORTANCE and phase == NEAR:
+            dc_m *= _power_of_two(level_m - level_first)[:, None]
     _store_rows(dq + (i_b * L * H + i_h) * DH, dq_m * (scale * LN2), start_m, H * DH, L, DH, BH, BM)
     if IMPORTANCE:
         _store_rows(
@@ -353,8 +340,8 @@ def backward_key_kernel(
     v,
     c,
     b,
-    g_hi,
-    g_lo,
+    near_c,
+    level,
     lam,
     horizon_end,
     first,
@@ -376,7 +363,7 @@ def backward_key_kernel(
     v_h,
     L,
     H,
-    REPEAT,
+    REPEAT: tl.constexpr,
     scale,
     IMPORTANCE: tl.constexpr,
     PACKED: tl.constexpr,
@@ -396,7 +383,7 @@ def backward_key_kernel(
     horizon, last [L] the end of each token's document. Scores are formed transposed, keys down:
     transposing a product in registers gave wrong gradients on Hopper (flash-linear-attention issue
     640)."""
-    STEP: tl.constexpr = (BM, BM, BD)
+    STEP: tl.constexpr = (BM, BD, BM)
     tiles = tl.cdiv(L, BN)
     tile = tl.program_id(0) % tiles
     i_bg = tl.program_id(0) // tiles
@@ -415,29 +402,30 @@ def backward_key_kernel(
     if IMPORTANCE:
         b_n = _rows(b + (i_b * L * G + i_g) * DS, start_n, G * DS, L, DS, BS, BN, False)
         db_n = tl.zeros([BN, BS], tl.float32)
-        g_hi += (i_b * G + i_g) * L
-        g_lo += (i_b * G + i_g) * L
-        end_n = tl.minimum(start_n + BN, L) - 1
-        hi_last, lo_last = tl.load(g_hi + end_n), tl.load(g_lo + end_n)
-        hi_n, lo_n = _load_g(g_hi, g_lo, o_n, L)
-        weight_n = _decay_between(hi_last, lo_last, hi_n, lo_n)
-    for i_r in tl.range(REPEAT):
-        i_h = i_g * REPEAT + i_r
-        i_bh = i_b * H + i_h
-        q_h0 = q + i_b * q_b + i_h * q_h
-        dy_h0 = dy + (i_b * L * H + i_h) * DV
-        horizon = below
-        if IMPORTANCE:
-            c_h0 = c + (i_b * L * H + i_h) * DS
-            lam_h = tl.load(lam + i_h) / (scale * LN2)
-            horizon = tl.minimum(tl.maximum(tl.load(horizon_end + i_bh * tiles + tile), below), end)
-        for phase in tl.static_range(3):
-            if phase == FAR:
-                lo, hi = horizon, end
-            elif phase == NEAR:
+        level += (i_b * G + i_g) * L
+        level_n = _levels(level, o_n, L)
+        level_last = tl.load(level + tl.minimum(start_n + BN, L) - 1)
+        near_b_n = _lowered(b_n, level_last - level_n)
+    for phase in tl.static_range(3):
+        for i_r in tl.range(REPEAT):
+            i_h = i_g * REPEAT + i_r
+            i_bh = i_b * H + i_h
+            q_h0 = q + i_b * q_b + i_h * q_h
+            dy_h0 = dy + (i_b * L * H + i_h) * DV
+            horizon = below
+            if IMPORTANCE:
+                c_h0 = (near_c if phase == NEAR else c) + (i_b * L * H + i_h) * DS
+                lam_h = tl.load(lam + i_h) / (scale * LN2)
+                horizon = tl.load(horizon_end + i_bh * tiles + tile)
+                horizon = tl.minimum(tl.maximum(horizon, below), end)
+            if phase == NEAR:
                 lo, hi = below, horizon
-            else:
+            elif phase == DIAGONAL:
                 lo, hi = start_n // BM * BM, tl.minimum(below, end)
+                if not IMPORTANCE:  # it is the first loop: no way around it, as at the top
+                    tl.assume(lo < hi)
+            else:
+                lo, hi = horizon, end
             for start_m in tl.range(lo, hi, STEP[phase]):
                 o_m = start_m + tl.arange(0, STEP[phase])
                 q_m = _rows(q_h0, start_m, q_l, L, DH, BH, STEP[phase], False)
@@ -447,29 +435,29 @@ def backward_key_kernel(
                 s = tl.zeros([BN, STEP[phase]], tl.float32)
                 if IMPORTANCE and phase != FAR:
                     c_m = _rows(c_h0, start_m, H * DS, L, DS, BS, STEP[phase], False)
-                    hi_m, lo_m = _load_g(g_hi, g_lo, o_m, L)
-                    if phase == DIAGONAL:
-                        weight = lam_h * _decay_between(
-                            hi_m[None, :], lo_m[None, :], hi_n[:, None], lo_n[:, None]
-                        )
-                    else:
-                        weight = (lam_h * _decay_between(hi_m, lo_m, hi_last, lo_last))[
-                            None, :
-                        ] * weight_n[:, None]
+                if IMPORTANCE and phase == NEAR:
+                    weight = lam_h * _power_of_two(tl.load(level + start_m) - level_last)
+                    s = tl.dot(near_b_n, tl.trans(c_m), input_precision="ieee") * weight
+                if IMPORTANCE and phase == DIAGONAL:
+                    level_m = _levels(level, o_m, L)
+                    weight = lam_h * _power_of_two(level_m[None, :] - level_n[:, None])
                     s = tl.dot(b_n, tl.trans(c_m), input_precision="ieee") * weight
                 s = tl.dot(k_n, tl.trans(q_m), s, input_precision="ieee")
-                first_m = None
+                first_m = 0
                 if PACKED:
                     first_m = tl.load(first + tl.minimum(o_m, L - 1))[None, :]
-                s = _visible(s, o_m[None, :], o_n[:, None], first_m, phase == DIAGONAL, PACKED)
+                s = _visible(s, o_n[:, None], first_m, o_m[None, :], phase == DIAGONAL, PACKED)
                 p = tl.exp2(s * scale - lse_m[None, :])
                 dv_n = tl.dot(p.to(dy_m.dtype), dy_m, dv_n, input_precision="ieee")
                 ds = p * (tl.dot(v_n, tl.trans(dy_m), input_precision="ieee") - delta_m[None, :])
                 dk_n = tl.dot(ds.to(q_m.dtype), q_m, dk_n, input_precision="ieee")
-                if IMPORTANCE and phase != FAR:
-                    if phase == DIAGONAL:
-                        ds = tl.where(o_m[None, :] == o_n[:, None], 0.0, ds)
-                    db_n = tl.dot((ds * weight).to(c_m.dtype), c_m, db_n, input_precision="ieee")
+                if IMPORTANCE and phase == NEAR:
+                    db_n += tl.dot(ds.to(c_m.dtype), c_m, input_precision="ieee") * weight
+                if IMPORTANCE and phase == DIAGONAL:
+                    ds = tl.where(o_m[None, :] == o_n[:, None], 0.0, ds) * weight
+                    db_n = tl.dot(ds.to(c_m.dtype), c_m, db_n, input_precision="ieee")
+        if IMPORTANCE and phase == NEAR:
+            db_n *= _power_of_two(level_last - level_n)[:, None]
     _store_rows(dk + (i_b * L * G + i_g) * DH, dk_n * (scale * LN2), start_n, G * DH, L, DH, BH, BN)
     _store_rows(dv + (i_b * L * G + i_g) * DV, dv_n, start_n, G * DV, L, DV, BV, BN)
     if IMPORTANCE:

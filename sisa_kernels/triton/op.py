@@ -1,18 +1,18 @@
 """Exact SISA attention in Triton: FlashAttention over ``q.k`` and the decayed importance product.
 
-The score of Eq. 2 is formed tile by tile from the *undecayed* operands ``R(Phi_i) c_i`` and
-``R(Phi_j) b_j``; the decay ``exp(g_i - g_j)`` multiplies their product in fp32. Off the diagonal it
-is ``exp(g_i - g_I) exp(g_I - g_J) exp(g_J - g_j)``, g_I at the query tile's first token and g_J at
-the key tile's last: a vector for each side and one number a tile, every exponent <= 0 whatever the
-length and the decay. On the diagonal it is taken element by element. g is kept in fp64; only
-differences of it are rounded. Nothing is multiplied into the operands, so they need neither the
-range of fp32 nor references at fixed blocks.
+The score of Eq. 2 is formed tile by tile: ``q.k`` and, beside it, the product of ``R(Phi_i) c_i``
+and ``R(Phi_j) b_j``, whose decay ``2^(g_i - g_j)`` (g in base 2) is put together from three parts.
+With g = level + fraction, level an integer, the fractions are multiplied into c and b before they
+are rounded; powers of two cost no digit. In a tile off the diagonal b is lowered to the level of
+the key tile's last token, c to that of the query tile's first, and one number a tile is left for
+the product, ``lam 2^(level_I - level_J)``; every exponent is <= 0 whatever the length and the
+decay. On the diagonal ``2^(level_i - level_j)`` multiplies the product element by element. g is
+summed in fp64.
 
 Past the *horizon* the importance product of a tile is skipped (:func:`horizon_starts`). Without the
 importance operands the kernel is plain causal attention.
 
-Written for the GPU; ``TRITON_INTERPRET=1`` runs the same source on the CPU (fp32 and fp16), for
-tests."""
+Written for the GPU; ``TRITON_INTERPRET=1`` runs the same source on the CPU, for tests."""
 
 import math
 from collections.abc import Iterator
@@ -30,7 +30,7 @@ from sisa_kernels.checks import (
     check_values,
 )
 from sisa_kernels.inputs import Rotary, ScoreInputs, SisaInputs, as_rotary
-from sisa_kernels.ops import no_second_derivative, refuse_forward_mode, register
+from sisa_kernels.ops import no_second_derivative, refuse_forward_mode, register, say_once
 from sisa_kernels.triton.horizon import horizon_ends, horizon_starts
 from sisa_kernels.triton.kernels import (
     INTERPRETED,
@@ -48,10 +48,13 @@ from sisa_kernels.triton.prologue import (
     row_products,
     unrotate,
 )
-from sisa_kernels.triton.tiles import Tile, choose_tiles
+from sisa_kernels.triton.tiles import Tile, Tiles, choose_tiles
 
 MAX_WIDTH = 128
+ALIGNED = 16  # elements, and bytes of an address: what Triton tells a kernel about its arguments
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+# Triton's interpreter multiplies the raw bits of bf16, unless it is mended, as in the tests.
+INTERPRETED_DTYPES = DTYPES[:2]
 
 
 def padded_width(width: int) -> int:
@@ -85,7 +88,9 @@ class _Launcher:
         v: Tensor,
         x: Importance | None,
         cu_seqlens: Tensor | None,
+        tiles: Tiles,
     ):
+        self.tiles = tiles
         B, self.L, H, Dh = q.shape
         G = k.shape[2]
         Dv = v.shape[3]
@@ -93,13 +98,13 @@ class _Launcher:
         self.programs_of_queries = B * H
         self.programs_of_keys = B * G
         first, self.last = _documents(self.L, cu_seqlens, q.device)
-        importance = dict.fromkeys(("c", "b", "g_hi", "g_lo", "lam"))
+        importance = dict.fromkeys(("c", "b", "level", "lam"))
         if x is not None:
             importance = {name: getattr(x, name) for name in importance}
         strides = {
             f"{name}_{axis}": stride
             for name, t in (("q", q), ("k", k), ("v", v))
-            for axis, stride in zip("blh", t.stride())
+            for axis, stride in zip("blh", _strides(t))
         }
         padded = {"BH": padded_width(Dh), "BV": padded_width(Dv), "BS": padded_width(Ds)}
         tensors = {"q": q, "k": k, "v": v, "first": first, **importance}
@@ -107,8 +112,6 @@ class _Launcher:
         flags = {"IMPORTANCE": Ds > 0, "PACKED": cu_seqlens is not None}
         widths = {"DH": Dh, "DV": Dv, "DS": Ds, **padded}
         self.shared: dict[str, Any] = {**tensors, **strides, **sizes, **flags, **widths}
-        width = max(padded["BH"], padded["BV"])
-        self.tiles = choose_tiles(q.device, q.dtype, width, padded["BS"] if Ds else 0)
 
     def __call__(
         self, kernel: Any, tile: Tile, rows: int, heads: int, **tensors: Tensor | None
@@ -127,22 +130,53 @@ class _Launcher:
             )
 
 
-def _readable(x: Tensor) -> Tensor:
-    """x, or a copy: channels side by side, and a tile of 128 rows within 2^31 elements."""
-    return x if x.stride(3) == 1 and x.stride(1) < 2**24 else x.contiguous()
+def _tiles(q: Tensor, v: Tensor, b: Tensor | None) -> Tiles:
+    """The tiles for operands of these widths; b None: plain attention."""
+    width = max(padded_width(q.shape[3]), padded_width(v.shape[3]))
+    return choose_tiles(q.device, q.dtype, width, 0 if b is None else padded_width(b.shape[3]))
+
+
+def _strides(x: Tensor) -> list[int]:
+    """Of batch, token and head; 0 where there is one alone, whatever the tensor says."""
+    return [stride if size > 1 else 0 for size, stride in zip(x.shape[:3], x.stride())]
+
+
+def _readable(x: Tensor, name: str) -> Tensor:
+    """x, or a copy, said once, where the kernels could not read it or only by single numbers.
+
+    They want channels side by side, a tile of 128 rows within 2^31 elements, and rows that begin at
+    multiples of 16 elements: what Triton must know to load 16 bytes at a time, asynchronously. A
+    copy of a width that is no multiple of 16 would not begin so either."""
+    strides = _strides(x)
+    odd = x.shape[3] % ALIGNED == 0 and (
+        x.data_ptr() % ALIGNED != 0 or any(stride % ALIGNED for stride in strides)
+    )
+    if x.stride(3) == 1 and strides[1] < 2**24 and not odd:
+        return x
+    say_once(
+        f"the Triton kernels copy {name}, whose strides are {tuple(x.stride())}: they load "
+        f"channels side by side, from rows that begin at multiples of {ALIGNED} elements"
+    )
+    return x.clone(memory_format=torch.contiguous_format)
 
 
 def _prepared(
-    q: Tensor, k: Tensor, rotary: Rotary | None, terms: tuple[Tensor | None, ...], backward: bool
+    q: Tensor,
+    k: Tensor,
+    rotary: Rotary | None,
+    terms: tuple[Tensor | None, ...],
+    keys: int,
+    queries: int | None = None,
 ) -> tuple[Tensor, Tensor, Importance | None]:
     """q and k with RoPE, and the importance operands of (b, c, log_decay, theta, lam)."""
     given = [x for x in terms if x is not None]
-    if not given:
+    if given:
+        x = ScoreInputs._make((q, k, *given, rotary))
+        q, k, importance = fused(q.device, prologue)(x, keys, queries)
+    else:
         q, k = fused(q.device, rotate_qk)(q, k, rotary)
-        return _readable(q), _readable(k), None
-    x = ScoreInputs._make((q, k, *given, rotary))
-    q, k, importance = fused(q.device, prologue)(x, backward)
-    return _readable(q), _readable(k), importance
+        importance = None
+    return _readable(q, "q"), _readable(k, "k"), importance
 
 
 def triton_exact_eager(
@@ -163,17 +197,19 @@ def triton_exact_eager(
 
     Without b: plain attention."""
     terms = (b, c, log_decay, theta, lam)
-    q, k, x = _prepared(q, k, as_rotary(cos, sin), terms, False)
-    launch = _Launcher(q, k, _readable(v), x, cu_seqlens)
+    tiles = _tiles(q, v, b)
+    tile = tiles.forward
+    q, k, x = _prepared(q, k, as_rotary(cos, sin), terms, tile.n)
+    launch = _Launcher(q, k, _readable(v, "v"), x, cu_seqlens, tiles)
     B, L, H, _ = q.shape
     y = q.new_empty(B, L, H, v.shape[3])
     lse = q.new_empty(B, H, L, dtype=torch.float32)
-    tile = launch.tiles.forward
     launch(
         forward_kernel,
         tile,
         rows=tile.m,
         heads=launch.programs_of_queries,
+        near_b=None if x is None else x.near_b,
         horizon_start=None if x is None else horizon_starts(x, tile, horizon),
         y=y,
         lse=lse,
@@ -205,8 +241,10 @@ def triton_exact_backward_eager(
 ) -> list[Tensor]:
     """Gradients of what is given of q .. lam, from the forward's inputs and results alone."""
     rotary = as_rotary(cos, sin)
-    q, k, x = _prepared(q, k, rotary, (b, c, log_decay, theta, lam), True)
-    launch = _Launcher(q, k, _readable(v), x, cu_seqlens)
+    terms = (b, c, log_decay, theta, lam)
+    tiles = _tiles(q, v, b)
+    q, k, x = _prepared(q, k, rotary, terms, tiles.query.n, tiles.key.m)
+    launch = _Launcher(q, k, _readable(v, "v"), x, cu_seqlens, tiles)
     dy = dy.contiguous()
     saved = {"dy": dy, "lse": lse, "delta": fused(q.device, row_products)(dy, y)}
     dq, dc, d_diagonal = _backward_of_queries(launch, x, horizon, saved)
@@ -235,6 +273,7 @@ def _backward_of_queries(
         tile,
         rows=tile.m,
         heads=launch.programs_of_queries,
+        near_b=None if x is None else x.near_b,
         horizon_start=horizon_start,
         dq=dq,
         dc=dc,
@@ -260,6 +299,7 @@ def _backward_of_keys(
         tile,
         rows=tile.n,
         heads=launch.programs_of_keys,
+        near_c=None if x is None else x.near_c,
         horizon_end=horizon_end,
         last=launch.last,
         dk=dk,
@@ -305,8 +345,7 @@ def refusal(q: Tensor, v: Tensor, b: Tensor | None) -> str | None:
     """Why the kernels cannot run on operands of these dtypes, widths and device; None: they can."""
     if q.device.type == "cpu" and not INTERPRETED:
         return "its kernels run on a GPU (TRITON_INTERPRET=1 runs them on the CPU, for tests)"
-    # Triton interprets bf16 wrongly: it multiplies the raw bits.
-    taken = DTYPES[:2] if INTERPRETED else DTYPES
+    taken = INTERPRETED_DTYPES if INTERPRETED else DTYPES
     if q.dtype not in taken:
         where = " in the interpreter" if INTERPRETED else ""
         return f"its kernels take {', '.join(map(str, taken))}{where}, not {q.dtype}"

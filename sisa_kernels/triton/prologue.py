@@ -20,24 +20,32 @@ from sisa_kernels.scans import (
 )
 
 LOG2E = 1 / math.log(2)
+STEEPEST = 200.0  # nepers a token: fp32's exp of -200 is 0
 
 
 class Importance(NamedTuple):
-    """The kernels' importance operands: b and c at their phase, and what belongs to them."""
+    """The kernels' importance operands, and what belongs to them.
+
+    The decay between two tokens is 2^(level_i - level_j) times the fractions of g that are in c and
+    b. Levels are integers, so that each kernel may take out a power of two of its own, a tile's,
+    without rounding: all kernels see the same operands."""
 
     b: Tensor
-    """[B, L, G, Ds]."""
+    """[B, L, G, Ds], ``R(Phi) b 2^-fraction``, rounded once."""
     c: Tensor
-    """[B, L, H, Ds]."""
-    g_hi: Tensor
-    """[B, G, L] fp32: the cumulative log2-decay is g_hi + g_lo, whose differences keep fp32's
-    precision.
-    """
-    g_lo: Tensor
+    """[B, L, H, Ds], ``R(Phi) c 2^fraction``, rounded once."""
+    near_b: Tensor
+    """b times 2^(its key tile's last level - its own), in (0, 1]."""
+    near_c: Tensor | None
+    """c times 2^(its own level - its query tile's first); for the backward only."""
+    level: Tensor
+    """[B, G, L] int32: g in base 2 to the nearest integer."""
+    g: Tensor
+    """[B, G, L] fp64: the cumulative log2-decay, level + fraction."""
     lam: Tensor
     """[H] fp32."""
     norm_b: Tensor
-    """[B, G, L] fp32, of each row of b."""
+    """[B, G, L] fp32, of each row of b as given."""
     norm_c: Tensor
     """[B, H, L] fp32."""
     cos: Tensor | None
@@ -54,19 +62,48 @@ def rotate_qk(q: Tensor, k: Tensor, rotary: Rotary | None) -> tuple[Tensor, Tens
     return q, k
 
 
-def prologue(x: ScoreInputs, backward: bool) -> tuple[Tensor, Tensor, Importance]:
-    """q and k with RoPE, where given, and the importance operands."""
+def prologue(
+    x: ScoreInputs, keys: int, queries: int | None = None
+) -> tuple[Tensor, Tensor, Importance]:
+    """q and k with RoPE, where given, and the importance operands.
+
+    Args:
+        keys: of a tile in the kernel that walks key tiles.
+        queries: of a tile in the one that walks query tiles; None: there is no backward.
+    """
     q, k = rotate_qk(x.q, x.k, x.rotary)
-    g = (cumulative_decay(x.log_decay) * LOG2E).transpose(1, 2).contiguous()
-    g_hi = g.float()
-    g_lo = (g - g_hi).float()
-    cos_k, sin_k = cumulative_phase(x.theta)
-    cos_q, sin_q = (to_query_heads(table, q.shape[2]) for table in (cos_k, sin_k))
-    b = rotate(x.b.float(), cos_k, sin_k).to(x.b.dtype)
-    c = rotate(x.c.float(), cos_q, sin_q).to(x.c.dtype)
+    H = q.shape[2]
+    # A step of 2^-200 is 0 in fp32 beside any other, and levels stay within int32.
+    g = cumulative_decay(x.log_decay.clamp(min=-STEEPEST)) * LOG2E
+    level = g.round()
+    fraction = (g - level).float()[..., None]
+    cos_k, sin_k = cumulative_phase(x.theta, torch.float32)
+    cos_q, sin_q = (to_query_heads(table, H) for table in (cos_k, sin_k))
+    b = (rotate(x.b.float(), cos_k, sin_k) * (-fraction).exp2()).to(x.b.dtype)
+    c = (rotate(x.c.float(), cos_q, sin_q) * to_query_heads(fraction, H).exp2()).to(x.c.dtype)
+    near_b = _lowered(b, level[:, _last_of_tiles(level, keys)] - level)
+    near_c = None
+    cos = sin = None
+    if queries is not None:
+        token = torch.arange(level.shape[1], device=level.device)
+        near_c = _lowered(c, level - level[:, token // queries * queries])
+        cos, sin = cos_k, sin_k
+    by_head = level.transpose(1, 2).int().contiguous(), g.transpose(1, 2).contiguous()
     lam = x.lam.clamp(min=SMALLEST_LAM).contiguous()
-    cos, sin = (cos_k, sin_k) if backward else (None, None)
-    return q, k, Importance(b, c, g_hi, g_lo, lam, _row_norms(b), _row_norms(c), cos, sin)
+    norms = _row_norms(x.b), _row_norms(x.c)
+    return q, k, Importance(b, c, near_b, near_c, *by_head, lam, *norms, cos, sin)
+
+
+def _last_of_tiles(x: Tensor, size: int) -> Tensor:
+    """For each token (axis 1 of x) the last one of its tile of ``size`` tokens, [L]."""
+    token = torch.arange(x.shape[1], device=x.device)
+    return (token // size * size + size - 1).clamp(max=x.shape[1] - 1)
+
+
+def _lowered(x: Tensor, exponent: Tensor) -> Tensor:
+    """x [B, L, heads, Ds] times 2^exponent, [B, L, G] and at most 0, in x's dtype."""
+    factor = to_query_heads(exponent.float().exp2(), x.shape[2])
+    return (x.float() * factor[..., None]).to(x.dtype)
 
 
 def _row_norms(x: Tensor) -> Tensor:
@@ -110,8 +147,11 @@ def importance_gradients(
     d_diagonal = d_diagonal.transpose(1, 2)[..., None]
     dlam = (row / x.lam + (d_diagonal * c * b_all).sum(3)).sum((0, 1))
     d_diagonal = d_diagonal * x.lam[:, None]
-    dc = rotate(dc + d_diagonal * b_all, to_query_heads(x.cos, H), -to_query_heads(x.sin, H))
-    db = rotate(db + to_key_heads(d_diagonal * c, G), x.cos, -x.sin)
+    fraction = (x.g - x.level).float().transpose(1, 2)[..., None]
+    dc = (dc + d_diagonal * b_all) * to_query_heads(fraction, H).exp2()
+    db = (db + to_key_heads(d_diagonal * c, G)) * (-fraction).exp2()
+    dc = rotate(dc, to_query_heads(x.cos, H), -to_query_heads(x.sin, H))
+    db = rotate(db, x.cos, -x.sin)
     return db.to(x.b.dtype), dc.to(x.c.dtype), dlog_decay, dtheta, dlam.float()
 
 

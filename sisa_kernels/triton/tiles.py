@@ -47,8 +47,8 @@ class Tiles:
 # By (largest of Dh and Dv, Ds), both padded: the first row that both fit in. Ds 0 is plain
 # attention. Tiles were taken from 128 x 128 down until a kernel compiled without spilling a
 # register, for one document and one query head a key head, within the chip's shared memory:
-# tools/resources.py checks both. What made them smaller stands above the row. None has been timed
-# yet.
+# tools/resources.py checks both, and the same for packed documents with shared key heads. What made
+# them smaller stands above the row. None has been timed yet.
 Rows = tuple[tuple[int, int, Tiles], ...]
 
 # Tensor cores fed from shared memory by whole warpgroups: 8 warps a tile, 128 rows for the side
@@ -59,13 +59,13 @@ HOPPER: Rows = (
     # Key: its third accumulator, db.
     (64, 64, Tiles(Tile(128, 128, 8, 2), Tile(128, 64, 8, 3), Tile(32, 128, 8, 3))),
     # dc, db as wide as two heads.
-    (64, 128, Tiles(Tile(128, 128, 8, 2), Tile(128, 32, 8, 3), Tile(32, 64, 8, 3))),
+    (64, 128, Tiles(Tile(128, 64, 8, 3), Tile(64, 64, 8, 2), Tile(32, 64, 8, 2))),
     # Key: dk and dv of 128.
     (128, 0, Tiles(Tile(128, 128, 8, 2), Tile(128, 64, 8, 3), Tile(32, 128, 8, 3))),
     # Accumulators of 128 and the decay's weights.
     (128, 64, Tiles(Tile(128, 64, 8, 3), Tile(128, 32, 8, 3), Tile(32, 64, 8, 3))),
     # Three accumulators of 128.
-    (128, 128, Tiles(Tile(128, 64, 8, 3), Tile(64, 32, 8, 3), Tile(16, 64, 8, 2, 16))),
+    (128, 128, Tiles(Tile(128, 64, 8, 2), Tile(64, 32, 8, 3), Tile(16, 64, 8, 2, 16))),
 )
 
 # The operands of a product pass through registers: less fits, and past 64 channels much less.
@@ -79,7 +79,7 @@ AMPERE: Rows = (
     # Operands of 128 in registers.
     (128, 0, Tiles(Tile(128, 32, 8, 3), Tile(128, 32, 8, 3), Tile(64, 64, 8, 2))),
     # The same, and the decay's weights.
-    (128, 16, Tiles(Tile(128, 64, 8, 3), Tile(64, 32, 8, 2), Tile(16, 64, 4, 2, 16))),
+    (128, 16, Tiles(Tile(128, 64, 8, 3), Tile(64, 16, 4, 2, 16), Tile(16, 64, 4, 2, 16))),
     (128, 32, Tiles(Tile(128, 64, 8, 3), Tile(64, 16, 4, 2, 16), Tile(16, 64, 4, 2, 16))),
     (128, 64, Tiles(Tile(128, 64, 8, 3), Tile(32, 32, 4, 3), Tile(32, 32, 4, 3))),
     # Three accumulators of 128.
@@ -87,22 +87,22 @@ AMPERE: Rows = (
 )
 
 # Ampere's registers with 99 KiB of shared memory instead of 163: fewer loads in flight where those
-# do not fit.
+# do not fit. Consumer Blackwell (sm_120) has neither wgmma nor tensor memory: it is as these.
 ADA: Rows = (
     (64, 0, Tiles(Tile(128, 128, 8, 2), Tile(128, 64, 8, 3), Tile(64, 128, 8, 2))),
     # Forward: narrow heads spill at 64 keys.
     (32, 32, Tiles(Tile(128, 32, 8, 3), Tile(128, 32, 8, 3), Tile(32, 128, 8, 3))),
     (64, 64, Tiles(Tile(128, 64, 8, 3), Tile(128, 32, 8, 3), Tile(32, 128, 8, 3))),
-    # Forward: 3 stages are 112 KiB.
-    (64, 128, Tiles(Tile(128, 64, 8, 2), Tile(64, 32, 8, 3), Tile(64, 64, 8, 2))),
+    # Forward: c, undecayed and lowered, of 128 rows is 64 KiB.
+    (64, 128, Tiles(Tile(64, 64, 4, 2), Tile(64, 32, 8, 3), Tile(64, 64, 8, 2))),
     # Operands of 128 in registers.
     (128, 0, Tiles(Tile(128, 32, 8, 3), Tile(128, 32, 8, 3), Tile(64, 64, 8, 2))),
     # The same, and the decay's weights.
     (128, 16, Tiles(Tile(128, 32, 8, 3), Tile(64, 16, 4, 2, 16), Tile(16, 64, 4, 2, 16))),
     (128, 32, Tiles(Tile(128, 32, 8, 3), Tile(64, 16, 4, 2, 16), Tile(16, 32, 8, 2, 16))),
-    (128, 64, Tiles(Tile(128, 32, 8, 3), Tile(32, 32, 4, 3), Tile(32, 32, 4, 3))),
+    (128, 64, Tiles(Tile(128, 32, 8, 2), Tile(32, 32, 4, 3), Tile(32, 32, 4, 3))),
     # Three accumulators of 128.
-    (128, 128, Tiles(Tile(128, 32, 8, 2), Tile(64, 32, 8, 2), Tile(16, 32, 4, 3, 16))),
+    (128, 128, Tiles(Tile(64, 32, 4, 2), Tile(64, 32, 8, 2), Tile(16, 32, 4, 3, 16))),
 )
 
 # Accumulators live in tensor memory. One stage: deeper pipelines silently corrupted a kernel like
@@ -116,8 +116,8 @@ BLACKWELL: Rows = (
     (128, 0, Tiles(Tile(128, 128, 8, 1), Tile(128, 64, 8, 1), Tile(64, 128, 8, 1))),
     # The decay's weights, in registers.
     (128, 64, Tiles(Tile(128, 64, 8, 1), Tile(128, 64, 8, 1), Tile(32, 128, 8, 1))),
-    # Three accumulators of 128.
-    (128, 128, Tiles(Tile(128, 64, 8, 1), Tile(64, 64, 8, 1), Tile(32, 64, 8, 1))),
+    # Three accumulators of 128. Key: diagonal steps of 32 rows spill, for packed documents.
+    (128, 128, Tiles(Tile(128, 64, 8, 1), Tile(64, 64, 8, 1), Tile(32, 64, 8, 1, 16))),
 )
 
 # Any other part, and fp32, whose products run on the ordinary cores: within 99 KiB of shared
@@ -134,6 +134,7 @@ TABLE = {
     (9, 0): HOPPER,
     (10, 0): BLACKWELL,
     (10, 3): BLACKWELL,
+    (12, 0): ADA,
 }
 _tuned: dict[str, Tiles] | None = None
 

@@ -188,7 +188,7 @@ def test_the_check_reaches_past_the_horizon():
     """With no product before it: the horizon is a path that must not go unchecked."""
     shape = Shape(1, 257, 2, 16, 16, 16)
     x, _ = paths.problem(shape, torch.float32, CPU, paths.CHECK_HALF_LIFE)
-    _, _, importance = prologue(x.scores(), False)
+    _, _, importance = prologue(x.scores(), 32)
     for dtype in (torch.bfloat16, torch.float32):
         tolerance = default_horizon(dtype)
         starts = horizon_starts(importance, SAFE.forward, tolerance)
@@ -352,9 +352,9 @@ def test_the_other_sections(run, section, monkeypatch):
 
 
 def test_a_wrong_prologue_is_not_timed(run, monkeypatch):
-    def wrong(inputs, backward):
-        q, k, x = prologue(inputs, backward)
-        return q, k, x._replace(g_hi=x.g_hi * (1 + 1e-5))
+    def wrong(*args):
+        q, k, x = prologue(*args)
+        return q, k, x._replace(g=x.g * (1 + 1e-5))
 
     monkeypatch.setattr(cases, "prologue", wrong)
     gpu.run_section("prologue", run)

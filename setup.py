@@ -167,7 +167,7 @@ class Library:
 
 def build_library(target: Path) -> None:
     """Build the library with the CUDA kernels or without; CannotBuild where it cannot be."""
-    wanted = os.environ.get("SISA_BUILD_CUDA", "auto")
+    wanted = os.environ.get("SISA_BUILD_CUDA") or "auto"
     if wanted not in ("auto", "0", "1"):
         sys.exit(f"SISA_BUILD_CUDA must be auto, 1 or 0, got {wanted!r}")
     if sys.platform == "win32":

@@ -22,7 +22,7 @@ def eager_chain(x: SisaInputs, clamp: float = CLAMP) -> tuple[Tensor, Tensor]:
     q = rotate(q, cos, sin)
     k = rotate(k, cos, sin)
     g = x.log_decay.cumsum(1)
-    middle = ((g.amax(1, keepdim=True) + g.amin(1, keepdim=True)) / 2).detach()
+    middle = (g.amax(1, keepdim=True) + g.amin(1, keepdim=True)) / 2
     exponent = (g - middle).clamp(-clamp, clamp)[..., None]
     phase = x.theta.cumsum(1)
     weight = (q.shape[3] ** 0.25 * x.lam.sqrt())[:, None]

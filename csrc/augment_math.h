@@ -69,6 +69,18 @@ SISA_INLINE double clamped(double x, double bound) {
   return x > bound ? bound : x < -bound ? -bound : x;
 }
 
+// The tokens [begin, largest_end) of a segment have its largest g, [smallest_begin, end) its smallest.
+struct Extremes {
+  int64_t largest_end, smallest_begin;
+};
+
+SISA_INLINE Extremes extremes_of(const float* log_decay, int64_t stride, int64_t begin, int64_t end) {
+  int64_t largest_end = begin + 1, smallest_begin = end - 1;
+  while (largest_end < end && log_decay[largest_end * stride] == 0) ++largest_end;
+  while (smallest_begin > begin && log_decay[smallest_begin * stride] == 0) --smallest_begin;
+  return {largest_end, smallest_begin};
+}
+
 SISA_INLINE double bounded_lam(double lam) {
   return lam < kSmallestLam ? kSmallestLam : lam;
 }

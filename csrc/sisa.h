@@ -51,26 +51,13 @@ struct AugmentBackwardParams : AugmentParams {
   const double *decay_flux, *phase_flux;  // [batch, segments, key_heads(, state_width / 2)] contiguous, or null
 };
 
-// sisa::decode: one token a row, whose inputs have no more than that token.
-struct DecodeParams {
-  int64_t batch, heads, key_heads, head_width, state_width, value_width;
-  Rows q, k, v, b, c, log_decay, theta;
-  Rows cos, sin;                   // [batch, 1, 1, head_width / 2]
-  Rows k_cache, v_cache, b_cache;  // a token is a slot; channels lie side by side
-  double* g_cache;                 // slots lie side by side
-  int64_t g_batch, g_head;
-  double* phase;           // [batch, key_heads, state_width / 2] contiguous
-  const float* lam;        // [heads]
-  const int64_t* lengths;  // [batch], each >= 1 and below the caches' capacity
-  Rows y;
-};
-
+struct DecodeParams;
 struct AttentionParams;
 struct AttentionBackwardParams;
 
 namespace cpu {
 
-// The kernels compiled for one instruction set; those of attention take what attention.h describes.
+// The kernels compiled for one instruction set; those of attention and decoding take what attention.h and decode.h describe.
 struct Kernels {
   void (*augment)(const AugmentParams&);
   void (*augment_backward)(const AugmentBackwardParams&);

@@ -75,7 +75,7 @@ def main() -> None:
     for name, state in backends(table=True).items():
         print(f"backend {name:18} {state}")
     forced = os.environ.pop("SISA_BACKEND", None)
-    if forced is not None:
+    if forced:
         print(f"SISA_BACKEND={forced} does not count below: each row is the path that it names")
     for device in devices:
         print(f"\nself-check on {device}, length {LENGTH}: ", end="")

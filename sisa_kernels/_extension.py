@@ -49,10 +49,20 @@ def _why_not_built() -> str:
     return f"not built: {text[:500]}{'' if len(text) <= 500 else f' ... (all of it: {reason})'}"
 
 
+def _of_another_copy() -> str | None:
+    """The library that this process has loaded from another copy of the package, or None."""
+    own = str(LIBRARY.resolve())
+    loaded = (path for path in torch.ops.loaded_libraries if Path(path).name == LIBRARY.name)
+    return next((path for path in loaded if path != own), None)
+
+
 def _load() -> tuple[str, dict[str, str]]:
     """Load the library: ("available" or why not, its build record)."""
     if os.environ.get("SISA_EXTENSION") == "0":
         return "switched off by SISA_EXTENSION=0", {}
+    other = _of_another_copy()
+    if other is not None:
+        return f"not loaded beside that of another copy, {other}, in one process", {}
     if not LIBRARY.exists():
         return _why_not_built(), {}
     if not _is_of_these_sources():

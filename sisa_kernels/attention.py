@@ -3,12 +3,13 @@
 import os
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from sisa_kernels import _extension, reference, selfcheck
 from sisa_kernels.checks import check_attention
-from sisa_kernels.inputs import BACKENDS, Backend, Mode, Rotary, SisaInputs, joined
-from sisa_kernels.ops import refuse_forward_mode, say_once, without_autocast
+from sisa_kernels.inputs import BACKENDS, Backend, Mode, Rotary, SisaInputs
+from sisa_kernels.ops import of_one_dtype, refuse_forward_mode, say_once, without_autocast
 from sisa_kernels.paths import native, one_call
 from sisa_kernels.paths.augment import guard_compiled
 from sisa_kernels.paths.chunked import chunked
@@ -95,8 +96,9 @@ def asked_backend(backend: str) -> tuple[str, str]:
     """SISA_BACKEND if set, else ``backend``, an old name resolved; and which of the two counts.
 
     Raises ValueError where it is no backend."""
-    source = "SISA_BACKEND" if "SISA_BACKEND" in os.environ else "backend"
-    backend = os.environ.get("SISA_BACKEND", backend)
+    forced = os.environ.get("SISA_BACKEND")  # empty counts as unset
+    source = "SISA_BACKEND" if forced else "backend"
+    backend = forced or backend
     if backend not in BACKENDS:
         raise ValueError(f"{source} must be one of {', '.join(BACKENDS)}, got {backend!r}")
     return ALIASES.get(backend, backend), source
@@ -124,6 +126,11 @@ def _choose(backend: str, mode: str, inputs: SisaInputs) -> str:
     return backend
 
 
+def runs_native(inputs: SisaInputs, backend: str) -> bool:
+    """Whether :func:`sisa_attention` of such operands in mode "exact" runs the "native" path."""
+    return _choose(backend, "exact", inputs) == "native"
+
+
 def sisa_attention(
     q: Tensor,
     k: Tensor,
@@ -145,7 +152,8 @@ def sisa_attention(
     2 of arXiv 2606.02332), ``y_i = sum_j softmax_j(s_ij) v_j``; g and Phi are the running sums of
     ``log_decay`` and ``theta``, R rotates the channel pairs (2n, 2n+1). With fewer key heads than
     query heads, head h uses key head h // (H/G), its b, log_decay and theta. Returns y [B, L, H,
-    Dv] in q's dtype, differentiable in q .. lam.
+    Dv] in q's dtype, differentiable in q .. lam, also under torch.func (grad, vjp, jacrev, vmap).
+    Under autocast q, k, v, b, c of different dtypes are cast to autocast's.
 
     Args:
         q, k, v: [B, L, H, Dh], [B, L, G, Dh], [B, L, G, Dv], of one dtype: fp32, bf16, fp16, fp64.
@@ -168,8 +176,9 @@ def sisa_attention(
             GPU, its products past the horizon left out; "reference", the dense fp64 oracle; "sdpa"
             and "flash" are old names of "chunked" and "one_call". The environment's SISA_BACKEND
             overrides it. A named backend that cannot run is an error, never a fallback.
-        cu_seqlens: [documents + 1] int32, rising from 0 to L: documents packed into one sequence (B
-            = 1), where decay, phase and attention restart at each.
+        cu_seqlens: [documents + 1] int32 or int64, rising from 0 to at most L: documents packed
+            into one sequence (B = 1), where decay, phase and attention restart at each. A document
+            may be empty; past the last bound y and the gradients are 0.
 
     Raises:
         TypeError, ValueError: an argument of the wrong type, shape, dtype, device or range; the
@@ -177,6 +186,7 @@ def sisa_attention(
             GPU it would stall). Wrong cu_seqlens are on a GPU an assertion there, which fails at
             some later call, and in a compiled call not checked.
     """
+    q, k, v, b, c = of_one_dtype(q, k, v, b, c)
     inputs = SisaInputs(q, k, v, b, c, log_decay, theta, lam, rotary, cu_seqlens)
     return _attend(inputs, mode, backend)
 
@@ -191,8 +201,20 @@ def _attend(inputs: SisaInputs, mode: Mode, backend: str) -> Tensor:
         if path == "native":
             return native.attend(inputs)
         if path == "triton":
-            return triton_op.attend(inputs)
+            return _by_triton(inputs)
         guard_compiled(inputs.scores())
         if path == "chunked" and mode == "exact":
-            return joined([chunked(document) for document in inputs.documents()])
-        return joined([one_call.one_call(document, mode) for document in inputs.documents()])
+            return chunked(inputs)
+        return one_call.attend(inputs, mode)
+
+
+def _by_triton(inputs: SisaInputs) -> Tensor:
+    """By the kernels, for which every token is of a document: what is past the last is one more."""
+    bounds = inputs.cu_seqlens
+    if bounds is None:
+        return triton_op.attend(inputs)
+    length = inputs.q.shape[1]
+    covering = F.pad(bounds.int(), (0, 1), value=length)
+    past = torch.arange(length, device=bounds.device) >= bounds[-1]
+    y = triton_op.attend(inputs._replace(cu_seqlens=covering))
+    return y.masked_fill(past.to(y.device)[:, None, None], 0)

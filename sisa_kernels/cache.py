@@ -119,20 +119,30 @@ class TokenCache:
 
     def reserve(self, new: dict[str, Tensor]) -> None:
         """Make room for tokens such as ``new``, of which shape, dtype and device matter."""
+        length = next(iter(new.values())).shape[1]
+        if self.buffers:
+            self.make_room(length)
+            return
+        capacity = max(MIN_CAPACITY, length + length // 2)
+        # Zeros: a slot behind a row's tokens has weight 0 in its softmax, which a NaN there would
+        # survive.
+        self.buffers = {
+            name: x.new_zeros(len(x), x.shape[2], capacity, *x.shape[3:]) for name, x in new.items()
+        }
+
+    def make_room(self, new: int) -> None:
+        """Make room for ``new`` more tokens in a cache that holds some."""
+        capacity = next(iter(self.buffers.values())).shape[2]
+        needed = max(self.lengths) + new
+        if needed <= capacity:
+            return
         buffers = {}
-        for name, x in new.items():
-            batch, length, heads, *channels = x.shape
-            needed = max(self.lengths) + length
-            held = self.buffers.get(name)
-            if held is None or held.shape[2] < needed:
-                capacity = max(MIN_CAPACITY, needed + needed // 2)
-                # Zeros: a slot behind a row's tokens has weight 0 in its softmax, which a NaN there
-                # would survive.
-                grown = x.new_zeros(batch, heads, capacity, *channels)
-                if held is not None:
-                    grown[:, :, : held.shape[2]] = held
-                buffers[name] = grown
-        self.buffers |= buffers  # all, or after an error none
+        for name, held in self.buffers.items():
+            batch, heads, _, *channels = held.shape
+            grown = held.new_zeros(batch, heads, needed + needed // 2, *channels)
+            grown[:, :, :capacity] = held
+            buffers[name] = grown
+        self.buffers = buffers  # all, or after an error none
 
     def put(self, new: dict[str, Tensor]) -> None:
         """Write tokens [B, T, heads(, channels)] behind those held; :meth:`advance` counts them."""
@@ -168,3 +178,12 @@ class TokenCache:
         """Let row r be what row ``rows[r]`` was: the beams that go on, say."""
         self.lengths = [self.lengths[row] for row in rows]
         self.buffers = {name: x[rows] for name, x in self.buffers.items()}
+
+    def crop(self, count: int) -> None:
+        """Forget each row's last ``count`` tokens; ValueError unless each row keeps one."""
+        if not 0 <= count < min(self.lengths):
+            raise ValueError(
+                f"count must be from 0 to {min(self.lengths) - 1}, which leaves each row a token, "
+                f"got {count}"
+            )
+        self.lengths = [held - count for held in self.lengths]

@@ -16,13 +16,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sisa_kernels.cache import MAX_ROWS, TokenCache, last, refuse_gradients, visible
+from sisa_kernels.cache import TokenCache, refuse_gradients
 from sisa_kernels.checks import check_forgetting
-from sisa_kernels.inputs import Rotary, by_document, joined
-from sisa_kernels.ops import no_second_derivative, refuse_forward_mode, register, without_autocast
+from sisa_kernels.inputs import Rotary, by_document, is_grouped, spans
+from sisa_kernels.ops import (
+    no_second_derivative,
+    of_one_dtype,
+    refuse_forward_mode,
+    register,
+    without_autocast,
+)
 from sisa_kernels.paths import chunked, native
 from sisa_kernels.rotation import rotate
-from sisa_kernels.scans import cumulative_decay, work_dtype
+from sisa_kernels.scans import cumulative_decay, to_query_heads, work_dtype
+from sisa_kernels.step import NewTokens, extend, held_by
 
 # Queries a call in half precision: over them g falls by less than 2^14 unless its mean step passes
 # -8.
@@ -71,8 +78,9 @@ def forgetting_attention(
             it counts as -1000, whose exp is 0 (-inf: the token forgets all before it).
         rotary: (cos, sin) of the positions, each [L, Dh/2] fp32, applied to q and k inside; None
             (as in FoX and ALiBi): no RoPE.
-        cu_seqlens: [documents + 1] int32, rising from 0 to L: documents packed into one sequence (B
-            = 1), where g and attention restart at each.
+        cu_seqlens: [documents + 1] int32 or int64, rising from 0 to at most L: documents packed
+            into one sequence (B = 1), where g and attention restart at each. A document may be
+            empty; past the last bound y and the gradients are 0.
         backend: "auto": "native" on a CPU (in fp64, and without the compiled library, "chunked"),
             elsewhere "chunked"; "native", the compiled kernel that also runs SISA; "chunked", stock
             attention kernels by query chunks.
@@ -85,6 +93,7 @@ def forgetting_attention(
             message names it. The range of log_forget is checked for CPU tensors only, the bounds in
             cu_seqlens as in :func:`sisa_kernels.sisa_attention`.
     """
+    q, k, v = of_one_dtype(q, k, v)
     check_forgetting(q, k, v, log_forget, rotary, cu_seqlens)
     refuse_forward_mode(q, k, v, log_forget)
     if native.choose_plain(backend, "chunked", q, v, "forgetting attention", forgets=True):
@@ -97,10 +106,13 @@ def forgetting_attention(
             cos, sin = (table[:, None] for table in rotary)
             q, k = (rotate(x, cos, sin) for x in (q, k))
         q, k, v = (x.to(dtype if half else work_dtype(x)) for x in (q, k, v))
-        documents = by_document(cu_seqlens, q, k, v, log_forget)
-        return joined([half_document(*x) if half else forgetting(*x)[0] for x in documents]).to(
-            dtype
-        )
+        if half:
+            return by_document(
+                lambda rows: half_document(*(x[:, rows] for x in (q, k, v, log_forget))),
+                cu_seqlens,
+                q.shape[1],
+            )
+        return forgetting(q, k, v, log_forget, cu_seqlens)[0].to(dtype)
 
 
 def forgetting_decode(
@@ -111,13 +123,15 @@ def forgetting_decode(
     cache: TokenCache,
     *,
     lengths: list[int] | None = None,
+    backend: str = "auto",
 ) -> Tensor:
     """Append T new tokens to ``cache`` and return their attention over all it then holds.
 
     :func:`forgetting_attention`, continued: y [B, T, H, Dv] in q's dtype, without a gradient. The
     cache holds k, v and g: a score's bias ``g_i - g_j`` is formed when it is used, from running
     sums in fp64 (8 bytes a token and query head). The first tokens run through
-    :func:`forgetting_attention`; T tokens over n take T (n + T) scores a head.
+    :func:`forgetting_attention`; one, and several, over a cache by the same kernels as
+    :func:`sisa_kernels.sisa_decode`, or where "native" does not run by their T (n + T) scores.
 
     Args:
         q, k, v, log_forget: as in :func:`forgetting_attention`, [B, T, heads(, channels)]; B, the
@@ -126,6 +140,7 @@ def forgetting_decode(
             was.
         lengths: for prompts of unequal length, into an empty cache: row r's tokens are its first
             ``lengths[r]``, the rest is (finite) padding on the right, whose results mean nothing.
+        backend: as in :func:`forgetting_attention`.
 
     Raises:
         TypeError, ValueError: as :func:`forgetting_attention` and :meth:`TokenCache.append`, the
@@ -133,42 +148,21 @@ def forgetting_decode(
     """
     if not isinstance(cache, TokenCache):
         raise TypeError(f"cache must be a sisa_kernels.TokenCache, got {type(cache).__name__}")
+    q, k, v = of_one_dtype(q, k, v)
     check_forgetting(q, k, v, log_forget, None, None)
     refuse_gradients({"q": q, "log_forget": log_forget})
-    g = cumulative_decay(log_forget)
-    cache.check({"k": k, "v": v, "g": g}, lengths)
+    new = {"k": k, "v": v, "g": log_forget.double()}
+    cache.check(new, lengths)
     if not any(cache.lengths):
-        y = forgetting_attention(q, k, v, log_forget)
-        cache.append(lengths, k=k, v=v, g=g)
+        y = forgetting_attention(q, k, v, log_forget, backend=backend)
+        cache.append(lengths, k=k, v=v, g=cumulative_decay(log_forget))
         return y
-    g = g + last(cache.buffers["g"].transpose(1, 2), cache.lengths)[:, None]
-    cache.put({"k": k, "v": v, "g": g})
+    compiled = native.choose_plain(backend, "chunked", q, v, "forgetting attention", forgets=True)
+    cache.reserve(new)
     with without_autocast(q.device):
-        y = _attend_over(q, g, cache)
+        y = extend(NewTokens(q, k, v, log_decay=log_forget), held_by(cache), compiled=compiled)
     cache.advance(q.shape[1], None)  # last: after an error the cache is as it was
     return y
-
-
-def _attend_over(q: Tensor, g: Tensor, cache: TokenCache) -> Tensor:
-    """Attention of new tokens, g [B, T, H], which lie in the cache's buffers behind its lengths."""
-    T = q.shape[1]
-    work = work_dtype(q)
-    slots = max(cache.lengths) + T
-    queries = q.transpose(1, 2).to(work)
-    keys, values = (cache.buffers[name][:, :, :slots].to(work) for name in ("k", "v"))
-    g_keys = cache.buffers["g"][:, :, None, :slots]
-    hidden = ~visible(cache.lengths, T, q.device)
-    gqa = queries.shape[1] != keys.shape[1]
-    pieces = []
-    for start in range(0, T, MAX_ROWS):
-        rows = slice(start, start + MAX_ROWS)
-        bias = (g[:, rows].transpose(1, 2)[..., None] - g_keys).to(work)
-        mask = bias.masked_fill(hidden[:, :, rows], -math.inf)
-        y = F.scaled_dot_product_attention(
-            queries[:, :, rows], keys, values, attn_mask=mask, enable_gqa=gqa
-        )
-        pieces.append(y)
-    return torch.cat(pieces, 2).transpose(1, 2).to(q.dtype)
 
 
 def half_document(q: Tensor, k: Tensor, v: Tensor, log_forget: Tensor) -> Tensor:
@@ -186,6 +180,7 @@ def half_document(q: Tensor, k: Tensor, v: Tensor, log_forget: Tensor) -> Tensor
     g = cumulative_decay(log_forget)
     # Flash kernels take one width, a multiple of 8.
     width = -(-max(Dh + HALF_PARTS * H // G, Dv) // 8) * 8
+    v, lacking = chunked.finite(v)
     unit = (HALF_UNIT * _head_channels(q, G)).repeat(1, HALF_PARTS).expand(*q.shape[:2], -1, -1)
     with_unit = torch.cat((q, unit), 3)
     query, value = (chunked.padded(x, width).transpose(1, 2) for x in (with_unit, v))
@@ -198,9 +193,11 @@ def half_document(q: Tensor, k: Tensor, v: Tensor, log_forget: Tensor) -> Tensor
         causal = {"attn_mask": _lower_right(end - start, end)} if start else {"is_causal": True}
         rows = query[:, :, start:end], key, value[:, :, :end]
         pieces.append(
-            F.scaled_dot_product_attention(*rows, scale=Dh**-0.5, enable_gqa=H != G, **causal)
+            F.scaled_dot_product_attention(
+                *rows, scale=Dh**-0.5, enable_gqa=is_grouped(H, G), **causal
+            )
         )
-    return torch.cat(pieces, 2)[..., :Dv].transpose(1, 2)
+    return torch.cat(pieces, 2)[..., :Dv].transpose(1, 2) + to_query_heads(lacking, H)
 
 
 def _in_parts(bias: Tensor, dtype: torch.dtype) -> list[Tensor]:
@@ -252,14 +249,30 @@ def _chunks(k_aug: Tensor, log_forget: Tensor, bias: slice) -> Iterator[tuple[in
         yield start, end
 
 
-def forgetting_eager(q: Tensor, k: Tensor, v: Tensor, log_forget: Tensor) -> tuple[Tensor, Tensor]:
-    """One document in fp32 or fp64: (y [B, L, H, Dv], log-sum-exp [B, H, L] within its chunk)."""
-    B, L, H, Dh = q.shape
+def forgetting_eager(
+    q: Tensor, k: Tensor, v: Tensor, log_forget: Tensor, cu_seqlens: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """In fp32 or fp64: (y [B, L, H, Dv], log-sum-exp [B, H, L] within a query's chunk).
+
+    Past the last document y is 0 and the log-sum-exp -inf."""
+    B, L, H, _ = q.shape
+    y = q.new_zeros(B, L, H, v.shape[3])
+    lse = q.new_full((B, H, L), -math.inf)
+    for rows in spans(cu_seqlens, L):
+        query, key, value, gates = (x[:, rows] for x in (q, k, v, log_forget))
+        _attend_document(query, key, value, gates, y[:, rows], lse[..., rows])
+    return y, lse
+
+
+def _attend_document(
+    q: Tensor, k: Tensor, v: Tensor, log_forget: Tensor, y: Tensor, lse: Tensor
+) -> None:
+    """Write the attention of one document to y and lse."""
+    H, Dh = q.shape[2:]
     Dv = v.shape[3]
     scale = Dh**-0.5
+    v, lacking = chunked.finite(v)
     q_aug, k_aug, value, bias = _operands(q, k, v)
-    y = q.new_empty(B, L, H, Dv)
-    lse = q.new_empty(B, H, L)
     for start, end in _chunks(k_aug, log_forget, bias):
         rows = slice(start, end)
         query = q_aug[:, rows]
@@ -269,18 +282,42 @@ def forgetting_eager(q: Tensor, k: Tensor, v: Tensor, log_forget: Tensor) -> tup
             part = chunked.merge(part, older)
         y[:, rows] = part[0][..., :Dv]
         lse[..., rows] = part[1]
-    return y, lse
+    y += to_query_heads(lacking, H)
 
 
-def _forgetting_fake(q: Tensor, k: Tensor, v: Tensor, log_forget: Tensor) -> tuple[Tensor, Tensor]:
+def _forgetting_fake(
+    q: Tensor, k: Tensor, v: Tensor, *rest: Tensor | None
+) -> tuple[Tensor, Tensor]:
     B, L, H, _ = q.shape
     return q.new_empty(B, L, H, v.shape[3]), q.new_empty(B, H, L)
 
 
 def forgetting_backward_eager(
+    dy: Tensor,
+    y: Tensor,
+    lse: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_forget: Tensor,
+    cu_seqlens: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of :func:`forgetting_eager`, from its inputs and outputs alone."""
+    if cu_seqlens is None:
+        return _document_backward(dy, y, lse, q, k, v, log_forget)
+    dq, dk, dv, dlog_forget = (x.new_zeros(x.shape) for x in (q, k, v, log_forget))
+    for rows in spans(cu_seqlens, q.shape[1]):
+        document = (x[:, rows] for x in (q, k, v, log_forget))
+        grads = _document_backward(dy[:, rows], y[:, rows], lse[..., rows], *document)
+        for total, grad in zip((dq, dk, dv, dlog_forget), grads):
+            total[:, rows] = grad
+    return dq, dk, dv, dlog_forget
+
+
+def _document_backward(
     dy: Tensor, y: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, log_forget: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of :func:`forgetting_eager`, from its inputs and outputs alone.
+    """Gradients of one document.
 
     With dS = dL/ds, ``dL/d log_forget_t`` is the sum of dS_ij over i >= t > j. A row of dS sums to
     0, so that all rows i of a chunk may be counted: a running sum, over the chunk's keys, of the
@@ -312,18 +349,18 @@ def forgetting_backward_eager(
 
 
 def _forgetting_backward_fake(
-    dy: Tensor, y: Tensor, lse: Tensor, *inputs: Tensor
+    dy: Tensor, y: Tensor, lse: Tensor, *inputs: Any
 ) -> tuple[Tensor, ...]:
-    return tuple(x.new_empty(x.shape) for x in inputs)
+    return tuple(x.new_empty(x.shape) for x in inputs[:4])
 
 
-def _save(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -> None:
+def _save(ctx: Any, inputs: tuple[Tensor | None, ...], output: tuple[Tensor, Tensor]) -> None:
     ctx.save_for_backward(*output, *inputs)
     ctx.mark_non_differentiable(output[1])
 
 
-def _backward(ctx: Any, dy: Tensor, _dlse: Tensor) -> tuple[Tensor, ...]:
-    return forgetting_backward(dy, *ctx.saved_tensors)
+def _backward(ctx: Any, dy: Tensor, _dlse: Tensor) -> tuple[Tensor | None, ...]:
+    return *forgetting_backward(dy, *ctx.saved_tensors), None
 
 
 forgetting = register("forgetting", forgetting_eager, _forgetting_fake, _backward, _save)

@@ -1,5 +1,7 @@
 """The operands of SISA attention as records, and the choices that go with them."""
 
+import itertools
+from collections.abc import Callable
 from typing import Literal, NamedTuple, get_args
 
 import torch
@@ -24,16 +26,33 @@ def as_rotary(cos: Tensor | None, sin: Tensor | None) -> Rotary | None:
     return cos, sin
 
 
-def by_document(cu_seqlens: Tensor | None, *tensors: Tensor) -> list[tuple[Tensor, ...]]:
-    """Each packed document's part of the tensors [1, L, ...]; without cu_seqlens the tensors."""
+def is_grouped(query_heads: int, key_heads: int) -> bool:
+    """Whether query heads share key heads: a bool also of a compiled call's symbolic sizes."""
+    if query_heads != key_heads:  # noqa: SIM103  a branch, on which the compiler guards
+        return True
+    return False
+
+
+def spans(cu_seqlens: Tensor | None, length: int) -> list[slice]:
+    """The tokens of each packed document that has any; without cu_seqlens all ``length``."""
     if cu_seqlens is None:
-        return [tensors]
-    lengths = cu_seqlens.diff().tolist()
-    return list(zip(*(x.split(lengths, 1) for x in tensors)))
+        return [slice(0, length)]
+    bounds = cu_seqlens.tolist()
+    return [slice(start, end) for start, end in itertools.pairwise(bounds) if start < end]
 
 
-def joined(pieces: list[Tensor]) -> Tensor:
-    """The results of :func:`by_document`, as one sequence again; one alone is not copied."""
+def by_document(
+    attend: Callable[[slice], Tensor], cu_seqlens: Tensor | None, length: int
+) -> Tensor:
+    """``attend(rows)`` [1, rows, ...] of each document's rows, 0 past the last one's end."""
+    documents = spans(cu_seqlens, length)
+    pieces = [attend(rows) for rows in documents]
+    if not pieces:  # for its shape, and as a part of the graph
+        pieces = [attend(slice(0, 1))[:, :0]]
+    rest = length - (documents[-1].stop if documents else 0)
+    if rest:
+        first = pieces[0]
+        pieces.append(first.new_zeros(first.shape[0], rest, *first.shape[2:]))
     return pieces[0] if len(pieces) == 1 else torch.cat(pieces, 1)
 
 
@@ -99,18 +118,11 @@ class SisaInputs(NamedTuple):
             self.q, self.k, self.b, self.c, self.log_decay, self.theta, self.lam, self.rotary
         )
 
-    def documents(self) -> list["SisaInputs"]:
-        """The inputs of each packed document on its own."""
-        if self.cu_seqlens is None:
-            return [self]
-        parts = by_document(self.cu_seqlens, *self[:7])
-        tables: list[Rotary | None] = [None] * len(parts)
-        if self.rotary is not None:
-            split = by_document(self.cu_seqlens, *(table[None] for table in self.rotary))
-            tables = [(cos[0], sin[0]) for cos, sin in split]
-        return [
-            SisaInputs._make((*part, self.lam, table, None)) for part, table in zip(parts, tables)
-        ]
+    def rows(self, rows: slice) -> "SisaInputs":
+        """The inputs of these tokens on their own."""
+        tokens = (x[:, rows] for x in self[:7])
+        rotary = self.rotary and (self.rotary[0][rows], self.rotary[1][rows])
+        return SisaInputs._make((*tokens, self.lam, rotary, None))
 
 
 # The fields of SisaInputs that have a gradient.

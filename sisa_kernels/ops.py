@@ -10,6 +10,9 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from sisa_kernels import _extension as _  # noqa: F401  its kernels, before their schemas
+from sisa_kernels.transforms import follow_transforms
+
+CAST_BY_AUTOCAST = (torch.float32, torch.bfloat16, torch.float16)
 
 library = torch.library.Library("sisa", "FRAGMENT")
 
@@ -21,6 +24,7 @@ def register(
     backward: Callable | None = None,
     setup_context: Callable | None = None,
     *,
+    results: tuple[str, ...] = ("y", "lse"),
     mutates: tuple[str, ...] = (),
     in_library: bool = False,
 ) -> torch._ops.OpOverload:
@@ -28,7 +32,9 @@ def register(
 
     Args:
         fake: of the same arguments, results without values.
-        backward, setup_context: as in ``torch.library.register_autograd``.
+        backward, setup_context: as in ``torch.library.register_autograd``; they also serve under
+            torch.func (:mod:`sisa_kernels.transforms`).
+        results: their names; of a backward op they are its operands' gradients.
         mutates: the arguments that it changes.
         in_library: the compiled library has kernels of it, which where it is loaded go before
             ``eager`` on their devices. sisa::``name``_eager is then the same op by ``eager`` alone:
@@ -36,6 +42,8 @@ def register(
     """
     schema = torch.library.infer_schema(eager, mutates_args=mutates)
     for op in (name, f"{name}_eager") if in_library else (name,):
+        if hasattr(torch.ops.sisa, op):  # a second import: what the first registered stays
+            continue
         library.define(op + schema, tags=(torch.Tag.pt2_compliant_tag,))
         library.impl(op, eager, "CompositeExplicitAutograd")
         torch.library.register_fake(f"sisa::{op}", fake, lib=library)
@@ -43,6 +51,9 @@ def register(
             torch.library.register_autograd(
                 f"sisa::{op}", backward, setup_context=setup_context, lib=library
             )
+            named = None if backward is no_second_derivative else results
+            overload = getattr(torch.ops.sisa, op).default
+            follow_transforms(library, overload, backward, setup_context, named)
     return getattr(torch.ops.sisa, name).default
 
 
@@ -67,6 +78,18 @@ def without_autocast(device: torch.device) -> contextlib.AbstractContextManager:
     if device.type == "meta" or not torch.is_autocast_enabled(device.type):
         return contextlib.nullcontext()
     return torch.autocast(device.type, enabled=False)
+
+
+def of_one_dtype(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """The tensors; under autocast, where their dtypes differ, each in autocast's, as SDPA's are.
+
+    fp64 stays, which autocast leaves alone."""
+    dtypes = {x.dtype for x in tensors if isinstance(x, Tensor)}
+    device = tensors[0].device.type if dtypes and isinstance(tensors[0], Tensor) else "meta"
+    if len(dtypes) < 2 or device == "meta" or not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(x.to(dtype) if x.dtype in CAST_BY_AUTOCAST else x for x in tensors)
 
 
 _said: set[str] = set()

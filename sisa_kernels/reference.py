@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from sisa_kernels.checks import check_attention, check_forgetting
-from sisa_kernels.inputs import Mode, Rotary, SisaInputs, by_document, joined
+from sisa_kernels.inputs import Mode, Rotary, SisaInputs, by_document
 
 CLAMP = 11.0  # the authors' bound on the exponent g - m
 LOWEST_LOG = -1e3  # exp of it is 0 in fp64, and a running sum of -inf would lose g_i - g_j
@@ -34,7 +34,7 @@ def sisa_attention(
     ``s_ij = q_i.k_j / sqrt(Dh) + lam exp(g_i - g_j) (R(Phi_i) c_i).(R(Phi_j) b_j)`` for i >= j,
     ``y_i = sum_j softmax_j(s_ij) v_j``, with g and Phi the running sums of ``log_decay`` and
     ``theta``. In ``mode="clamped"`` g_i - g_j becomes ``clip(g_i - m) - clip(g_j - m)``: clip to
-    +-11, m the middle of g's range in the sequence, a constant.
+    +-11, m = (max g + min g) / 2 over the sequence or document, which has a gradient of its own.
 
     Arguments, shapes and errors are those of :func:`sisa_kernels.sisa_attention`; returns y [B, L,
     H, Dv] in q's dtype."""
@@ -44,12 +44,14 @@ def sisa_attention(
     heads = q.shape[2] // k.shape[2]
     *tokens, lam = (x.double() for x in inputs.tensors())
     tokens[:2] = _with_rotary(tokens[0], tokens[1], rotary)
-    pieces = []
-    for q, k, v, b, c, log_decay, theta in by_document(cu_seqlens, *tokens):
+
+    def attend(rows: slice) -> Tensor:
+        q, k, v, b, c, log_decay, theta = (x[:, rows] for x in tokens)
         content, importance = scores(q, k, b, c, log_decay, theta, lam, mode)
         weight = (content + importance).softmax(-1)
-        pieces.append(torch.einsum("bhij,bjhd->bihd", weight, v.repeat_interleave(heads, 2)))
-    return joined(pieces).to(dtype)
+        return _weighted(weight, v.repeat_interleave(heads, 2))
+
+    return by_document(attend, cu_seqlens, q.shape[1]).to(dtype)
 
 
 def scores(
@@ -74,14 +76,14 @@ def scores(
     k, b, g, phase = (x.repeat_interleave(H // k.shape[2], 2) for x in (k, b, g, phase))
     c = _rotated(c, phase.cos(), phase.sin())
     if mode == "clamped":
-        middle = (g[:, :1] + g[:, -1:]).detach() / 2
+        middle = (g.amax(1, keepdim=True) + g.amin(1, keepdim=True)) / 2
         g = (g - middle).clamp(-CLAMP, CLAMP)
     above = torch.ones(L, L, dtype=torch.bool, device=q.device).triu(1)
     g = g.transpose(1, 2)
     decay = (g[..., :, None] - g[..., None, :]).masked_fill(above, -math.inf).exp()
     content = torch.einsum("bihd,bjhd->bhij", q, k) / math.sqrt(Dh)
     importance = lam[:, None, None] * decay * torch.einsum("bihd,bjhd->bhij", c, b)
-    return content.masked_fill(above, -math.inf), importance
+    return content.masked_fill(above, -math.inf), importance.masked_fill(above, 0)
 
 
 def forgetting_attention(
@@ -101,8 +103,11 @@ def forgetting_attention(
     check_forgetting(q, k, v, log_forget, rotary, cu_seqlens)
     tokens = [x.double() for x in (q, k, v, log_forget)]
     tokens[:2] = _with_rotary(tokens[0], tokens[1], rotary)
-    pieces = [_forgetting_document(*document) for document in by_document(cu_seqlens, *tokens)]
-    return joined(pieces).to(q.dtype)
+
+    def attend(rows: slice) -> Tensor:
+        return _forgetting_document(*(x[:, rows] for x in tokens))
+
+    return by_document(attend, cu_seqlens, q.shape[1]).to(q.dtype)
 
 
 def _forgetting_document(q: Tensor, k: Tensor, v: Tensor, log_forget: Tensor) -> Tensor:
@@ -113,7 +118,13 @@ def _forgetting_document(q: Tensor, k: Tensor, v: Tensor, log_forget: Tensor) ->
     content = torch.einsum("bihd,bjhd->bhij", q, k) / math.sqrt(Dh)
     score = content + F[..., :, None] - F[..., None, :]
     weight = score.masked_fill(~causal, -math.inf).softmax(-1)
-    return torch.einsum("bhij,bjhd->bihd", weight, v)
+    return _weighted(weight, v)
+
+
+def _weighted(weight: Tensor, v: Tensor) -> Tensor:
+    """``sum_{j <= i} weight_ij v_j``, where a later v_j may be no number: 0 * NaN is NaN."""
+    numbers = torch.einsum("bhij,bjhd->bihd", weight, v.nan_to_num(0, 0, 0))
+    return numbers + (v.detach() * 0).cumsum(1)
 
 
 def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -19,9 +19,9 @@ def cumulative_decay(log_decay: Tensor) -> Tensor:
     return log_decay.double().clamp(min=LOWEST_LOG_DECAY).cumsum(1)
 
 
-def cumulative_phase(theta: Tensor) -> tuple[Tensor, Tensor]:
-    """Cosine and sine of the phase, each [B, L, G, Ds/2] in theta's dtype, summed in fp64."""
-    phase = theta.double().cumsum(1).remainder(2 * math.pi).to(theta.dtype)
+def cumulative_phase(theta: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Cosine and sine of the phase, each [B, L, G, Ds/2] in ``dtype``, summed in fp64."""
+    phase = theta.double().cumsum(1).remainder(2 * math.pi).to(dtype)
     return phase.cos(), phase.sin()
 
 

@@ -5,6 +5,7 @@ rest of the process; whoever chooses a path asks here first, also in traced and 
 where no check may run but what is known holds."""
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import torch
@@ -43,9 +44,14 @@ _verdicts: dict[tuple[str | int | bool, ...], str | None] = {}
 def verdict(
     key: tuple[str | int | bool, ...], device: torch.device, find: Callable[[], str | None]
 ) -> str | None:
-    """What ``find`` says is wrong, asked once, when a check is :func:`possible`; None: nothing."""
+    """What ``find`` says is wrong, asked once, when a check is :func:`possible`; None: nothing.
+
+    Asked in a thread of its own, which knows nothing of what the caller is in: torch.func's
+    transforms, inference mode, autocast, hooks of saved tensors, a default device."""
+    key = tuple(int(x) if isinstance(x, torch.SymInt) else x for x in key)
     if key not in _verdicts and possible(device):
-        _verdicts[key] = find()
+        with ThreadPoolExecutor(1) as alone:
+            _verdicts[key] = alone.submit(find).result()
     return _verdicts.get(key)
 
 
@@ -82,12 +88,8 @@ def described(error: Exception) -> str:
 def small_problem(
     device: torch.device, dtype: torch.dtype, *, H: int = 2, Dh: int, Ds: int, Dv: int
 ) -> tuple[SisaInputs, Tensor]:
-    """The problem of a check, with two key heads; what is fp32 beside q is so in fp64 too."""
-    inputs, dy = problem(H=H, G=2, Dh=Dh, Ds=Ds, Dv=Dv, decay=DECAY, dtype=dtype, device=device)
-    narrow = {
-        name: getattr(inputs, name).detach().float() for name in ("log_decay", "theta", "lam")
-    }
-    return inputs._replace(**narrow), dy
+    """The problem of a check, with two key heads."""
+    return problem(H=H, G=2, Dh=Dh, Ds=Ds, Dv=Dv, decay=DECAY, dtype=dtype, device=device)
 
 
 def _compare(use: Use, attend: Callable[[SisaInputs], Tensor]) -> str | None:
@@ -107,23 +109,11 @@ def compare(
     dtype: torch.dtype,
     shape: str,
 ) -> str | None:
-    """What is wrong with a path's y and gradients beside the oracle's, both by ``solve``; or None.
-
-    Solved outside of whatever the caller is in: inference mode, autocast, hooks."""
-    # The innermost hooks are the ones that run: those of an activation checkpoint around would
-    # count what is saved here.
-    unhooked = torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x)
+    """What is wrong with a path's y and gradients beside the oracle's (``solve``), or None."""
     try:
-        with (
-            torch.inference_mode(False),
-            torch.enable_grad(),
-            torch.autocast(device.type, enabled=False),
-            unhooked,
-        ):
-            found, right = solve()
+        errors = relative_errors(*solve())
     except Exception as error:  # whatever keeps a kernel from compiling or launching there
         return f"it fails on {device}: {described(error)}"
-    errors = relative_errors(found, right)
     wrong = {name: error for name, error in errors.items() if not error <= ALLOWED[dtype]}
     if not wrong:
         return None

@@ -342,6 +342,34 @@ void augment(const AugmentParams& p) {
   });
 }
 
+// Adds to dL/dg, and to its sums over the pieces, what comes through m, the mean of the largest and smallest g of each segment. As
+// amax and amin have it, all tokens of the largest g share its gradient evenly, and those of the smallest: runs without decay at the
+// segment's ends.
+void add_through_middle(const AugmentParams& p, const std::vector<Piece>& pieces, double* dg, double* sums) {
+  const int64_t count = pieces.size(), G = p.key_heads;
+  parallel_for(0, p.batch * G, 1, [&](int64_t lo, int64_t hi) {
+    for (int64_t i = lo; i < hi; ++i) {
+      const int64_t batch = i / G, g = i % G;
+      const float* log_decay = static_cast<const float*>(p.log_decay.data) + batch * p.log_decay.batch + g * p.log_decay.head;
+      for (int64_t first = 0, n = 0; n < count; first = n) {
+        double direct = 0;
+        for (; n < count && pieces[n].segment == pieces[first].segment; ++n) direct += sums[(batch * count + n) * G + g];
+        const int64_t begin = pieces[first].begin, end = pieces[n - 1].end;
+        const auto share = [&](int64_t from, int64_t to) {
+          for (int64_t t = from; t < to; ++t) {
+            const double part = -direct / 2 / (to - from);
+            dg[(batch * p.length + t) * G + g] += part;
+            sums[(batch * count + first + (t - begin) / kPiece) * G + g] += part;
+          }
+        };
+        const Extremes extremes = extremes_of(log_decay, p.log_decay.token, begin, end);
+        share(begin, extremes.largest_end);
+        share(extremes.smallest_begin, end);
+      }
+    }
+  });
+}
+
 // Each piece is walked forward, which memory serves twice as fast as backward, and leaves each token's own dL/dg and dL/dphase and
 // their sums over the piece. Once these sums are chained from the last piece to the first, a last pass makes the reverse running
 // sums of them.
@@ -381,6 +409,8 @@ void augment_backward(const AugmentBackwardParams& p) {
       }
     });
   });
+
+  if (p.clamp < INFINITY) add_through_middle(p, pieces, dg, decay_sums);
 
   // The sums of the pieces become what comes after each piece: the segment's later pieces and its flux.
   for (int64_t batch = 0; batch < p.batch; ++batch) {

@@ -80,7 +80,26 @@ __global__ void __launch_bounds__(kThreads) prefix(double* sums, int chunks) {
   if (threadIdx.x == 0) row[chunks] = carry;
 }
 
-// Adds to the reverse sums within each chunk what follows it in its segment, and the segment's flux.
+// What m, the mean of the largest and smallest g of a segment, brings to dL/dlog_decay of a token, by dL/dm. As amax and amin have it,
+// all tokens of the largest g share its gradient evenly, and those of the smallest; a token's log_decay moves its own g and all later.
+struct Middle {
+  int64_t begin, end;
+  Extremes extremes;
+  double gradient;
+
+  __device__ Middle(const AugmentParams& p, const Cut& cut, const Chunk& chunk, int64_t batch, int head, double dm)
+      : begin(chunk.segment_begin), end(cut.segment(chunk.segment + 1).begin),
+        extremes(extremes_of(address<const float>(p.log_decay, batch, 0, head, 0), p.log_decay.token, begin, end)), gradient(dm) {}
+
+  __device__ double through(int64_t token) const {
+    const auto share = [&](int64_t from, int64_t to) { return token < to ? min(1.0, double(to - token) / (to - from)) : 0.0; };
+    return gradient / 2 * (share(begin, extremes.largest_end) + share(extremes.smallest_begin, end));
+  }
+};
+
+// Adds to the reverse sums within each chunk what follows it in its segment, the segment's flux, and what comes through m where the
+// exponents are clamped.
+template <bool clamped>
 __global__ void __launch_bounds__(kThreads) finish(const AugmentBackwardParams p, const Cut cut, const double* before) {
   const int n = blockIdx.x % cut.chunks, pairs = p.state_width / 2;
   const int64_t batch = blockIdx.x / cut.chunks, count = columns(p), rows = count + p.heads;
@@ -93,6 +112,15 @@ __global__ void __launch_bounds__(kThreads) finish(const AugmentBackwardParams p
     double after = row[chunk.last] - row[n + 1];
     if (flux) after += flux[(batch * cut.segments + chunk.segment) * stride + place];
     float* out = (decay ? p.dlog_decay : p.dtheta) + (batch * p.length + chunk.begin) * stride + place;
+    if constexpr (clamped) {
+      if (decay) {
+        const Middle middle(p, cut, chunk, batch, head, row[chunk.first] - row[chunk.last]);
+        for (int t = 0; t < chunk.tokens; ++t) {
+          out[t * stride] = static_cast<float>(out[t * stride] + after + middle.through(chunk.begin + t));
+        }
+        continue;
+      }
+    }
 #pragma unroll 8
     for (int t = 0; t < chunk.tokens; ++t) out[t * stride] = static_cast<float>(out[t * stride] + after);
   }
@@ -400,7 +428,7 @@ const char* augment_backward(const AugmentBackwardParams& p, double* workspace, 
     launch(backward_chunk<T, O>, p.batch * cut.chunks * p.key_heads, kThreads, shared_bytes(p), p, cut, before, totals);
   });
   launch_prefix(totals, p.batch * (columns(p) + p.heads), cut.chunks, launch);
-  launch(finish, p.batch * cut.chunks, kThreads, 0, p, cut, totals);
+  launch(p.clamp < INFINITY ? finish<true> : finish<false>, p.batch * cut.chunks, kThreads, 0, p, cut, totals);
   return launch.fault();
 }
 

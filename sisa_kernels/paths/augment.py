@@ -16,7 +16,13 @@ from torch import Tensor
 from sisa_kernels import _extension, selfcheck
 from sisa_kernels.checks import DTYPES, check_operands, check_shapes, check_tensor
 from sisa_kernels.inputs import Rotary, ScoreInputs, as_rotary
-from sisa_kernels.ops import no_second_derivative, refuse_forward_mode, register, say_once
+from sisa_kernels.ops import (
+    no_second_derivative,
+    of_one_dtype,
+    refuse_forward_mode,
+    register,
+    say_once,
+)
 from sisa_kernels.rotation import CLAMP, SMALLEST_LAM, rotate
 from sisa_kernels.scans import (
     cumulative_decay,
@@ -50,7 +56,7 @@ class _Factors:
         s_q, s_k = (s2.sqrt(), s2.sqrt()) if H == G else (s2, 1.0)
         self.q = to_query_heads(exponent.exp().to(dtype)[..., None], H) * s_q
         self.k = exponent.neg().exp().to(dtype)[..., None] * s_k
-        self.cos_k, self.sin_k = cumulative_phase(x.theta)
+        self.cos_k, self.sin_k = cumulative_phase(x.theta, dtype)
         self.cos_q = to_query_heads(self.cos_k, H)
         self.sin_q = to_query_heads(self.sin_k, H)
 
@@ -179,7 +185,9 @@ def augment_backward_eager(
         dlam = (row.sum((0, 1)) + col.sum((0, 1))) / (2 * factors.lam)
     else:
         dlam = row.sum((0, 1)) / factors.lam
-    dg = (to_key_heads(row, G) - col) * factors.unclamped
+    dg = to_key_heads(row, G) - col
+    if math.isfinite(clamp):
+        dg = _through_middle(dg * factors.unclamped, log_decay, starts)
     dphase = to_key_heads(dphase_q, G) + dphase_k
     dlog_decay = _segment_reverse_cumsum(dg, starts, decay_flux)
     dtheta = _segment_reverse_cumsum(dphase, starts, phase_flux)
@@ -211,6 +219,22 @@ def _derotated(dq: Tensor, dk: Tensor, x: ScoreInputs, dtype: torch.dtype) -> tu
     return rotate(dq, cos, -sin), rotate(dk, cos, -sin)
 
 
+def _through_middle(dg: Tensor, log_decay: Tensor, starts: list[int]) -> Tensor:
+    """dL/dg with what comes through m, the mean of the largest and smallest g of each segment.
+
+    dL/dm is minus the sum of the direct part. As amax and amin have it, all tokens of the largest g
+    share its gradient evenly, and those of the smallest: runs without decay at a segment's ends."""
+    moves = (log_decay != 0).cumsum(1)  # counts, since equal g may differ by rounding
+    cuts = starts[1:]
+    pieces = []
+    for direct, moved in zip(dg.tensor_split(cuts, 1), moves.tensor_split(cuts, 1)):
+        largest = (moved == moved[:, :1]).to(dg.dtype)
+        smallest = (moved == moved[:, -1:]).to(dg.dtype)
+        share = largest / largest.sum(1, keepdim=True) + smallest / smallest.sum(1, keepdim=True)
+        pieces.append(direct - direct.sum(1, keepdim=True) / 2 * share)
+    return torch.cat(pieces, 1)
+
+
 def _segment_reverse_cumsum(x: Tensor, starts: list[int], carry_in: Tensor | None) -> Tensor:
     """Sum over u >= t within each segment of axis 1, plus what is carried into the segment."""
     pieces = []
@@ -232,7 +256,15 @@ def _backward(ctx: Any, dq_aug: Tensor, dk_aug: Tensor) -> tuple[Tensor | None, 
     return *grads, None, None, None, None, None, None
 
 
-register("augment", augment_eager, _augment_fake, _backward, _save, in_library=True)
+register(
+    "augment",
+    augment_eager,
+    _augment_fake,
+    _backward,
+    _save,
+    results=("q_aug", "k_aug"),
+    in_library=True,
+)
 register(
     "augment_backward",
     augment_backward_eager,
@@ -248,6 +280,7 @@ register(
 def _in_service(name: str, q: Tensor, b: Tensor) -> Callable[..., Any]:
     """The op of this name: compiled where it takes such operands and has not been found wrong."""
     refused = q.dtype == torch.float64 or (q.is_cuda and b.shape[3] > MAX_STATE_ON_CUDA)
+    refused = refused or not _extension.LOADED
     if refused or selfcheck.ruled_out("augment", q.device.type):
         name = f"{name}_eager"
     return getattr(torch.ops.sisa, name).default
@@ -259,8 +292,8 @@ def augment(
     """q_aug [B, L, H, width] and k_aug [B, L, G, width], zero past the first Dh + Ds channels.
 
     The exponents are taken about the middle m of g's range in each segment (segments begin at
-    ``starts``, the first at 0) and clamped to +-``clamp`` (inf: not clamped); m is a constant of
-    the backward. The phase runs on over segments."""
+    ``starts``, the first at 0) and clamped to +-``clamp``. With clamp inf they are not, and m is a
+    constant of the backward: it cancels in exact attention. The phase runs on over segments."""
     return _in_service("augment", x.q, x.b)(*x.flat(), starts, clamp, width, dtype)
 
 
@@ -367,12 +400,13 @@ def augment_qk(
     Returns:
         (q_aug [B, L, H, Dh + Ds], k_aug [B, L, G, Dh + Ds]) in q's dtype. For G = H both carry s =
         Dh^(1/4) sqrt(lam); for G < H the query carries s^2, so that keys stay shared.
-        Differentiable in all seven inputs.
+        Differentiable in all seven inputs, as published: through the middle of g's range too.
 
     Raises:
         TypeError, ValueError: an argument of the wrong type, shape, dtype, device or range; the
             message names it.
     """
+    q, k, b, c = of_one_dtype(q, k, b, c)
     x = ScoreInputs(q, k, b, c, log_decay, theta, lam, rotary)
     check_operands(x)
     refuse_forward_mode(*x.tensors())

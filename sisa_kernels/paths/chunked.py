@@ -5,7 +5,9 @@ whole sequence). Inside a chunk the decay is taken about the middle of the chunk
 chunk to the keys before it, it is taken relative to the chunk's first token, ``exp(g_i - g_start)
 exp(g_start - g_j)``: both exponents are <= 0, and old keys underflow harmlessly to 0. The two
 partial softmaxes are merged by their log-sum-exp; given the merged one, each part's backward is its
-exact share."""
+exact share.
+
+With a finite clamp a document is one chunk, which is the authors' formulation."""
 
 import math
 from collections.abc import Iterator
@@ -15,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sisa_kernels.inputs import SisaInputs, as_rotary
+from sisa_kernels.inputs import SisaInputs, as_rotary, spans
 from sisa_kernels.ops import no_second_derivative, register
 from sisa_kernels.paths.augment import augment, augment_backward
 from sisa_kernels.scans import (
@@ -106,6 +108,14 @@ def padded(x: Tensor, width: int) -> Tensor:
     return F.pad(x, (0, width - x.shape[3])).contiguous()
 
 
+def finite(v: Tensor) -> tuple[Tensor, Tensor]:
+    """Values [B, L, G, Dv] with 0 for what is no finite number, and what they then lack of y.
+
+    A later token has weight 0, which times NaN would be NaN. What y lacks, like v, is a constant of
+    the backward: NaN from the first such token on, 0 before it."""
+    return torch.where(v.isfinite(), v, 0), (v.detach() * 0).cumsum(1)
+
+
 def merge(part: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
     """The attention over two sets of keys from that over each, all as :func:`attend` returns it."""
     out, lse = part
@@ -155,15 +165,18 @@ class _Chunk(NamedTuple):
     scale_q: Tensor
 
 
-def _prepare(inputs: SisaInputs) -> _Operands:
+def _prepare(inputs: SisaInputs, clamp: float) -> _Operands:
     Dh = inputs.q.shape[3]
     Ds = inputs.b.shape[3]
     dtype = work_dtype(inputs.q)
     width = max(Dh + Ds, inputs.v.shape[3])
     g = cumulative_decay(inputs.log_decay)
-    bounds = chunk_bounds(g, g.shape[1] if has_flash(g.device) else MAX_DENSE_CHUNK)
+    L = g.shape[1]
+    bounds = [(0, L)]
+    if clamp == math.inf:
+        bounds = chunk_bounds(g, L if has_flash(g.device) else MAX_DENSE_CHUNK)
     starts = [start for start, _ in bounds]
-    q_aug, k_aug = augment(inputs.scores(), starts, math.inf, width, dtype)
+    q_aug, k_aug = augment(inputs.scores(), starts, clamp, width, dtype)
     value = padded(inputs.v.to(dtype), width)
     middle = segment_middle(g, starts)
     return _Operands(q_aug, k_aug, value, g, middle, bounds, slice(Dh, Dh + Ds), Dh**-0.5)
@@ -200,19 +213,30 @@ def chunked_eager(
     lam: Tensor,
     cos: Tensor | None,
     sin: Tensor | None,
+    cu_seqlens: Tensor | None,
+    clamp: float,
 ) -> tuple[Tensor, Tensor]:
-    """Exact SISA attention of one document: (y [B, L, H, Dv], log-sum-exp [B, H, L]).
+    """(y [B, L, H, Dv], log-sum-exp [B, H, L]), exact where ``clamp`` is inf.
 
     Shapes as in :func:`sisa_kernels.sisa_attention`, ``cos`` and ``sin`` its ``rotary``. Half
     precision is computed in fp32, and y stays fp32 for the backward: augmented operands rounded to
     bf16 would cost up to 2.7e-3 of y (1e-2 of a row), and bf16 flash is slow on CPUs without bf16
-    matrix hardware."""
+    matrix hardware. Past the last document y is 0 and the log-sum-exp -inf."""
     inputs = SisaInputs(q, k, v, b, c, log_decay, theta, lam, as_rotary(cos, sin))
-    x = _prepare(inputs)
     B, L, H, _ = q.shape
-    Dv = v.shape[3]
-    y = x.q_aug.new_empty(B, L, H, Dv)
-    lse = x.q_aug.new_empty(B, H, L)
+    work = work_dtype(q)
+    y = q.new_zeros(B, L, H, v.shape[3], dtype=work)
+    lse = q.new_full((B, H, L), -math.inf, dtype=work)
+    for rows in spans(cu_seqlens, L):
+        _attend_document(inputs.rows(rows), clamp, y[:, rows], lse[..., rows])
+    return y, lse
+
+
+def _attend_document(inputs: SisaInputs, clamp: float, y: Tensor, lse: Tensor) -> None:
+    """Write the attention of one document to y and lse."""
+    clean, lacking = finite(inputs.v)
+    x = _prepare(inputs._replace(v=clean), clamp)
+    Dv = inputs.v.shape[3]
     for chunk in _chunks(x):
         rows = chunk.rows
         query = x.q_aug[:, rows]
@@ -223,7 +247,7 @@ def chunked_eager(
             part = merge(part, older)
         y[:, rows] = part[0][..., :Dv]
         lse[..., rows] = part[1]
-    return y, lse
+    y += to_query_heads(lacking, y.shape[2])
 
 
 def _chunked_fake(q: Tensor, k: Tensor, v: Tensor, *rest: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -246,15 +270,32 @@ def chunked_backward_eager(
     lam: Tensor,
     cos: Tensor | None,
     sin: Tensor | None,
+    cu_seqlens: Tensor | None,
+    clamp: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of :func:`chunked_eager`, from its inputs and outputs alone."""
     inputs = SisaInputs(q, k, v, b, c, log_decay, theta, lam, as_rotary(cos, sin))
-    x = _prepare(inputs)
+    if cu_seqlens is None:
+        return _document_backward(dy, y, lse, inputs, clamp)
+    dq, dk, dv, db, dc, dlog_decay, dtheta, dlam = (x.new_zeros(x.shape) for x in inputs.tensors())
+    for rows in spans(cu_seqlens, q.shape[1]):
+        saved = (dy[:, rows], y[:, rows], lse[..., rows])
+        *grads, of_lam = _document_backward(*saved, inputs.rows(rows), clamp)
+        for total, grad in zip((dq, dk, dv, db, dc, dlog_decay, dtheta), grads):
+            total[:, rows] = grad
+        dlam += of_lam
+    return dq, dk, dv, db, dc, dlog_decay, dtheta, dlam
+
+
+def _document_backward(
+    dy: Tensor, y: Tensor, lse: Tensor, inputs: SisaInputs, clamp: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    x = _prepare(inputs, clamp)
     dout, out = (padded(t, x.value.shape[3]) for t in (dy, y))
     B, _, G = x.g.shape
     # dL/dg and dL/dPhi that each chunk's keys have through later chunks, summed.
     decay_carry = x.g.new_zeros(B, len(x.bounds), G)
-    phase_carry = x.g.new_zeros(B, len(x.bounds), G, b.shape[3] // 2)
+    phase_carry = x.g.new_zeros(B, len(x.bounds), G, inputs.b.shape[3] // 2)
     if len(x.bounds) == 1:
         grads = attend_backward(x.q_aug, x.k_aug, x.value, True, dout, out, lse, x.scale)
     else:
@@ -262,8 +303,9 @@ def chunked_backward_eager(
     dq_aug, dk_aug, dv = grads
     starts = [start for start, _ in x.bounds]
     dq, dk, db, dc, dlog_decay, dtheta, dlam = augment_backward(
-        dq_aug, dk_aug, inputs.scores(), starts, math.inf, decay_carry, phase_carry
+        dq_aug, dk_aug, inputs.scores(), starts, clamp, decay_carry, phase_carry
     )
+    v = inputs.v
     dv = dv[..., : v.shape[3]].to(v.dtype).contiguous()
     return dq, dk, dv, db, dc, dlog_decay, dtheta, dlam
 
@@ -300,20 +342,19 @@ def _backward_by_chunks(
     return dq_aug, dk_aug, dv
 
 
-def _chunked_backward_fake(
-    dy: Tensor, y: Tensor, lse: Tensor, *inputs: Tensor | None
-) -> tuple[Tensor, ...]:
-    return tuple(x.new_empty(x.shape) for x in inputs[:8] if x is not None)
+def _chunked_backward_fake(dy: Tensor, y: Tensor, lse: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
+    return tuple(x.new_empty(x.shape) for x in inputs[:8])
 
 
-def _save(ctx: Any, inputs: tuple[Tensor | None, ...], output: tuple[Tensor, Tensor]) -> None:
-    ctx.save_for_backward(*output, *inputs)
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    *tensors, ctx.clamp = inputs
+    ctx.save_for_backward(*output, *tensors)
     ctx.mark_non_differentiable(output[1])
 
 
 def _backward(ctx: Any, dy: Tensor, _dlse: Tensor) -> tuple[Tensor | None, ...]:
     y, lse, *inputs = ctx.saved_tensors
-    return *chunked_backward(dy, y, lse, *inputs), None, None
+    return *chunked_backward(dy, y, lse, *inputs, ctx.clamp), None, None, None, None
 
 
 chunked_op = register("chunked", chunked_eager, _chunked_fake, _backward, _save)
@@ -322,6 +363,6 @@ chunked_backward = register(
 )
 
 
-def chunked(inputs: SisaInputs) -> Tensor:
-    """Exact SISA attention of one document: y [B, L, H, Dv] in q's dtype."""
-    return chunked_op(*inputs.flat())[0].to(inputs.q.dtype)
+def chunked(inputs: SisaInputs, clamp: float = math.inf) -> Tensor:
+    """SISA attention by documents: y [B, L, H, Dv] in q's dtype, exact unless there is a clamp."""
+    return chunked_op(*inputs.flat(), inputs.cu_seqlens, clamp)[0].to(inputs.q.dtype)

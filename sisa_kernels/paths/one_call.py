@@ -19,12 +19,13 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from sisa_kernels import selfcheck
-from sisa_kernels.inputs import Mode, SisaInputs
+from sisa_kernels.checks import concrete
+from sisa_kernels.inputs import Mode, SisaInputs, by_document, is_grouped
 from sisa_kernels.ops import say_once
 from sisa_kernels.paths.augment import augment
-from sisa_kernels.paths.chunked import padded
+from sisa_kernels.paths.chunked import chunked, finite, padded
 from sisa_kernels.rotation import CLAMP
-from sisa_kernels.scans import cumulative_decay, work_dtype
+from sisa_kernels.scans import LOWEST_LOG_DECAY, to_query_heads, work_dtype
 
 # By how much g may fall in a single call: exp(+-range/2) must leave room in the format for the
 # operands themselves.
@@ -80,7 +81,7 @@ def _up(width: int, multiple: int) -> int:
 def _sdpa(backend: SDPBackend) -> Callable[[Tensor, Tensor, Tensor, float, bool], Tensor]:
     def attend(q: Tensor, k: Tensor, v: Tensor, scale: float, deterministic: bool) -> Tensor:
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-        gqa = q.shape[1] != k.shape[1]
+        gqa = is_grouped(q.shape[1], k.shape[1])
         with sdpa_kernel(backend):
             y = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=gqa)
         return y.transpose(1, 2)
@@ -181,9 +182,10 @@ def _one_width(call: Call) -> Widths | str:
 
 
 def _package_2(call: Call) -> Widths | str:
-    if not _installed("flash_attn_2_cuda"):
-        return "is not installed (pip install flash-attn)"
-    return _one_width(call)
+    widths = _one_width(call)
+    if isinstance(widths, str) or _installed("flash_attn_2_cuda"):
+        return widths
+    return "is not installed (pip install flash-attn)"
 
 
 def _efficient(call: Call) -> Widths | str:
@@ -322,15 +324,41 @@ def one_call(inputs: SisaInputs, mode: Mode, kernel: Kernel | None = None) -> Te
         widths = legal
     width, value_width = widths
     q_aug, k_aug = augment(inputs.scores(), [0], clamp, width, dtype)
-    value = padded(inputs.v.to(dtype), value_width)
+    clean, lacking = finite(inputs.v.to(dtype))
+    value = padded(clean, value_width)
     y = kernel.attend(q_aug, k_aug, value, Dh**-0.5, call.deterministic)
-    return y[..., : inputs.v.shape[3]].to(q.dtype)
+    return (y[..., : inputs.v.shape[3]] + to_query_heads(lacking, q.shape[2])).to(q.dtype)
+
+
+def attend(inputs: SisaInputs, mode: Mode) -> Tensor:
+    """:func:`one_call` of each packed document, y [B, L, H, Dv]; 0 past the last one's end.
+
+    On a CPU packed documents, and calls under torch.func, are in mode "clamped" :func:`chunked`'s
+    one chunk a document, on the kernel that the table would choose: an op, which vmap takes whole,
+    and a compiled call with any number of documents."""
+    bounds = inputs.cu_seqlens
+    on_cpu = inputs.q.device.type in ("cpu", "meta")
+    as_op = bounds is not None or torch._C._are_functorch_transforms_active()
+    if mode == "clamped" and on_cpu and as_op:
+        return chunked(inputs, CLAMP)
+    if bounds is None:
+        return one_call(inputs, mode)
+    if on_cpu and concrete(bounds) is None:  # they cannot be read: exact, too
+        return chunked(inputs)
+    length = inputs.q.shape[1]
+    return by_document(lambda rows: one_call(inputs.rows(rows), mode), bounds, length)
 
 
 def _check_range(log_decay: Tensor, dtype: torch.dtype) -> None:
-    """ValueError where g falls by more than one call holds."""
+    """ValueError where g falls by more than one call holds; asserted where it has no values yet."""
     limit = ONE_CALL_RANGE[dtype]
-    range_of_g = -cumulative_decay(log_decay.detach())[:, -1].min().item()
+    values = concrete(log_decay)
+    given = log_decay.detach() if values is None else values
+    widest = -given.double().clamp(min=LOWEST_LOG_DECAY).sum(-2).min()
+    if values is None:
+        torch._assert_async(widest <= limit, f"log_decay must sum to at least {-limit:g}")
+        return
+    range_of_g = widest.item()
     if range_of_g > limit:
         raise ValueError(
             f"backend 'one_call' is exact in {dtype} while log_decay sums to at least {-limit:g}, "
@@ -347,7 +375,7 @@ def _call_for(inputs: SisaInputs, dtype: torch.dtype) -> Call:
         length=q.shape[1],
         width=q.shape[3] + inputs.b.shape[3],
         value_width=inputs.v.shape[3],
-        grouped=q.shape[2] != inputs.k.shape[2],
+        grouped=is_grouped(q.shape[2], inputs.k.shape[2]),
         grad=torch.is_grad_enabled() and any(x.requires_grad for x in inputs.tensors()),
         deterministic=torch.are_deterministic_algorithms_enabled()
         and not torch.is_deterministic_algorithms_warn_only_enabled(),

@@ -9,12 +9,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import sisa_kernels as sk
-from sisa_kernels import _extension
-from sisa_kernels import decode as decode_module
-from sisa_kernels.decode import decode_eager
+from sisa_kernels import _extension, step
 from sisa_kernels.inputs import SisaInputs
 from sisa_kernels.paths.augment import augment
 from sisa_kernels.rotation import CLAMP
+from sisa_kernels.step import decode_eager
 from sisa_kernels.testing import NAMES, in_fp64, relative, worst_row
 from tests.support.augment import laid_out
 from tests.support.problems import problem
@@ -26,7 +25,7 @@ COMPILED = _extension.has_kernels("cpu")
 def path(request, monkeypatch):
     """Both implementations of the one-token step."""
     if request.param == "eager":
-        monkeypatch.setattr(decode_module, "decode", decode_eager)
+        monkeypatch.setattr(step, "decode", decode_eager)
     elif not COMPILED:
         pytest.skip(f"the library is {_extension.STATE}")
     return request.param
@@ -75,6 +74,123 @@ def test_any_width(path, H, G, Dh, Ds, Dv):
     inputs, _ = problem(B=2, L=70, H=H, G=G, Dh=Dh, Ds=Ds, Dv=Dv, decay=-3.0)
     y = walk(inputs, [60])
     assert relative(y[:, 60:], sk.reference.sisa_attention(**in_fp64(inputs))[:, 60:]) <= 1e-6
+
+
+@pytest.mark.skipif(not COMPILED, reason=f"the library is {_extension.STATE}")
+@pytest.mark.parametrize("decay", [-5.0, 1.0])
+@pytest.mark.parametrize("size", [1, 2, 7, 63, 257])
+@pytest.mark.parametrize("held", [0, 1, 1000])
+def test_several_tokens_over_a_cache_are_those_of_the_whole(held, size, decay):
+    """And so a prompt in pieces is the prompt in one; rows of other lengths are those alone."""
+    L = held + size
+    inputs, _ = problem(L=L, H=4, G=2, Dh=16, Ds=8, Dv=24, decay=decay)
+    rotary = tables(L, 16)
+    sizes = [n for n in (held, size) if n]
+    y = walk(inputs, sizes, rotary)[:, held:]
+    y_ref = sk.reference.sisa_attention(**in_fp64(inputs), rotary=rotary)[:, held:]
+    assert relative(y, y_ref) <= 1e-6
+    assert worst_row(y, y_ref) <= 1e-5
+
+
+@pytest.mark.skipif(not COMPILED, reason=f"the library is {_extension.STATE}")
+def test_several_tokens_run_on_the_compiled_kernels(monkeypatch):
+    def dense(*_):
+        raise AssertionError("all scores at once")
+
+    monkeypatch.setattr(step, "_attend", dense)
+    inputs, _ = problem(B=2, L=60, H=4, G=2, Dh=16, Ds=8)
+    y = walk(inputs, [20, 30, 3, 7])
+    assert worst_row(y, sk.reference.sisa_attention(**in_fp64(inputs))) <= 1e-5
+
+
+def packed_arguments(dtype=torch.float32, lengths=(5, 3)):
+    """Those of step_arguments as a layer's projections, and theirs with the gates made."""
+    q, k, v, b, c, _, theta, _, *rest = step_arguments(dtype, lengths=lengths)
+    raw_lam = torch.randn(4)
+    alpha, bias = torch.randn(2, 1, 2).to(dtype), torch.tensor([-5.0, 25.0])
+    theta = theta.to(dtype)
+    packed = torch.cat([x.flatten(2) for x in (q, k, v, b, c, alpha, theta)], -1)
+    log_decay = -F.softplus(alpha.float() + bias)
+    made = [q, k, v, b, c, log_decay, theta.float(), F.softplus(raw_lam), *rest]
+    return [packed, bias, raw_lam, *rest], made
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("compiled", [True, False])
+def test_a_packed_projection_is_its_parts(compiled, dtype):
+    if compiled and not COMPILED:
+        pytest.skip(f"the library is {_extension.STATE}")
+    packed, made = packed_arguments(dtype)
+    made[10:16] = [x.clone() for x in packed[5:11]]
+    op = torch.ops.sisa.decode_packed if compiled else step.decode_packed_eager
+    tolerance = {"rtol": 2e-2, "atol": 2e-2}
+    if dtype == torch.float32:
+        tolerance = {"rtol": 1e-5, "atol": 1e-6}
+    torch.testing.assert_close(op(*packed), decode_eager(*made), **tolerance)
+    torch.testing.assert_close(packed[5:11], made[10:16], **tolerance)
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+def test_a_packed_projection_has_the_channels_of_whole_heads(compiled):
+    if compiled and not COMPILED:
+        pytest.skip(f"the library is {_extension.STATE}")
+    packed, _ = packed_arguments()
+    packed[0] = packed[0][..., :-1].contiguous()
+    op = torch.ops.sisa.decode_packed if compiled else step.decode_packed_eager
+    with pytest.raises((ValueError, RuntimeError), match="packed must have the channels of q, k"):
+        op(*packed)
+
+
+@pytest.mark.skipif(not COMPILED, reason=f"the library is {_extension.STATE}")
+@pytest.mark.parametrize("forgets", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("lengths", [(5, 3), (700, 511)])
+def test_steps_without_importance(forgets, dtype, lengths):
+    """FoX's and plain attention's, compiled and eager, on both sides of a split's 512 slots."""
+    capacity = max(lengths) + 2
+    q, k, v, *_ = step_arguments(dtype)
+    caches = [torch.randn(2, 2, capacity, width).to(dtype) for width in (16, 12)]
+    log_decay = g = None
+    if forgets:
+        log_decay = -torch.rand(2, 1, 4)
+        g = -torch.rand(2, 4, capacity, dtype=torch.float64).cumsum(-1)
+    cos, sin = (table[:, None] for table in tables(2, 16))
+    found, right = [], []
+    for op, out in ((torch.ops.sisa.decode, found), (decode_eager, right)):
+        held = [None if x is None else x.clone() for x in (*caches, None, g, None, None)]
+        arguments = (q, k, v, None, None, log_decay, None, None, cos, sin, *held)
+        out += [op(*arguments, list(lengths)), *held]
+    tolerance = {"rtol": 2e-2, "atol": 2e-2}
+    if dtype == torch.float32:
+        tolerance = {"rtol": 1e-5, "atol": 1e-6}
+    for x, y in zip(found, right):
+        if x is not None:
+            torch.testing.assert_close(x, y, **tolerance)
+
+
+@pytest.mark.skipif(not COMPILED, reason=f"the library is {_extension.STATE}")
+def test_importance_past_the_horizon_is_not_read():
+    """It cannot change a score there; where b's reach lets it, it is."""
+    arguments = step_arguments(capacity=1100, lengths=(1030, 1030))
+    arguments[13] = -torch.arange(1100, dtype=torch.float64).expand(2, 2, -1).contiguous() / 20
+    near, far = ([x.clone() if 10 <= n < 16 else x for n, x in enumerate(arguments)] for _ in "ab")
+    near[12][:, :, :512] = math.nan  # g falls by 26 and more from these on
+    assert torch.ops.sisa.decode(*near).isfinite().all()
+    far[12][:, :, :512] = math.nan
+    far[15] *= 1e10
+    assert not torch.ops.sisa.decode(*far).isfinite().any()
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+def test_a_state_that_is_no_number_is_never_past_the_horizon(compiled):
+    if compiled and not COMPILED:
+        pytest.skip(f"the library is {_extension.STATE}")
+    op = torch.ops.sisa.decode if compiled else decode_eager
+    arguments = step_arguments(lengths=(5, 3))
+    op(*[x * math.nan if n == 3 else x for n, x in enumerate(arguments)])
+    assert arguments[15].isnan().all()
+    op(*arguments[:16], [6, 4])
+    assert arguments[15].isnan().all()
 
 
 def half_lives(L, **kwargs):
@@ -198,6 +314,26 @@ def test_rows_of_unequal_length_go_on_as_they_would_alone(path):
         assert worst_row(torch.cat(out, 1)[row], y_ref[row, n : n + 6]) <= 1e-5
 
 
+def test_a_cropped_cache_goes_on_as_if_the_tokens_had_not_come(path):
+    inputs, _ = problem(B=2, L=40, H=4, G=2, Dh=16, Ds=8, Dv=16, decay=-1.0)
+    cache = sk.SisaCache(2)
+    cache.keep_phases()
+    y = walk(inputs, [20], cache=cache)
+    for count in (1, 15, 39):
+        cache.crop(count)
+        rest = {name: x if name == "lam" else x[:, -count:] for name, x in inputs.items()}
+        again = walk(rest, [count], cache=cache)
+        assert cache.lengths == [40, 40]
+        assert relative(again, y[:, -count:]) <= 1e-6
+    for count in (-1, 40):
+        with pytest.raises(ValueError, match=f"count must be from 0 to 39, .* got {count}"):
+            cache.crop(count)
+    with pytest.raises(ValueError, match="phases are kept from the first token on"):
+        cache.keep_phases()
+    with pytest.raises(ValueError, match=r"if keep_phases\(\) was called at first"):
+        sk.SisaCache(2).crop(1)
+
+
 def test_one_token_may_wipe_out_everything_before_it(path):
     inputs, _ = problem(L=60, Dh=16, Ds=8)
     log_decay = inputs["log_decay"].detach().clone()
@@ -239,7 +375,11 @@ def step_arguments(dtype=torch.float32, capacity=9, lengths=(5, 3)):
     caches = [torch.randn(2, 2, capacity, width).to(dtype) for width in (16, 12, 8)]
     g = -torch.rand(2, 2, capacity, dtype=torch.float64).cumsum(-1)
     rotary = [table[:, None].to(wide) for table in tables(2, 16)]
-    return [*inputs, *rotary, *caches, g, torch.randn(2, 2, 4, dtype=torch.float64), list(lengths)]
+    state = [
+        torch.randn(2, 2, 4, dtype=torch.float64),
+        torch.full((2, 2), 9.0, dtype=torch.float64),
+    ]
+    return [*inputs, *rotary, *caches, g, *state, list(lengths)]
 
 
 @pytest.mark.parametrize(
@@ -254,18 +394,22 @@ def test_opcheck(op, dtype):
     torch.library.opcheck(op, tuple(step_arguments(dtype)))
 
 
+def test_opcheck_packed():
+    torch.library.opcheck(torch.ops.sisa.decode_packed.default, tuple(packed_arguments()[0]))
+
+
 @pytest.mark.skipif(not COMPILED, reason=f"the library is {_extension.STATE}")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("lengths", [(5, 3), (8, 8), (1, 7)])
 def test_compiled_step_changes_what_the_eager_one_does(dtype, lengths):
     compiled, eager = step_arguments(dtype, lengths=lengths), step_arguments(dtype, lengths=lengths)
-    eager[10:15] = [x.clone() for x in compiled[10:15]]
+    eager[10:16] = [x.clone() for x in compiled[10:16]]
     y, y_eager = torch.ops.sisa.decode(*compiled), decode_eager(*eager)
     tolerance = {"rtol": 2e-2, "atol": 2e-2}
     if dtype == torch.float32:
         tolerance = {"rtol": 1e-5, "atol": 1e-6}
     torch.testing.assert_close(y, y_eager, **tolerance)
-    torch.testing.assert_close(compiled[10:15], eager[10:15], **tolerance)
+    torch.testing.assert_close(compiled[10:16], eager[10:16], **tolerance)
 
 
 @st.composite
@@ -296,14 +440,15 @@ def calls(draw):
     caches.append(-decay * normal(B, G, capacity).abs().double().cumsum(-1))
     phase = normal(B, G, Ds // 2).double()
     views = [laid_out(draw, x) for x in (*inputs, *rotary)]
-    return [*views, *[None] * (2 - len(rotary)), *caches, phase, lengths]
+    reach = caches[2].double().norm(dim=-1).amax(-1)
+    return [*views, *[None] * (2 - len(rotary)), *caches, phase, reach, lengths]
 
 
 def with_rest(args, value):
     """The arguments with copies of the caches, whose slots past a row's length hold ``value``."""
-    args = [x.clone() if 10 <= n < 15 else x for n, x in enumerate(args)]
+    args = [x.clone() if 10 <= n < 16 else x for n, x in enumerate(args)]
     for cache in args[10:14]:
-        for row, length in zip(cache, args[15]):
+        for row, length in zip(cache, args[16]):
             row[:, length:] = value
     return args
 
@@ -327,7 +472,7 @@ def test_any_call_matches_fp64_and_reads_no_slot_past_the_length(args):
         error, allowed = ((each.double() - z).abs().max() for each in (x, y))
         assert error <= 3 * allowed + 2e-6 * (1 + z.abs().max())
     for cache in compiled[10:14]:
-        for row, length in zip(cache, args[15]):
+        for row, length in zip(cache, args[16]):
             assert row[:, length].isfinite().all()
             assert row[:, length + 1 :].isnan().all(), "nor writes one"
     one_thread = with_rest(args, math.nan)
@@ -478,7 +623,8 @@ def test_an_error_on_the_way_leaves_the_cache(monkeypatch):
     cache = sk.SisaCache(1)
     sk.sisa_decode(**head, cache=cache)
     with monkeypatch.context() as broken:
-        broken.setattr(decode_module, "visible", lambda *_: (_ for _ in ()).throw(MemoryError()))
+        for name in ("_attend", "_attend_compiled"):
+            broken.setattr(step, name, lambda *_: (_ for _ in ()).throw(MemoryError()))
         with pytest.raises(MemoryError):
             sk.sisa_decode(**tail, cache=cache)
     assert relative(sk.sisa_decode(**tail, cache=cache), whole) <= 5e-6

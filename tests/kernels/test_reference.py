@@ -44,10 +44,11 @@ def test_oracle_is_equation_2(mode, decay):
     )
 
 
-@pytest.mark.parametrize("mode", ["exact", "clamped"])
-def test_oracle_gradcheck(mode):
-    inputs, _ = problem(L=7, H=2, G=1, Dh=4, Ds=4, Dv=3, decay=0.0, dtype=torch.float64)
-    cos, sin = torch.rand(2, 7, 2, dtype=torch.float64)
+@pytest.mark.parametrize(("mode", "decay"), [("exact", 0.0), ("clamped", 0.0), ("clamped", 9.0)])
+def test_oracle_gradcheck(mode, decay):
+    """At +9, g falls by more than 40: the clamp binds."""
+    inputs, _ = problem(L=6, H=2, G=1, Dh=4, Ds=4, Dv=3, decay=decay, dtype=torch.float64)
+    cos, sin = torch.rand(2, 6, 2, dtype=torch.float64)
 
     def function(*args):
         return sk.reference.sisa_attention(*args, rotary=(cos, sin), mode=mode)

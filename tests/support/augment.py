@@ -1,5 +1,6 @@
 """Calls of the augmentation's ops: made up, random, run, and compared with fp64."""
 
+import itertools
 import math
 import os
 from collections.abc import Callable
@@ -77,12 +78,18 @@ def augment_call(
     rotary=True,
     flux=False,
     packed=True,
+    still=0,
 ) -> Call:
-    """A call on a problem of (query heads, key heads) and (Dh, Ds), with ``step`` its theta."""
+    """A call on a problem of (query heads, key heads) and (Dh, Ds), with ``step`` its theta.
+
+    ``still`` tokens at either end of each segment have no decay: its extremes are ties."""
     (H, G), (Dh, Ds) = heads, widths
     shape = {"B": batch, "L": length, "H": H, "G": G, "Dh": Dh, "Ds": Ds}
     problem, _ = testing.problem(**shape, decay=decay, theta=step, lam=None, dtype=dtype)
     q, k, b, c, log_decay, theta, lam = (x.detach() for x in problem.scores().tensors())
+    for start, end in itertools.pairwise((*starts, length)):
+        log_decay[:, start : start + still] = 0
+        log_decay[:, max(start, end - still) : end] = 0
     if packed:
         q, k, b, c = packed_views([q, k, b, c])
         log_decay, theta = packed_views([log_decay[..., None], theta])
@@ -147,6 +154,9 @@ CASES = {
     "63 tokens, rotation off": dict(length=63, rotary=False),
     "1000 tokens, weak decay": dict(length=1000, decay=-7.0),
     "strong decay, clamped": dict(decay=1.0, clamp=11.0),
+    "ties, clamped": dict(decay=1.0, clamp=11.0, still=40, heads=(4, 2)),
+    "ties of segments, clamped": dict(decay=1.0, clamp=3.0, still=33, starts=(0, 1, 64, 130)),
+    "no decay, clamped": dict(length=63, clamp=11.0, still=63),
     "decay past every exponent, segments": dict(length=63, decay=40.0, starts=range(63)),
     "shared key heads": dict(heads=(6, 2)),
     "one key head": dict(heads=(3, 1), flux=True),
@@ -209,6 +219,8 @@ def calls(draw: st.DrawFn) -> tuple[Call, torch.dtype]:
     clamp = draw(st.sampled_from((0.5, 3.0, 8.0)))
     decay, step = 10.0 ** draw(st.integers(-3, 4)), 10.0 ** draw(st.integers(-2, 2))
     log_decay = -decay * normal(B, L, G).abs()
+    if draw(st.booleans()):  # ties
+        log_decay *= normal(B, L, G) > 0
     theta = step * normal(B, L, G, Ds // 2)
     lam = 0.05 + normal(H).abs()
     shapes = ((H, Dh), (G, Dh), (G, Ds), (H, Ds))

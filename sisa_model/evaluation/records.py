@@ -2,16 +2,29 @@
 
 import dataclasses
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from sisa_model.evaluation.config import EvalConfig
-from sisa_model.evaluation.needles import NEEDLE_TESTS
+from sisa_model.evaluation.config import EvalConfig, protocol_of
+from sisa_model.evaluation.needles import NEEDLE_TESTS, Needles
+from sisa_model.evaluation.paper import PaperBenchmark
+from sisa_model.evaluation.scoring import ScoringPrecision
 from sisa_model.evaluation.statistics import Measurement
 from sisa_model.evaluation.subject import Subject
 from sisa_model.runs.log import read_rows
 from sisa_model.utils.files import write_json, write_text
 from sisa_model.utils.machine import versions
+
+# What rows without a protocol were measured by, before the authors' own was known token for token.
+FORMER_TITLES = {
+    "lambada": "lambada_openai",
+    "niah": "needle",
+    "niah_long": "needle_long",
+    "hellaswag": "hellaswag, earlier rule",
+    "arc_easy": "arc_easy, earlier rule",
+    "winogrande": "winogrande, earlier rule",
+}
 
 
 class Records:
@@ -36,7 +49,7 @@ class Records:
 
         It is bare where protocol and model are the paper's, whose curves nothing else should
         meet."""
-        harness = task not in NEEDLE_TESTS and self.config.protocol == "harness"
+        harness = protocol_of(task, self.config.protocol) == "harness"
         marks = ["harness"] * harness + ["lambda 0"] * self.config.lam_zero
         return f"{task} ({', '.join(marks)})" if marks else task
 
@@ -53,11 +66,16 @@ class Records:
         ]
         return self.folder / ("-".join(mark for mark in marks if mark) + suffix)
 
-    def write(self, task: str, measurements: list[Measurement]) -> None:
-        """Write a task's record with all that its figures depend on, and its row in eval.jsonl."""
+    def write(self, task: str, measurements: list[Measurement], dtype: ScoringPrecision) -> None:
+        """Write a task's record with all that its figures depend on, and its row in eval.jsonl.
+
+        ``dtype`` is what it was computed in."""
+        protocol = protocol_of(task, self.config.protocol)
         record = {
             "task": self.title(task),
             "step": self.subject.step,
+            "protocol": protocol,
+            "dtype": dtype,
             "weights": self.subject.weights,
             "figures": [dataclasses.asdict(x) for x in measurements],
             "settings": dataclasses.asdict(self.config),
@@ -74,6 +92,8 @@ class Records:
         row = {
             "step": self.subject.step,
             "task": self.title(task),
+            "protocol": protocol,
+            "dtype": dtype,
             "accuracy": best.value,
             "low": best.low,
             "high": best.high,
@@ -88,13 +108,30 @@ def add_rows(path: Path, rows: list[dict[str, Any]]) -> None:
     """Put ``rows`` into a jsonl file in place of earlier ones of the same step and task.
 
     The file is replaced as a whole."""
-    again = {(row["step"], row["task"]) for row in rows}
-    kept = [row for row in read_rows(path) if (row["step"], row["task"]) not in again]
+    again = {(row["step"], present_title(row)) for row in rows}
+    kept = [row for row in read_rows(path) if (row["step"], present_title(row)) not in again]
     write_text(path, "".join(json.dumps(row) + "\n" for row in kept + rows))
 
 
+def present_title(row: dict[str, Any]) -> str:
+    """The task of a row of eval.jsonl, a bare name of the paper's tasks for its protocol alone.
+
+    A row without a protocol was measured by an earlier rule."""
+    title = str(row["task"])
+    task, mark, rest = title.partition(" (")
+    protocol = row.get("protocol")
+    if protocol is not None:
+        other = protocol != "paper" and title in FORMER_TITLES
+        return f"{title} ({protocol})" if other else title
+    if rest.startswith("harness"):
+        return f"{FORMER_TITLES[task]}{mark}{rest}" if task == "lambada" else title
+    return f"{FORMER_TITLES.get(task, task)}{mark}{rest}"
+
+
 def read_evaluations(run: Path) -> list[dict[str, Any]]:
-    """The rows of RUN/eval.jsonl, shares in [0, 1]; ValueError for one that is no evaluation."""
+    """The rows of RUN/eval.jsonl, shares in [0, 1]; ValueError for one that is no evaluation.
+
+    Each by :func:`present_title`: a bare name of the paper's tables is the paper's protocol."""
     path = run / "eval.jsonl"
     found = []
     for row in read_rows(path):
@@ -112,4 +149,28 @@ def _checked(row: dict[str, Any]) -> dict[str, Any]:
     shares = {name: float(row[name]) for name in ("accuracy", *edges)}
     if not 0 <= shares["accuracy"] <= 1:
         raise ValueError(f"accuracy must be in [0, 1], got {row['accuracy']}")
-    return {**row, "step": int(row["step"]), "task": str(row["task"]), **shares}
+    return {**row, "step": int(row["step"]), "task": present_title(row), **shares}
+
+
+def write_requests(path: Path, asked: Iterable[PaperBenchmark | Needles]) -> int:
+    """Write each request of ``asked`` as a line of JSON into ``path``; how many there are.
+
+    A line has the task, the id (the example's number in its file, or the trial's, from 0), the
+    tokens of the whole request, the index of the first scored one, and the answer's number (0 where
+    there is one). The file is replaced as a whole, its folder made if need be."""
+    lines = [
+        json.dumps(
+            {
+                "task": questions.task,
+                "id": number,
+                "tokens": request.ids,
+                "scored_from": request.start,
+                "choice": choice,
+            }
+        )
+        for questions in asked
+        for number, choice, request in questions.named_requests()
+    ]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_text(path, "".join(f"{line}\n" for line in lines))
+    return len(lines)

@@ -2,7 +2,7 @@
 
 import copy
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -12,6 +12,8 @@ from tqdm import tqdm
 
 from sisa_model.models.language_model import LanguageModel
 
+# fp32; bf16 autocast over fp32 weights, logits in fp32; weights and logits in bf16 as well.
+ScoringPrecision = Literal["fp32", "bf16", "bf16-pure"]
 LOGITS = 2**25  # of them in memory at a time: 128 MiB in fp32
 
 
@@ -44,14 +46,18 @@ class Scorer:
     Batches are padded on the right. A causal model's real positions do not see what follows
     them, so a batch's result is that of one request at a time; not so in "clamped" mode, whose
     offset is taken over the whole sequence: there a batch holds requests of one length. Hidden
-    states are made under ``autocast`` (bf16 or nothing), logits always in fp32: bf16's would
-    tie."""
+    states are made in ``precision``, logits in the weights' dtype: bf16-pure, as the authors
+    evaluate, is of a model whose weights are bf16, and its logits tie."""
 
-    def __init__(self, model: LanguageModel, batch_tokens: int, autocast: bool = False):
+    def __init__(
+        self, model: LanguageModel, batch_tokens: int, precision: ScoringPrecision = "fp32"
+    ):
         self.model = model.eval()
         self.batch_tokens = batch_tokens
         self.device = model.embed.weight.device
-        self.autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=autocast)
+        self.precision = precision
+        in_bf16 = precision != "fp32"
+        self.autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=in_bf16)
 
     def of(self, model: LanguageModel) -> "Scorer":
         """A scorer of another model on the same device, with the same settings."""
@@ -113,7 +119,8 @@ class Scorer:
         columns = np.concatenate([np.arange(start - 1, len(ids) - 1) for ids, start in batch])
         scored = [token for ids, start in batch for token in ids[start:]]
         targets = torch.tensor(scored, device=self.device)
-        states = hidden[torch.from_numpy(rows), torch.from_numpy(columns)].float()
+        weight = self.model.embed.weight
+        states = hidden[torch.from_numpy(rows), torch.from_numpy(columns)].to(weight.dtype)
         size = max(1, LOGITS // self.model.config.vocab_size)
         pieces = map(self._token_scores, states.split(size), targets.split(size))
         losses, right = (torch.cat(x).cpu().split(counts) for x in zip(*pieces))
@@ -124,6 +131,6 @@ class Scorer:
 
     def _token_scores(self, states: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """Loss in fp64 and whether the target is the argmax, of states [N, D] and targets [N]."""
-        logits = F.linear(states, self.model.embed.weight.float())
+        logits = F.linear(states, self.model.embed.weight).float()
         losses = F.cross_entropy(logits, targets, reduction="none").double()
         return losses, logits.argmax(-1) == targets

@@ -7,11 +7,16 @@ from typing import NamedTuple
 
 import torch
 
+from sisa_model.data.shards import TOKENIZER
 from sisa_model.data.tokenizer import Encoder
-from sisa_model.models.checkpoint import CONFIG, read_config
+from sisa_model.evaluation.scoring import ScoringPrecision
+from sisa_model.models.checkpoint import CONFIG, load, read_config
 from sisa_model.models.config import ModelConfig
 from sisa_model.models.language_model import LanguageModel
-from sisa_model.runs.folder import RECORD, read_run, weights_by_step
+from sisa_model.runs.folder import RECORD, read_run
+from sisa_model.runs.weights import weights_by_step
+
+PADDING = 128  # entries that a vocabulary may be filled up with beyond its tokenizer's
 
 
 class Subject(NamedTuple):
@@ -29,9 +34,10 @@ class Subject(NamedTuple):
 def find_subject(run: Path, tokenizer: str | None = None, checkpoint: str = "newest") -> Subject:
     """The model in ``run`` and its tokenizer, the weights not yet read.
 
-    ``checkpoint`` is newest or the step of one. A folder of model weights needs ``tokenizer``: a
-    file, or the word bytes. Raises FileNotFoundError or ValueError for a folder of another kind,
-    and for a tokenizer that is missing or not the model's."""
+    ``checkpoint`` is newest or the step of one. ``tokenizer`` is a file, or the word bytes; a
+    folder that holds its own needs none, and is given none but the same. Raises FileNotFoundError
+    or ValueError for a folder of another kind, and for a tokenizer that is missing or not the
+    model's."""
     if (run / RECORD).is_file():
         subject = _in_run(run, tokenizer, checkpoint)
     elif (run / CONFIG).is_file():
@@ -51,32 +57,51 @@ def find_subject(run: Path, tokenizer: str | None = None, checkpoint: str = "new
 
 
 def _in_run(run: Path, tokenizer: str | None, checkpoint: str) -> Subject:
-    if tokenizer is not None:
-        raise ValueError(
-            f"tokenizer must be left out for a run folder, which knows its own, got {tokenizer}"
-        )
     train = read_run(run).train
+    own = Encoder(train.tokenizer)
+    _check_same(run, own, tokenizer)
     held = weights_by_step(run, train.steps)
     step = [*held][-1] if checkpoint == "newest" else int(checkpoint)
     if step not in held:
         steps = ", ".join(map(str, held))
         raise ValueError(f"checkpoint must be newest, all or one of {steps}, got {checkpoint}")
     model = read_config(held[step] / CONFIG)
-    return Subject(held[step], model, Encoder(train.tokenizer), step, train.seq_len)
+    return Subject(held[step], model, own, step, train.seq_len)
 
 
 def _in_weights(folder: Path, tokenizer: str | None, checkpoint: str) -> Subject:
-    if tokenizer is None:
-        raise ValueError(
-            f"tokenizer must be given for a folder of model weights: a file, or bytes ({folder})"
-        )
     if checkpoint != "newest":
         raise ValueError(
             f"checkpoint must be left at newest for a folder of model weights, got {checkpoint}"
         )
     model = read_config(folder / CONFIG)
-    encoder = Encoder(None if tokenizer == "bytes" else Path(tokenizer))
+    own = folder / TOKENIZER
+    if own.is_file():
+        encoder = Encoder(own)
+        _check_same(folder, encoder, tokenizer)
+    elif tokenizer is None:
+        raise ValueError(
+            f"tokenizer must be given for {folder}, which holds none: a file, or bytes"
+        )
+    else:
+        encoder = _named(tokenizer)
+        if not 0 <= model.vocab_size - encoder.size < PADDING:
+            raise ValueError(
+                f"tokenizer must be the model's: {tokenizer} has {encoder.size} tokens, the model "
+                f"in {folder} {model.vocab_size}"
+            )
     return Subject(folder, model, encoder, None, model.max_seq_len)
+
+
+def _named(tokenizer: str) -> Encoder:
+    return Encoder(None if tokenizer == "bytes" else Path(tokenizer))
+
+
+def _check_same(folder: Path, own: Encoder, tokenizer: str | None) -> None:
+    if tokenizer is not None and not own.is_same(_named(tokenizer)):
+        raise ValueError(
+            f"tokenizer must be the one that {folder} holds, or be left out, got {tokenizer}"
+        )
 
 
 def without_importance(model: LanguageModel) -> LanguageModel:
@@ -92,6 +117,21 @@ def without_importance(model: LanguageModel) -> LanguageModel:
     state = model.state_dict()
     plain.load_state_dict({name: state[name] for name in plain.state_dict()})
     return plain
+
+
+@torch.no_grad()
+def load_in(precision: ScoringPrecision, weights: Path, device: torch.device) -> LanguageModel:
+    """The model in the folder ``weights``, as it is scored in ``precision``.
+
+    bf16-pure is what the authors evaluate: every weight in bf16, and what stays fp32 for the
+    operators, lambda_raw say, rounded to bf16's values. Raises as
+    :func:`sisa_model.models.checkpoint.load` does."""
+    if precision != "bf16-pure":
+        return load(weights, device, weights="fp32")
+    model = load(weights, device, weights="bf16")
+    for parameter in model.parameters():
+        parameter.copy_(parameter.bfloat16())
+    return model
 
 
 def with_positions(model: LanguageModel, count: int) -> LanguageModel:

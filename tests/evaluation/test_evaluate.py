@@ -17,15 +17,16 @@ from sisa_model.data.tokenizer import Encoder
 from sisa_model.evaluation.benchmarks import (
     BENCHMARKS,
     PIQA_LABELS,
-    PaperBenchmark,
+    benchmarks_of,
     read_benchmark,
 )
-from sisa_model.evaluation.config import EvalConfig
+from sisa_model.evaluation.config import EvalConfig, check, precision_of
 from sisa_model.evaluation.evaluate import evaluate
-from sisa_model.evaluation.records import add_rows
+from sisa_model.evaluation.paper import PaperBenchmark
+from sisa_model.evaluation.records import add_rows, read_evaluations
 from sisa_model.evaluation.scoring import Request, Scorer
-from sisa_model.evaluation.statistics import interval
-from sisa_model.evaluation.subject import with_positions, without_importance
+from sisa_model.evaluation.statistics import bootstrap, measure, wilson
+from sisa_model.evaluation.subject import load_in, with_positions, without_importance
 from sisa_model.models.generate import generate
 from sisa_model.models.language_model import LanguageModel
 from sisa_model.runs.config import TrainConfig
@@ -35,7 +36,6 @@ from tests.support import ROOT
 
 WORDS = ["cat", "dog", "bird", "fish", "mouse", "horse"]
 TEXT = "the cat saw the dog and the dog saw the cat. "
-PAPER_TASKS = ("lambada", "hellaswag", "arc_easy", "winogrande")
 
 
 def sentence(rng, length):
@@ -54,9 +54,14 @@ def write_data(folder, count=12):
             else f"{sentence(rng, 3 + i)} caf\u00e9 {i}"
         )
         rows["lambada"].append({"text": lambada})
+        rows["lambada_openai"].append({"text": lambada.capitalize()})
+        before, after = sentence(rng, 2 + i), sentence(rng, 1)
         rows["hellaswag"].append(
             {
-                "query": f"Pets: {sentence(rng, 2 + i)}",
+                "activity_label": "Pets",
+                "ctx_a": f"{before}.",
+                "ctx_b": after,
+                "ctx": f"{before}. {after}",
                 "endings": [sentence(rng, 1 + j) for j in range(4)],
                 "label": 2 * label,
             }
@@ -139,23 +144,20 @@ def token_scores(model, prefix, text):
 
 def paper_answer(model, task, row):
     """The log-likelihoods of a row's answers and whether it is right, by the authors' rules."""
-    if task == "lambada":
+    if task.startswith("lambada"):
         *context, word = row["text"].split(" ")
         found, hits = token_scores(model, " ".join(context), f" {word}")
         return [found.sum()], bool(hits.all())
     if task == "winogrande":
         before, after = row["sentence"].split("_")
-        found = [
-            token_scores(model, "", before + row[option] + after)[0]
-            for option in ("option1", "option2")
-        ]
-    elif task == "hellaswag":
-        found = [token_scores(model, row["query"], f" {ending}")[0] for ending in row["endings"]]
+        sentences = [before + row[option] + after for option in ("option1", "option2")]
+        found = [token_scores(model, "", text)[0].sum() for text in sentences]
+        means = [total / len(text.encode()) for total, text in zip(found, sentences)]
+        return found, int(np.argmax(means)) == row["label"]
+    if task == "hellaswag":
+        found = [token_scores(model, row["ctx"], ending)[0] for ending in row["endings"]]
     else:
-        found = [
-            token_scores(model, f"Question: {row['question']}\nAnswer:", f" {choice}")[0]
-            for choice in row["choices"]
-        ]
+        found = [token_scores(model, row["question"], f" {x}")[0] for x in row["choices"]]
     return [x.sum() for x in found], int(np.argmax([x.mean() for x in found])) == row["label"]
 
 
@@ -172,7 +174,7 @@ def forwards(monkeypatch):
     return shapes
 
 
-@pytest.mark.parametrize("task", PAPER_TASKS)
+@pytest.mark.parametrize("task", benchmarks_of("paper"))
 def test_paper_protocol_equals_one_at_a_time(task, model, data, run, forwards):
     rows = read_benchmark(task, data)
     (figure,) = evaluate(EvalConfig(run=run, tasks=(task,), protocol="paper", data_dir=data))[task]
@@ -189,6 +191,7 @@ def test_paper_protocol_equals_one_at_a_time(task, model, data, run, forwards):
     assert 0 < figure.value < 1, "both outcomes are met"
     guesses = {
         "lambada": 0,
+        "lambada_openai": 0,
         "hellaswag": 1 / 4,
         "winogrande": 1 / 2,
         "arc_easy": np.mean([1 / 3, 1 / 4, 1 / 5]),
@@ -233,9 +236,61 @@ def test_clamped_mode_is_never_padded(forwards):
 
 def test_bf16_changes_scores_little(model):
     requests = [Request(list(TEXT.encode()), 1)]
-    exact, rounded = Scorer(model, 100)(requests)[0], Scorer(model, 100, autocast=True)(requests)[0]
+    exact = Scorer(model, 100)(requests)[0]
+    rounded = Scorer(model, 100, "bf16")(requests)[0]
     assert exact.total != rounded.total
     assert rounded.total == pytest.approx(exact.total, rel=0.05)
+
+
+@torch.no_grad()
+def test_bf16_pure_is_a_model_cast_whole_as_the_authors_evaluate(trained):
+    """Weights, autocast and logits in bf16, lambda at bf16's values."""
+    cpu = torch.device("cpu")
+    model = load_in("fp32", trained / "final", cpu)
+    cast = load_in("bf16-pure", trained / "final", cpu)
+    assert cast.config.weights == "bf16", "RoPE's tables and the decay's logits too"
+    for (name, original), x in zip(model.named_parameters(), cast.parameters()):
+        assert x.dtype == (torch.float32 if name.endswith("lambda_raw") else torch.bfloat16)
+        assert torch.equal(x.float(), original.bfloat16().float())
+    ids = torch.tensor([list(TEXT.encode())])
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = cast(ids[:, :-1])
+    assert logits.dtype == torch.bfloat16
+    logs = logits[0].float().log_softmax(-1).double()
+    expected = logs.gather(1, ids[0, 1:, None]).sum().item()
+    (score,) = Scorer(cast, 100, "bf16-pure")([Request(ids[0].tolist(), 1)])
+    assert score.total == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("flags", "dtype"),
+    [([], "fp32"), (["--precision", "bf16"], "bf16"), (["--precision", "bf16-pure"], "bf16-pure")],
+)
+def test_a_row_says_in_what_and_by_whose_rules_it_was_measured(run, data, flags, dtype):
+    tasks = ["--tasks", "winogrande,niah,needle", "--protocol", "paper", "--data-dir", str(data)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sisa_model.evaluation.needles.TRIALS", 1)
+        assert main(["eval", str(run), *tasks, *flags]) == 0
+    rows = {row["task"]: row for row in read_rows(run / "eval.jsonl")}
+    assert {task: row["protocol"] for task, row in rows.items()} == {
+        "winogrande": "paper",
+        "niah": "paper",
+        "needle": "ours",
+    }
+    assert {row["dtype"] for row in rows.values()} == {dtype}
+    record = json.loads((run / "eval" / "step-00000040-winogrande-paper.json").read_text())
+    assert (record["protocol"], record["dtype"]) == ("paper", dtype)
+
+
+def test_on_a_gpu_the_papers_tasks_are_bf16_whole(monkeypatch):
+    cuda, cpu = torch.device("cuda"), torch.device("cpu")
+    for has_bf16, expected in ((True, ("bf16-pure", "bf16")), (False, ("fp32", "fp32"))):
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda has=has_bf16, **_: has)
+        found = [precision_of(x, "auto", "fp32", cuda) for x in ("paper", "ours")]
+        assert tuple(found) == expected
+    assert precision_of("paper", "fp32", "fp32", cuda) == "fp32"
+    assert precision_of("paper", "auto", "fp32", cpu) == "fp32"
+    assert precision_of("ours", "auto", "bf16", cpu) == "bf16-pure", "a model of bf16 stays one"
 
 
 def test_the_command_prints_and_writes_every_figure(run, data, tmp_path, capsys):
@@ -290,19 +345,47 @@ def test_a_folder_of_weights_takes_a_tokenizer(run, data):
     assert not (run / "final" / "eval.jsonl").exists(), "its step is unknown"
 
 
-def test_intervals_are_those_of_the_binomial_and_of_any_statistic():
-    right = np.arange(400) % 4 == 0
-    low, high = interval(right)
-    error = 1.96 * math.sqrt(0.25 * 0.75 / 400)
-    assert low == pytest.approx(
-        0.25 - error, abs=0.006
-    )  # 2,000 resamples: their quantiles are good to 0.002
-    assert high == pytest.approx(0.25 + error, abs=0.006)
-    assert interval(right) == (low, high)
-    assert interval([1, 1, 1]) == (1, 1)
+@pytest.mark.parametrize(
+    ("right", "count", "expected"),
+    [
+        (0, 40, (0.0, 0.0876)),  # by hand: z^2 / (n + z^2)
+        (40, 40, (0.9124, 1.0)),
+        (1, 40, (0.0044, 0.1288)),
+        (100, 400, (0.2101, 0.2947)),
+    ],
+)
+def test_a_shares_interval_is_wilsons(right, count, expected):
+    stats = pytest.importorskip("scipy.stats")
+    low, high = wilson(right, count)
+    assert (low, high) == pytest.approx(expected, abs=5e-5)
+    theirs = stats.binomtest(right, count).proportion_ci(0.95, "wilson")
+    assert (low, high) == pytest.approx((theirs.low, theirs.high), abs=1e-12)
+    scores = [1] * right + [0] * (count - right)
+    found = measure("accuracy", scores, None)
+    assert (found.low, found.high, found.value) == (low, high, right / count)
+    assert wilson(right, count) == pytest.approx(
+        tuple(1 - edge for edge in reversed(wilson(count - right, count)))
+    )
+
+
+def test_a_share_of_nothing_is_refused():
+    for right, count in ((0, 0), (3, 2), (-1, 2)):
+        with pytest.raises(ValueError, match=r"right must be in \[0, count\]"):
+            wilson(right, count)
+
+
+def test_other_figures_have_bootstrap_intervals():
     losses = np.random.default_rng(0).normal(2, 0.5, 300)
-    mean = interval(losses)
-    assert interval(losses, lambda x: math.exp(np.mean(x))) == pytest.approx(np.exp(mean), rel=1e-3)
+    low, high = bootstrap(losses)
+    error = 1.96 * losses.std() / math.sqrt(300)
+    # 2,000 resamples: their quantiles are good to a twentieth of the error
+    assert (low, high) == pytest.approx(
+        (losses.mean() - error, losses.mean() + error), abs=0.1 * error
+    )
+    assert bootstrap(losses) == (low, high)
+    aggregated = measure("perplexity", list(losses), None, lambda x: math.exp(np.mean(x)))
+    assert (aggregated.low, aggregated.high) == pytest.approx(np.exp((low, high)), rel=1e-3)
+    assert aggregated.right == ""
 
 
 def test_rows_of_the_same_step_and_task_are_replaced(tmp_path):
@@ -318,6 +401,34 @@ def test_rows_of_the_same_step_and_task_are_replaced(tmp_path):
         (2, "a", 0.3),
         (1, "b", 0.4),
     ]
+
+
+def test_rows_of_earlier_rules_go_by_what_they_are(tmp_path):
+    """A row without a protocol is of a version whose "paper" was not the authors' own."""
+    names = {
+        "lambada": "lambada_openai",
+        "lambada (harness)": "lambada_openai (harness)",
+        "lambada (lambda 0)": "lambada_openai (lambda 0)",
+        "hellaswag": "hellaswag, earlier rule",
+        "hellaswag (harness)": "hellaswag (harness)",
+        "hellaswag (lambda 0)": "hellaswag, earlier rule (lambda 0)",
+        "niah": "needle",
+        "niah_long": "needle_long",
+        "needle_grid": "needle_grid",
+        "piqa (harness)": "piqa (harness)",
+    }
+    path = tmp_path / "eval.jsonl"
+    other = {"step": 9, "task": "arc_easy", "protocol": "harness", "accuracy": 0.5}
+    add_rows(path, [other])
+    assert [row["task"] for row in read_evaluations(tmp_path)] == ["arc_easy (harness)"]
+    path.unlink()
+    add_rows(path, [{"step": 9, "task": name, "accuracy": 0.5} for name in names])
+    assert [row["task"] for row in read_evaluations(tmp_path)] == list(names.values())
+    add_rows(path, [{"step": 9, "task": "niah", "protocol": "paper", "accuracy": 1.0}])
+    found = {row["task"]: row["accuracy"] for row in read_evaluations(tmp_path)}
+    assert (found["niah"], found["needle"]) == (1.0, 0.5), "both stay"
+    add_rows(path, [{"step": 9, "task": "needle", "protocol": "ours", "accuracy": 0.75}])
+    assert len(read_evaluations(tmp_path)) == len(names) + 1, "the earlier row is replaced"
 
 
 @pytest.mark.parametrize(
@@ -336,10 +447,13 @@ def test_lambda_zero_is_the_limit_of_a_small_lambda(preset):
 
 
 HARNESS_PROMPTS = {
-    "lambada": lambda row: [
+    "lambada_openai": lambda row: [
         (" ".join(row["text"].split(" ")[:-1]), " " + row["text"].split(" ")[-1])
     ],
-    "hellaswag": lambda row: [(row["query"], f" {ending}") for ending in row["endings"]],
+    "hellaswag": lambda row: [
+        (f"Pets: {row['ctx_a']} {row['ctx_b'].capitalize()}", f" {ending}")
+        for ending in row["endings"]
+    ],
     "arc_easy": lambda row: [
         (f"Question: {row['question']}\nAnswer:", f" {choice}") for choice in row["choices"]
     ],
@@ -356,13 +470,14 @@ HARNESS_PROMPTS = {
 
 def test_harness_protocol_by_hand(model, data, run, forwards):
     pytest.importorskip("lm_eval")
-    found = evaluate(EvalConfig(run=run, tasks=tuple(BENCHMARKS), data_dir=data))
+    tasks = tuple(benchmarks_of("harness"))
+    found = evaluate(EvalConfig(run=run, tasks=tasks, data_dir=data))
     assert len(forwards) < 12, "about 160 sequences"
     for task, prompts in HARNESS_PROMPTS.items():
         figures = {figure.metric: figure for figure in found[f"{task} (harness)"]}
-        rows = read_benchmark(task, data)
+        rows = read_benchmark(task, data, protocol="harness")
         scores = [[token_scores(model, *option) for option in prompts(row)] for row in rows]
-        if task == "lambada":
+        if task == "lambada_openai":
             expected = [int(hits.all()) for ((_, hits),) in scores]
             total = np.mean([x.sum() for ((x, _),) in scores])
             assert figures["perplexity"].value == pytest.approx(math.exp(-total), rel=1e-4)
@@ -384,6 +499,34 @@ def test_harness_protocol_by_hand(model, data, run, forwards):
     rows = {row["task"]: row["metric"] for row in read_rows(run / "eval.jsonl")}
     assert rows["hellaswag (harness)"] == "acc_norm"
     assert rows["piqa (harness)"] == "acc"
+
+
+def test_harness_takes_cleaned_contexts(model, data, run, tmp_path):
+    """A file of HellaSwag made for an earlier version, with ``query`` in place of its parts."""
+    pytest.importorskip("lm_eval")
+    rows = read_benchmark("hellaswag", data, protocol="harness")
+    prompts = [HARNESS_PROMPTS["hellaswag"](row) for row in rows]
+    older = [
+        {"query": options[0][0], "endings": row["endings"], "label": row["label"]}
+        for row, options in zip(rows, prompts)
+    ]
+    path = tmp_path / BENCHMARKS["hellaswag"].file
+    path.write_text("".join(json.dumps(row) + "\n" for row in older))
+    found = evaluate(EvalConfig(run=run, tasks=("hellaswag",), data_dir=tmp_path))
+    totals = [[token_scores(model, *option)[0].sum() for option in options] for options in prompts]
+    expected = [int(np.argmax(x) == row["label"]) for x, row in zip(totals, rows)]
+    (acc,) = (x for x in found["hellaswag (harness)"] if x.metric == "acc")
+    assert acc.right == "".join(map(str, expected))
+
+
+def test_former_names_of_the_natural_lambada(data, run, tmp_path, caplog):
+    pytest.importorskip("lm_eval")
+    shutil.copy(data / BENCHMARKS["lambada_openai"].file, tmp_path / "lambada_test.jsonl")
+    assert read_benchmark("lambada_openai", tmp_path) == read_benchmark("lambada_openai", data)
+    tasks = ("lambada", "lambada_openai,niah")
+    assert check(EvalConfig(run=run, tasks=tasks)) == ("lambada_openai", "niah")
+    assert "lambada in protocol harness is lambada_openai" in caplog.text
+    assert check(EvalConfig(run=run, tasks=tasks, protocol="paper"))[0] == "lambada"
 
 
 def test_harness_model_scores_texts_and_generates(model):
@@ -494,7 +637,7 @@ def test_a_task_the_harness_does_not_know_is_named(run, capsys):
     [
         (
             ["--tasks", "mmlu"],
-            "tasks must be among lambada, hellaswag, arc_easy, winogrande, niah,",
+            "tasks must be among lambada, lambada_openai, hellaswag, arc_easy, winogrande, niah,",
         ),
         (["--tasks", "piqa"], "in protocol paper, got 'piqa'"),
         (["--tasks", "mmlu", "--protocol", "harness"], "in protocol harness with local files"),
@@ -503,7 +646,7 @@ def test_a_task_the_harness_does_not_know_is_named(run, capsys):
         (["--limit", "0"], "limit must be at least 1, got 0"),
         (["--batch-tokens", "0"], "batch_tokens must be"),
         (["--device", "tpu9"], "device must be"),
-        (["--tokenizer", "bytes"], "tokenizer must be left out"),
+        (["--tokenizer", "none.json"], "tokenizer none.json does not exist"),
         (
             ["--tasks", "lambada", "--max-seq-len", "20"],
             "positions, and the model has 20 (max_seq_len); --max-seq-len allows more",
@@ -524,7 +667,7 @@ def test_a_choice_that_there_is_not_is_named(field, run):
 
 
 def test_longer_examples_need_max_seq_len(run, tmp_path, capsys):
-    (tmp_path / "lambada_test.jsonl").write_text(
+    (tmp_path / "lambada_cimec_test.jsonl").write_text(
         json.dumps({"text": "a cat " * 200 + "sat"}) + "\n"
     )
     flags = f"eval {run} --tasks lambada --protocol paper --data-dir {tmp_path}".split()
@@ -560,7 +703,6 @@ def test_bad_folders_are_named(run, data, tmp_path, capsys):
         return capsys.readouterr().err
 
     assert "run must be a run folder of sisa train or" in fails(data)
-    assert "tokenizer must be given" in fails(run / "final")
     none = tmp_path / "none"
     assert f"tokenizer {none} does not exist" in fails(run / "final", "--tokenizer", str(none))
     words = {f"w{i}": i for i in range(300)}
@@ -570,14 +712,12 @@ def test_bad_folders_are_named(run, data, tmp_path, capsys):
     tokenizer.add_special_tokens(["<|endoftext|>"])
     tokenizer.save(str(tmp_path / "words.json"))
     words = str(tmp_path / "words.json")
-    assert "tokenizer must be the model's" in fails(run / "final", "--tokenizer", words)
+    assert "tokenizer must be the one that" in fails(run / "final", "--tokenizer", words)
     torch.manual_seed(0)
     sm.save(sm.build("transformer-tiny"), tmp_path / "plain")
     assert "lam_zero needs a model with an importance term" in fails(
         tmp_path / "plain", "--tokenizer", "bytes", "--lam-zero"
     )
-    assert main(["eval", str(run), "--tasks", "lambada", "--protocol", "paper"]) == 1
-    assert "data_dir must be given for lambada in protocol paper" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -592,13 +732,32 @@ def test_bad_folders_are_named(run, data, tmp_path, capsys):
         (
             "lambada",
             '{"text": "a b"}\n{"txt": 1}',
-            "line 2 is no example of lambada: KeyError('text')",
+            "line 2 is no example of lambada in protocol paper: it has txt and no text; "
+            "fetch cimec/lambada",
         ),
         ("lambada", '{"text": "a b"}\n{"text": 3}', "line 2: text must be str"),
         ("lambada", "[1]", "line 1 is no example of lambada"),
         (
+            "lambada",
+            '{"text": "A stone fell"}\n{"text": "It fell"}\n{"text": "he fell"}',
+            "must hold lambada, and is lambada_openai: 2 of 3 examples have capitals; "
+            "fetch cimec/lambada, split test",
+        ),
+        (
+            "lambada_openai",
+            '{"text": "a stone fell"}\n{"text": "it fell"}\n{"text": "He fell"}',
+            "must hold lambada_openai, and is lambada: 1 of 3 examples have capitals; "
+            "fetch EleutherAI/lambada_openai, split test",
+        ),
+        (
             "hellaswag",
-            '{"query": "q", "endings": ["a", "b"], "label": 2}',
+            '{"query": "q", "endings": ["a", "b"], "label": 1}',
+            "line 1 is no example of hellaswag in protocol paper: it has query, endings, label and "
+            "no ctx; fetch Rowan/hellaswag, split validation",
+        ),
+        (
+            "hellaswag",
+            '{"ctx": "q", "endings": ["a", "b"], "label": 2}',
             "label must be the index of one of 2 answers, got 2",
         ),
         (
@@ -628,12 +787,23 @@ def test_bad_data_is_named(task, text, message, data, tmp_path):
     assert message in str(error.value)
 
 
-def test_missing_data_is_named_with_its_source(data, tmp_path):
-    with pytest.raises(
-        FileNotFoundError,
-        match=r'task winogrande needs .*winogrande_xl_validation.jsonl: .*"option1".* a line',
-    ):
-        read_benchmark("winogrande", tmp_path)
+def test_missing_data_is_named_with_what_to_fetch(data, run, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(["eval", str(run), "--tasks", "lambada,winogrande", "--protocol", "paper"]) == 1
+    said = capsys.readouterr().err
+    for task, parts in {
+        "lambada": ("cimec/lambada", "split test", "5,153 examples", '{"text"}'),
+        "winogrande": ("allenai/winogrande", "winogrande_xl", "split validation", '"option1"'),
+    }.items():
+        file = BENCHMARKS[task].file
+        (line,) = (line for line in said.splitlines() if f"task {task} needs" in line)
+        assert f"data/eval/{file}, which is not there" in line
+        assert all(part in line for part in (*parts, f"into {file}", "docs/evaluate.md"))
+    shutil.copytree(data, tmp_path / "data" / "eval")
+    assert main(["eval", str(run), "--tasks", "lambada,winogrande", "--protocol", "paper"]) == 0
+
+
+def test_missing_labels_of_piqa_are_named(data, tmp_path):
     shutil.copy(data / BENCHMARKS["piqa"].file, tmp_path)
     with pytest.raises(FileNotFoundError, match=f"task piqa needs .*{PIQA_LABELS}"):
         read_benchmark("piqa", tmp_path)
@@ -645,14 +815,17 @@ def test_missing_data_is_named_with_its_source(data, tmp_path):
 
 def test_the_documented_script_makes_the_files(tmp_path, monkeypatch):
     """That of docs/evaluate.md, on rows as the Hub's data sets have them."""
+    pets = {
+        "activity_label": "Pets",
+        "ctx_a": "A cat [header] sits.",
+        "ctx_b": "it",
+        "ctx": "A cat [header] sits. it",
+        "endings": ["[step] purrs.", "b"],
+    }
     hub = {
-        "EleutherAI/lambada_openai": {"text": "a cat sat"},
-        "Rowan/hellaswag": {
-            "activity_label": "Pets",
-            "ctx": "A cat [header] sits. it",
-            "endings": ["[step] purrs.", "b"],
-            "label": "1",
-        },
+        "cimec/lambada": {"text": "a cat , sat", "domain": None},
+        "EleutherAI/lambada_openai": {"text": "A cat sat"},
+        "Rowan/hellaswag": {**pets, "ind": 3, "label": "1"},
         "allenai/ai2_arc": {
             "question": "q",
             "choices": {"text": ["x", "y"], "label": ["A", "B"]},
@@ -676,18 +849,17 @@ def test_the_documented_script_makes_the_files(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     page = (ROOT / "docs" / "evaluate.md").read_text()
     exec(page.split("```python\n")[1].split("```")[0], {})
+    folder = tmp_path / "data" / "eval"
     for (task, benchmark), (name, config, split) in zip(BENCHMARKS.items(), loaded, strict=True):
-        assert all(
-            part in benchmark.source for part in (name, split, config or "") if part != "default"
-        )
+        assert name in benchmark.source
+        assert f"split {split}" in benchmark.source
+        assert config in (None, "default", "plain_text") or config in benchmark.source
         assert f"`{benchmark.file}`" in page
         assert f"| {benchmark.examples:,} |" in page
-        (row,) = read_benchmark(task, tmp_path / "data" / "eval")
-        assert row.get("label", 1) == 1
-    assert (
-        read_benchmark("hellaswag", tmp_path / "data" / "eval")[0]["query"]
-        == "Pets: A cat sits. it"
-    )
+        for protocol in benchmark.protocols:
+            (row,) = read_benchmark(task, folder, protocol=protocol)
+            assert row.get("label", 1) == 1
+    assert read_benchmark("hellaswag", folder) == [{**pets, "label": 1}], "as the Hub has it"
 
 
 def test_limit_takes_the_first(data):

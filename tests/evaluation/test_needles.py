@@ -14,7 +14,8 @@ from sisa_model.cli import main
 from sisa_model.data.text import END_OF_TEXT
 from sisa_model.data.tokenizer import Encoder
 from sisa_model.evaluation import needles
-from sisa_model.evaluation.needles import FILLER, NEEDLES, SEEDS, Haystack, grid_lengths
+from sisa_model.evaluation.needles import Haystack, grid_lengths
+from sisa_model.evaluation.niah import FILLER, PAIRS, SEEDS, NiahBuilder
 from sisa_model.evaluation.scoring import Scorer
 from sisa_model.runs.config import TrainConfig
 from sisa_model.runs.log import read_rows
@@ -35,7 +36,7 @@ def words(tmp_path_factory):
         show_progress=False,
     )
     tokenizer.train_from_iterator(
-        [FILLER * 9, *(f" {phrase} {value}." for phrase, value in NEEDLES.items())] * 9, trainer
+        [FILLER * 9, *(f" {phrase} {value}." for phrase, value in PAIRS)] * 9, trainer
     )
     tokenizer.save(str(path))
     return path
@@ -71,40 +72,52 @@ class Copier(nn.Module):
         return out
 
 
-def share(encoder, requests, **kwargs):
+def share(encoder, trials, **kwargs):
+    requests = [trial.request for trial in trials]
     return np.mean([score.greedy for score in Scorer(Copier(encoder, **kwargs), 1)(requests)])
 
 
-def test_the_authors_trials(encoder):
+def test_words_hide_anywhere(encoder):
     stack = Haystack(encoder)
-    requests = stack.paper(512, 42, 60)
-    assert requests == Haystack(encoder).paper(512, 42, 60)
-    assert requests != stack.paper(512, 123, 60)
-    phrases, depths, firsts = set(), [], {}
-    for ids, start in requests:
-        assert start == 512
+    trials = stack.words(512, 42, 60)
+    assert trials == Haystack(encoder).words(512, 42, 60)
+    assert trials != stack.words(512, 123, 60)
+    values = dict(PAIRS)
+    depths, firsts = [], {}
+    for (ids, start), length, depth, seed in trials:
+        assert (start, length, seed) == (512, 512, 42)
         assert len(ids) == 513, "the first token of the value is scored"
         text = encoder.decode(ids[:512])
-        phrase = next(phrase for phrase in NEEDLES if text.count(phrase) == 2)
-        assert text.count(f" {phrase} {NEEDLES[phrase]}.") == 1
+        phrase = next(phrase for phrase in values if text.count(phrase) == 2)
+        assert text.count(f" {phrase} {values[phrase]}.") == 1
         assert text.rstrip(" ").endswith(phrase)
-        assert NEEDLES[phrase].startswith(encoder.decode(ids[512:]).strip())
+        assert values[phrase].startswith(encoder.decode(ids[512:]).strip())
         assert text.count("The quick brown fox jumps over the lazy dog") > 5
-        phrases.add(phrase)
         firsts[phrase] = ids[512]
-        depths.append(text.index(phrase) / len(text))
-    assert phrases == set(NEEDLES)
+        depths.append(depth)
+        place = text.index(phrase) / (len(text) - 45)
+        assert place == pytest.approx(depth, abs=0.1)
+    assert firsts.keys() == values.keys()
     assert len(set(firsts.values())) == 5, "the value's first token tells the needles apart"
     assert min(depths) < 0.1
     assert max(depths) > 0.85
-    assert share(encoder, requests[:12]) == 1
-    assert share(encoder, requests[:12], blind=True) == 0
+    assert share(encoder, trials[:12]) == 1
+    assert share(encoder, trials[:12], blind=True) == 0
+
+
+def test_the_authors_needle_can_be_found(encoder):
+    """In bytes it is the space before it, which says nothing."""
+    builder = NiahBuilder(encoder)
+    assert builder.chance == (0.2 if encoder.tokenizer else 1)
+    trials = builder.trials(512, 42, 12)
+    assert share(encoder, trials) == 1
+    assert max(trial.depth for trial in trials) <= 0.5
 
 
 def test_a_score_is_the_argmax_after_the_question():
     torch.manual_seed(0)
     model = sm.build("sisa-tiny-ds16").eval()
-    requests = Haystack(Encoder(None)).paper(300, 42, 8)
+    requests = [trial.request for trial in Haystack(Encoder(None)).words(300, 42, 8)]
     with torch.no_grad():
         best = [model(torch.tensor([ids[:-1]]))[0, -1].argmax().item() for ids, _ in requests]
     requests += [
@@ -115,9 +128,10 @@ def test_a_score_is_the_argmax_after_the_question():
 
 @pytest.mark.parametrize("depth", needles.GRID_DEPTHS)
 def test_the_grid_hides_five_digits_at_its_depth(encoder, depth):
-    requests = Haystack(encoder).grid(700, depth, 42, 5)
+    trials = Haystack(encoder).grid(700, depth, 42, 5)
     numbers = set()
-    for ids, start in requests:
+    for (ids, start), *cell in trials:
+        assert cell == [700, depth, 42]
         assert start == 700
         text, answer = encoder.decode(ids[:start]), encoder.decode(ids[start:])
         assert text.endswith(" The pass key is")
@@ -128,8 +142,8 @@ def test_the_grid_hides_five_digits_at_its_depth(encoder, depth):
         assert len(place) / (700 - 24) == pytest.approx(depth, abs=0.08)
         numbers.add(answer)
     assert len(numbers) == 5
-    assert share(encoder, requests[:2]) == 1
-    assert share(encoder, requests[:2], blind=True) == 0
+    assert share(encoder, trials[:2]) == 1
+    assert share(encoder, trials[:2], blind=True) == 0
 
 
 def test_grid_lengths_reach_twice_the_training_length():
@@ -140,7 +154,7 @@ def test_a_length_without_room_is_named(encoder):
     with pytest.raises(
         ValueError, match=r"length must be above \d+ tokens, a needle and its question, got 8"
     ):
-        Haystack(encoder).paper(8, 42, 1)
+        Haystack(encoder).words(8, 42, 1)
 
 
 @pytest.fixture(scope="module")
@@ -156,26 +170,40 @@ def test_the_command_finds_needles_past_the_positions_and_draws(run, monkeypatch
     monkeypatch.setattr(needles, "GRID_TRIALS", 1)
     monkeypatch.setattr(needles, "GRID_DEPTHS", (0.0, 0.5, 1.0))
     monkeypatch.setattr(needles, "LONG_LENGTHS", (256, 1100))
-    assert main(["eval", str(run), "--tasks", "niah,niah_long,needle_grid"]) == 0
+    tasks = "niah,niah_long,needle,needle_long,needle_grid"
+    assert main(["eval", str(run), "--tasks", tasks]) == 0
     out = capsys.readouterr().out
-    assert "niah_long: raises the model's 1024 positions (max_seq_len) to the 1100 it needs" in out
-    assert (
-        "needle_grid: raises the model's 1024 positions (max_seq_len) to the 1285 it needs" in out
-    )
+    for task, needed in (("niah_long", 1090), ("needle_long", 1100), ("needle_grid", 1285)):
+        assert (
+            f"{task}: raises the model's 1024 positions (max_seq_len) to the {needed} it needs"
+            in out
+        )
     assert "niah: raises" not in out
     rows = {row["task"]: row for row in read_rows(run / "eval.jsonl")}
-    assert {task: (row["step"], row["count"]) for task, row in rows.items()} == {
-        "niah": (2, 10),
-        "niah_long": (2, 20),
-        "needle_grid": (2, 8 * 3 * 5),
+    assert {task: (row["step"], row["count"], row["protocol"]) for task, row in rows.items()} == {
+        "niah": (2, 10, "paper"),
+        "niah_long": (2, 20, "paper"),
+        "needle": (2, 10, "ours"),
+        "needle_long": (2, 20, "ours"),
+        "needle_grid": (2, 8 * 3 * 5, "ours"),
     }
-    assert rows["niah"]["chance"] == 0.2
+    assert (rows["niah"]["chance"], rows["needle"]["chance"]) == (1, 0.2), (
+        "every byte value: a space"
+    )
     assert list(rows["niah_long"]["by_length"]) == ["256", "1100"]
-    assert list(rows["niah_long"]["by_seed"]) == list(map(str, SEEDS))
+    assert list(rows["niah_long"]["by_seed"]) == sorted(map(str, SEEDS), key=int)
+    assert rows["niah_long"]["tokens_by_length"] == {"256": [246, 246], "1100": [1090, 1090]}
     grid = rows["needle_grid"]
     assert grid["lengths"] == [80, 160, 320, 480, 640, 800, 960, 1280]
+    assert grid["trials_a_cell"] == 5
     assert np.shape(grid["by_depth_and_length"]) == (3, 8)
     assert image.imread(run / "eval" / "step-00000002-needle_grid.png").ndim == 3
+    for task in ("niah_long", "needle_long", "needle_grid"):
+        for name, format in (("length", "at {:,} tokens"), ("depth", "at depth {}")):
+            for key, count in rows[task][f"count_by_{name}"].items():
+                title = format.format(float(key) if name == "depth" else int(key))
+                (line,) = (x for x in out.splitlines() if x.startswith(task) and title in x)
+                assert line.split()[-1] == str(count), "its trials, after its interval"
 
 
 def test_the_grid_leaves_out_lengths_without_room(tmp_path, capsys):
@@ -232,4 +260,10 @@ def test_the_grid_is_put_together_by_depth_length_and_seed(run, monkeypatch):
     assert np.array(record["details"]["by_depth_and_length"]) == pytest.approx(expected)
     assert record["details"]["by_seed"] == pytest.approx(
         {"42": 10 / 32, "123": 0, "456": 0, "789": 0, "1024": 0}
+    )
+    assert record["details"]["by_length"] == pytest.approx(
+        dict(zip(map(str, record["details"]["lengths"]), expected.mean(0)))
+    )
+    assert record["details"]["by_depth"] == pytest.approx(
+        dict(zip(map(str, record["details"]["depths"]), expected.mean(1)))
     )

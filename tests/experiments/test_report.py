@@ -4,7 +4,10 @@ import pytest
 
 from sisa_model.cli import main
 from sisa_model.experiments import published as paper
-from sisa_model.experiments.report import TITLES, collect, tables
+from sisa_model.experiments.report import by_other_protocols
+from sisa_model.experiments.results import collect
+from sisa_model.experiments.tables import TITLES, tables
+from tests.support.browser import opened
 from tests.support.runs import run_folder
 
 
@@ -16,16 +19,21 @@ def run_of(path, preset, evals=(), step=9536, rate=10.0, val=None, **settings):
     )
 
 
-def row(task, accuracy, step=9536, **more):
-    return {"step": step, "task": task, "accuracy": accuracy, **more}
+def row(task, accuracy, step=9536, protocol="paper", **more):
+    return {"step": step, "task": task, "accuracy": accuracy, "protocol": protocol, **more}
 
 
-def found_tables(*folders):
+def earlier(*rows):
+    """Rows as a version wrote them whose protocol "paper" was not the authors' own."""
+    return [{name: x for name, x in row.items() if name != "protocol"} for row in rows]
+
+
+def found_tables(*folders, show_missing=True):
     """title -> {(row, column): cell}."""
     results = [collect(folder, folder.name) for folder in folders]
     return {
         t.title: {(label, c): str(x) for label, cells in t.rows for c, x in zip(t.columns, cells)}
-        for t in tables(results)
+        for t in tables(results, show_missing)
     }
 
 
@@ -42,7 +50,7 @@ def study(tmp_path):
                 row("lambada", 0.05, 1000),
                 row("niah", 0.98, by_length={"512": 0.98}, low=0.97, high=0.99),
                 row("niah_long", 0.7, by_length={"256": 1.0, "2048": 0.8}),
-                row("lambada (harness)", 0.141),
+                row("lambada_openai (harness)", 0.141, protocol="harness"),
             ],
             rate=1000.0,
         ),
@@ -55,7 +63,7 @@ def study(tmp_path):
         run_of(
             tmp_path / "b",
             "sisa-152m-ds16",
-            [row("lambada", 0.182), row("niah", 0.9, length=512)],
+            [row("lambada", 0.182), row("niah", 0.9, dtype="bf16-pure")],
             rate=940.0,
             seed=1,
         ),
@@ -69,7 +77,7 @@ def study(tmp_path):
         run_of(
             tmp_path / "begun",
             "sisa-152m-ds32",
-            [row("lambada", 0.08, 1000), row("piqa", 0.6, 1000)],
+            [row("lambada", 0.08, 1000), row("piqa (harness)", 0.6, 1000, "harness")],
             1200,
             rate=810.0,
         ),
@@ -79,7 +87,7 @@ def study(tmp_path):
         run_of(
             tmp_path / "tiny",
             "sisa-tiny-ds16",
-            [row("niah", 0.3, 1000), row("niah", 0.2, 1000, length=1024)],
+            [row("niah", 0.3, 1000), *earlier(row("niah", 0.2, 1000, length=1024))],
             1000,
             val={"needle_accuracy": 0.55},
         ),
@@ -105,14 +113,11 @@ def test_runs_stand_beside_the_published_values(study):
         "the frozen lambda is another model"
     )
     lengths = found["NIAH by length, 152M"]
-    assert (lengths["Transformer", "256"], lengths["Transformer", "512"]) == (
-        "100.0 / 100.0",
-        "98.0 [97.0, 99.0] / 100.0",
-    )
-    assert (lengths["Transformer", "2,048"], lengths["Transformer", "3,072"]) == (
-        "80.0 / 82.0",
-        "missing / 0.0",
-    )
+    assert lengths["Transformer", "512"] == "98.0 [97.0, 99.0] / 100.0"
+    assert (lengths["Transformer", "256"], lengths["Transformer", "2,048"]) == (
+        "missing / 100.0",
+        "missing / 82.0",
+    ), "no protocol of the paper is known at other lengths"
     scaling = found["Scaling"]
     assert scaling["sisa-ds128", "LAMBADA 369M"] == "15.0 / 14.8"
     assert scaling["mamba3", "NIAH 50M"] == "missing / 63.5"
@@ -128,21 +133,128 @@ def test_runs_stand_beside_the_published_values(study):
     assert speed["sisa-152m-ds32", "FLOPs a token by formula, relative"] == "1.03 / 1.07"
     assert found["Runs"]["begun", "step"] == "1,200 of 9,536"
     assert found["Runs"]["b", "seed"] == "1"
+    assert found["Runs"]["b", "the paper's protocol in"] == "bf16-pure"
     assert found["Runs"]["tiny", "tokens"] == f"{1000 * 16 * 256:,}"
     assert {found["Runs"][name, "held-out loss, nats a token"] for name in ("plain", "tiny")} == {
         "3.250"
     }
 
 
-def test_what_only_the_harness_measured_is_said_with_the_command(study, tmp_path, capsys):
-    theirs = run_of(
-        tmp_path / "theirs", "sisa-152m-ds16", [row("lambada (harness)", 0.17), row("niah", 1.0)]
-    )
+@pytest.mark.parametrize(
+    "rows",
+    [
+        [row("lambada_openai (harness)", 0.17, protocol="harness")],
+        [row("hellaswag (harness)", 0.3, protocol="harness")],
+        [row("lambada_openai", 0.17)],
+        earlier(row("lambada (harness)", 0.17)),
+        earlier(row("lambada", 0.17)),
+        earlier(row("winogrande", 0.5)),
+    ],
+)
+def test_only_the_papers_protocol_stands_beside_its_values(rows, tmp_path):
+    run = run_of(tmp_path / "run", "sisa-152m-ds16", [*rows, row("niah", 1.0)])
+    found = found_tables(run, show_missing=False)
+    assert found["Main table, 152M"] == {("sisa-152m-ds16", "NIAH"): "100.0 / 100.0"}
+    rest = found["What the paper has no figure of"]
+    assert list(rest.values()) == [f"{100 * rows[0]['accuracy']:.1f}"]
+    assert by_other_protocols(collect(run, "run"))
+
+
+def test_what_only_other_protocols_measured_is_said_with_the_command(study, tmp_path, capsys):
+    harness = row("lambada_openai (harness)", 0.17, protocol="harness")
+    theirs = run_of(tmp_path / "theirs", "sisa-152m-ds16", [harness, row("niah", 1.0)])
     assert main(["report", str(theirs), *map(str, study), "--out", str(tmp_path / "out")]) == 0
     last = capsys.readouterr().out.splitlines()[-1]
-    assert last.startswith("only protocol harness: theirs; the paper's tables take protocol paper")
+    assert last.startswith("not by the paper's protocol: theirs; the paper's tables take it alone")
     assert main(["report", *map(str, study), "--out", str(tmp_path / "out")]) == 0
-    assert "only protocol harness" not in capsys.readouterr().out
+    assert "not by the paper's protocol" not in capsys.readouterr().out
+
+
+def test_evaluations_of_earlier_versions_are_readable(tmp_path):
+    """Under names of what they measured, beside no published value."""
+    rows = earlier(
+        row("lambada", 0.17),
+        row("hellaswag", 0.3),
+        row("niah", 0.9, length=512, by_length={"512": 0.9}),
+        row("niah_long", 0.7, by_length={"256": 1.0, "2048": 0.4}, by_seed={"42": 0.7}),
+        row("needle_grid", 0.5, lengths=[64, 128], depths=[0.0], by_depth_and_length=[[1.0, 0.0]]),
+    )
+    found = found_tables(run_of(tmp_path / "old", "sisa-152m-ds16", rows), show_missing=False)
+    assert "Main table, 152M" not in found
+    assert found["What the paper has no figure of"] == {
+        ("sisa-152m-ds16", "lambada_openai"): "17.0",
+        ("sisa-152m-ds16", "hellaswag, earlier rule"): "30.0",
+        ("sisa-152m-ds16", "needle"): "90.0",
+        ("sisa-152m-ds16", "needle_long"): "70.0",
+        ("sisa-152m-ds16", "needle_grid"): "50.0",
+    }
+    assert found["needle_long by length (tokens)"] == {
+        ("old", "256"): "100.0",
+        ("old", "2,048"): "40.0",
+    }
+    assert found["needle_grid, old: depth by length in tokens"] == {
+        ("0", "64"): "100",
+        ("0", "128"): "0",
+    }
+
+
+def test_needles_by_length_and_depth(tmp_path):
+    long = row(
+        "niah_long",
+        0.5,
+        by_length={"256": 1.0, "2048": 0.0},
+        count_by_length={"256": 40, "2048": 40},
+        tokens_by_length={"256": [246, 246], "2048": [519, 1013]},
+        by_depth={"0.0": 0.5, "0.4": 0.5},
+        count_by_depth={"0.0": 40, "0.4": 40},
+    )
+    grid = row(
+        "needle_grid",
+        0.25,
+        protocol="ours",
+        by_length={"64": 0.5, "128": 0.0},
+        by_depth={"0.0": 0.25},
+        lengths=[64, 128],
+        depths=[0.0],
+        by_depth_and_length=[[0.5, 0.0]],
+    )
+    found = found_tables(run_of(tmp_path / "run", "sisa-tiny-ds16", [long, grid], step=9536))
+    by_length = found["niah_long by length (tokens)"]
+    at = " at step 9,536"  # a tiny run ends earlier
+    assert by_length["run", "256 (really 246)"] == f"100.0 [91.2, 100.0]{at}"
+    assert by_length["run", "2,048 (really 519 to 1,013)"] == f"0.0 [0.0, 8.8]{at}"
+    by_depth = found["niah_long by depth (share of the filler before the needle)"]
+    assert by_depth["run", "0.4"] == f"50.0 [35.2, 64.8]{at}"
+    assert found["needle_grid by length (tokens)"]["run", "64"] == f"50.0{at}"
+    assert found["needle_grid, run: depth by length in tokens"]["0", "64"] == "50"
+
+
+def test_what_was_not_measured_is_left_out_unless_asked_for(study, tmp_path, capsys):
+    found = found_tables(*study, show_missing=False)
+    assert not any("missing" in cell for table in found.values() for cell in table.values())
+    main_table = found["Main table, 152M"]
+    assert {column for _, column in main_table} == {"LAMBADA", "NIAH"}
+    assert {label for label, _ in main_table} == {
+        "transformer-152m",
+        "sisa-152m-ds16",
+        "sisa-152m-ds32-frozen",
+        "sisa-152m-ds32",
+    }
+    assert main_table["sisa-152m-ds32", "NIAH"] == "", "not measured, beside what was"
+    assert main_table["transformer-152m", "LAMBADA"] == "14.0 [13.1, 15.0] / 13.9"
+    speed = found["Training throughput, 152M (relative figures hold for runs on one machine)"]
+    assert {label for label, _ in speed} == {
+        "sisa-152m-ds32",
+        "transformer-152m",
+        "sisa-152m-ds16",
+    } | {"sisa-152m-ds32-frozen"}, "a formula measures nothing"
+    bare = found_tables(run_of(tmp_path / "bare", "sisa-tiny-ds16", step=3), show_missing=False)
+    assert list(bare) == ["Runs"]
+    for flags, missing in (([], False), (["--show-missing"], True)):
+        assert main(["report", str(study[0]), "--out", str(tmp_path / "out"), *flags]) == 0
+        text = (tmp_path / "out" / "report.md").read_text()
+        assert ("missing / " in text) == missing
+        assert ("--show-missing shows it" in text) != missing
 
 
 def test_what_is_not_published_has_a_table_of_its_own(study):
@@ -150,12 +262,12 @@ def test_what_is_not_published_has_a_table_of_its_own(study):
     shown = {key: text for key, text in rest.items() if text != "missing"}
     assert shown == {
         ("transformer-152m", "niah_long"): "70.0",
-        ("transformer-152m", "lambada (harness)"): "14.1",
-        ("sisa-152m-ds32", "piqa"): "60.0 at step 1,000",
+        ("transformer-152m", "lambada_openai (harness)"): "14.1",
+        ("sisa-152m-ds32", "piqa (harness)"): "60.0 at step 1,000",
         ("sisa-369m-ds128", "HellaSwag"): "27.0",
         ("sisa-tiny-ds16", "needle"): "55.0",
         ("sisa-tiny-ds16", "NIAH"): "30.0",
-        ("sisa-tiny-ds16", "NIAH at 1,024"): "20.0",
+        ("sisa-tiny-ds16", "needle at 1,024"): "20.0",
     }
     assert "What the paper has no figure of" not in found_tables(study[1]), "nothing to show"
 
@@ -198,7 +310,8 @@ def test_every_published_value_is_in_the_report(tmp_path, capsys):
         == paper.FLOPS_RATIO
     )
 
-    assert main(["report", str(folder), "--out", str(tmp_path / "new" / "report")]) == 0
+    flags = ["--show-missing", "--out", str(tmp_path / "new" / "report")]
+    assert main(["report", str(folder), *flags]) == 0
     text = (tmp_path / "new" / "report" / "report.md").read_text()
     assert text in capsys.readouterr().out
     for title, cells in found.items():
@@ -229,3 +342,17 @@ def test_what_is_no_run_or_no_evaluation_is_named(tmp_path, capsys):
         assert main(["report", *map(str, arguments), "--out", str(out)]) == 1
         assert message in capsys.readouterr().err
     assert not out.exists()
+
+
+def test_the_page_has_the_reports_tables_and_the_runs_curves(study, tmp_path):
+    out = tmp_path / "report"
+    assert main(["report", *map(str, study), "--out", str(out)]) == 0
+    assert not (out / "report.html").exists()
+    assert main(["report", *map(str, study), "--out", str(out), "--html"]) == 0
+    with opened(out / "report.html") as page:
+        titles = page.locator("caption").all_inner_texts()
+        expected = found_tables(*study)
+        assert titles == list(expected)
+        cells = page.locator("table").nth(1).locator("td").all_inner_texts()
+        assert set(expected[titles[0]].values()) - {"missing"} <= set(cells)
+        assert page.locator("h2", has_text="plain").count() == 1

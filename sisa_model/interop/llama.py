@@ -1,7 +1,4 @@
-"""SISA in someone else's model: :func:`replace_attention` for a Hugging Face Llama (extra ``hf``).
-
-In a model of your own, :meth:`sisa_model.SisaAttention.of` is the module that stands in an
-attention block's place."""
+"""SISA's attention in a layer of Hugging Face's Llama, and its cache (extra ``hf``)."""
 
 import math
 from typing import Any
@@ -10,20 +7,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, CacheLayerMixin
-from transformers.models.llama.modeling_llama import (
-    LlamaAttention,
-    LlamaForCausalLM,
-    LlamaModel,
-    apply_rotary_pos_emb,
-)
+from transformers.models.llama.modeling_llama import LlamaAttention, apply_rotary_pos_emb
 
 import sisa_kernels as sk
 from sisa_kernels.inputs import SisaInputs
-from sisa_model.interop.padding import Padding, find_padding
+from sisa_model.interop.padding import Layout, find_layout, real_tokens
 from sisa_model.models.linear import Fp32Parameters, PackedLinear
 from sisa_model.models.sisa import DECAY_BIAS_INIT, THETA_INIT_STD
 
-MASKED = ("sdpa", "eager")
 OF_TOKENS = ("q", "k", "v", "b", "c", "log_decay", "theta")
 
 
@@ -77,15 +68,15 @@ class SisaCacheLayer(CacheLayerMixin):
 
 
 class LlamaSisaAttention(Fp32Parameters):
-    """A LlamaAttention with the importance term, by :func:`replace_attention`; on [B, L, D].
+    """A LlamaAttention with the importance term, on [B, L, D], for one that is there.
 
-    q, k, v and the output keep the old projections, under their names; ``importance`` makes b, c,
-    the decay and theta. RoPE is Llama's own, of whatever type. ``lambda_raw`` (lambda =
-    softplus(lambda_raw)) stays fp32."""
+    q, k, v and the output keep the old projections, under their names, quantised ones too;
+    ``importance`` makes b, c, the decay and theta, in ``dtype``. RoPE is Llama's own, of whatever
+    type. ``lambda_raw`` (lambda = softplus(lambda_raw)) stays fp32."""
 
     fp32 = ("lambda_raw",)
 
-    def __init__(self, old: LlamaAttention, d_state: int, lam: float):
+    def __init__(self, old: LlamaAttention, d_state: int, lam: float, dtype: torch.dtype):
         super().__init__()
         H = old.q_proj.out_features // old.head_dim
         G = old.k_proj.out_features // old.head_dim
@@ -97,7 +88,7 @@ class LlamaSisaAttention(Fp32Parameters):
         self.k_proj = old.k_proj
         self.v_proj = old.v_proj
         self.o_proj = old.o_proj
-        like: Any = {"device": old.q_proj.weight.device, "dtype": old.q_proj.weight.dtype}
+        like: Any = {"device": old.q_proj.weight.device, "dtype": dtype}
         sizes = {
             "W_B": G * d_state,
             "W_C": H * d_state,
@@ -106,18 +97,19 @@ class LlamaSisaAttention(Fp32Parameters):
         }
         self.importance = PackedLinear(old.q_proj.in_features, sizes, **like)
         self.importance.register_load_state_dict_pre_hook(_split_packed_weight)
-        self.decay_bias = nn.Parameter(torch.full((G,), DECAY_BIAS_INIT, **like))
-        raw = lam + math.log(-math.expm1(-lam))  # softplus's inverse
-        self.lambda_raw = nn.Parameter(
-            torch.full((H,), raw, device=like["device"], dtype=torch.float32)
-        )
-        self._draw_importance(old.config.initializer_range)
-
-    def _draw_importance(self, std: float) -> None:
+        self.decay_bias = nn.Parameter(torch.empty(G, **like))
+        self.lambda_raw = nn.Parameter(torch.empty(H, device=like["device"], dtype=torch.float32))
         for projection in self.importance.children():
             # Its values are drawn over; those drawn after it depend on how many were.
             projection.reset_parameters()  # type: ignore[operator]
-        self.importance.reset_parameters(std)
+        self.importance.reset_parameters(old.config.initializer_range)
+        self.reset_own_parameters(lam)
+
+    def reset_own_parameters(self, lam: float) -> None:
+        """The initial lambda, decay and theta; the other projections are drawn as Llama's are."""
+        raw = lam + math.log(-math.expm1(-lam))  # softplus's inverse
+        nn.init.constant_(self.lambda_raw, raw)
+        nn.init.constant_(self.decay_bias, DECAY_BIAS_INIT)
         nn.init.normal_(self.importance.get_parameter("W_theta.weight"), std=THETA_INIT_STD)
 
     def lam(self) -> Tensor:
@@ -196,7 +188,7 @@ def _split_packed_weight(
         state_dict[f"{prefix}{name}.weight"] = rows.clone()  # no two may share memory
 
 
-def llama_padding(mask: Tensor | None, seen: int) -> Padding | None:
+def llama_padding(mask: Tensor | None, seen: int) -> Layout | None:
     """The padding among T new tokens behind ``seen`` others, from the mask of Llama's layers.
 
     That is None, or [B, 1, T, seen + T], bool or to be added to the scores. Raises ValueError for
@@ -217,78 +209,5 @@ def llama_padding(mask: Tensor | None, seen: int) -> Padding | None:
             "attention_mask must be causal with padding: "
             "SISA's running decay and phase know no other"
         )
-    return find_padding(real, seen)
-
-
-def replace_attention(
-    model: LlamaForCausalLM | LlamaModel,
-    d_state: int = 16,
-    lam: float = 1e-4,
-    layers: list[int] | None = None,
-) -> list[nn.Parameter]:
-    """Add the importance term to the attention of a Hugging Face Llama, in place.
-
-    Returns the new parameters.
-
-    The old projections stay, and lambda begins at ``lam``, so small that the first logits are the
-    old ones. It grows in few steps only if ``lambda_raw`` has a larger learning rate of its own:
-    lambda is about its exponential, here at -9.2.
-
-    ``save_pretrained`` writes the new tensors with the old; to load them, build the old model, call
-    this with the same arguments, then ``load_state_dict``. ``generate`` has its cache
-    (:class:`SisaCacheLayer`); other calls run without one unless told ``use_cache=True``, as a
-    cache carries no gradients.
-
-    Args:
-        d_state: width of the importance channel a head, even.
-        lam: lambda at first, > 0.
-        layers: indices of the layers to change; None: all.
-
-    Raises:
-        TypeError: not a Llama.
-        ValueError: an argument out of range, a layer already replaced, attention dropout, another
-        attn_implementation."""
-    blocks = _checked_blocks(model, d_state, lam, layers)
-    added: list[nn.Parameter] = []
-    for block in blocks:
-        attn = LlamaSisaAttention(block.self_attn, d_state, lam).train(model.training)
-        block.self_attn = attn
-        added += [*attn.importance.parameters(), attn.decay_bias, attn.lambda_raw]
-    model.config.use_cache = False
-    return added
-
-
-def _checked_blocks(
-    model: LlamaForCausalLM | LlamaModel, d_state: int, lam: float, layers: list[int] | None
-) -> list[Any]:
-    """The layers that :func:`replace_attention` changes; raises what it raises."""
-    inner = getattr(model, "model", model)
-    if not isinstance(inner, LlamaModel):
-        raise TypeError(f"model must be a Llama of transformers, got {type(model).__name__}")
-    if d_state < 2 or d_state % 2:
-        raise ValueError(f"d_state must be even and at least 2, got {d_state}")
-    if not 0 < lam < math.inf:
-        raise ValueError(f"lam must be above 0 and finite, got {lam}")
-    every = range(len(inner.layers))
-    chosen = list(every) if layers is None else layers
-    if not chosen or len(set(chosen)) < len(chosen) or not set(chosen) <= set(every):
-        raise ValueError(
-            f"layers must be different indices from 0 to {len(every) - 1}, got {layers}"
-        )
-    blocks: list[Any] = [inner.layers[index] for index in chosen]
-    for index, block in zip(chosen, blocks):
-        if not isinstance(block.self_attn, LlamaAttention):
-            raise ValueError(
-                f"layers must have LlamaAttention, layer {index} has "
-                f"{type(block.self_attn).__name__}"
-            )
-    if model.config.attention_dropout:
-        raise ValueError(
-            f"attention_dropout must be 0, SISA has none, got {model.config.attention_dropout}"
-        )
-    if model.config._attn_implementation not in MASKED:
-        raise ValueError(
-            f"attn_implementation must be {' or '.join(MASKED)}, whose masks show the padding, "
-            f"got {model.config._attn_implementation!r}"
-        )
-    return blocks
+    seen_too = F.pad(real, (seen, 0), value=True)
+    return find_layout(real_tokens(seen_too, len(real), seen, real.shape[1]), None)

@@ -31,7 +31,9 @@ class BiasedAttention(QKVAttention):
                 q, k, v, log_forget, cu_seqlens=context.cu_seqlens, backend=self.backend
             )
         else:
-            y = sk.forgetting_decode(q, k, v, log_forget, cache, lengths=context.lengths)
+            y = sk.forgetting_decode(
+                q, k, v, log_forget, cache, lengths=context.lengths, backend=self.backend
+            )
         return self.W_O(y.flatten(2))
 
 

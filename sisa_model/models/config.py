@@ -9,9 +9,13 @@ from sisa_kernels.inputs import BACKENDS, MODES, PLAIN_BACKENDS, Backend, Mode
 
 Family = Literal["sisa", "transformer", "fox", "alibi", "mamba2", "mamba3"]
 LambdaKind = Literal["per-head", "shared", "zero"]
+Weights = Literal["fp32", "bf16"]
 FAMILIES: tuple[Family, ...] = get_args(Family)
 MAMBAS: tuple[Family, ...] = ("mamba2", "mamba3")
+# What has a default and is not idle in a model of Mamba blocks alone.
+MAMBA_FIELDS = ("mamba_state", "init_std", "weights")
 LAMBDAS: tuple[LambdaKind, ...] = get_args(LambdaKind)
+WEIGHTS: tuple[Weights, ...] = get_args(Weights)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,6 +77,10 @@ class ModelConfig:
     """Attention path (sisa_kernels.sisa_attention); without an importance term "auto", "native" or
     "sdpa", PyTorch's own.
     """
+    weights: Weights = "fp32"
+    """Dtype of the parameters: "fp32", or "bf16" as the authors trained: RoPE's tables and the
+    decay's logits too, but not lambda_raw (in a hybrid that as well, where it never moves).
+    """
 
     def __post_init__(self) -> None:
         self._check_trunk()
@@ -119,13 +127,14 @@ class ModelConfig:
         even = self.d_model // self.n_heads % 2 == 0
         self._require("n_heads", even, "such that the head width d_model / n_heads is even")
         self._require("init_std", 0 < self.init_std < math.inf, "above 0 and finite")
+        self._require_choice("weights", WEIGHTS)
 
     def _check_mamba(self) -> None:
         """A model of Mamba blocks alone: all that belongs to attention or SwiGLU is idle."""
         idle = {
             field.name: field.default
             for field in fields(self)
-            if field.default is not MISSING and field.name not in ("mamba_state", "init_std")
+            if field.default is not MISSING and field.name not in MAMBA_FIELDS
         }
         self._require_left(idle, f"for a {self.family}, which has no attention and no SwiGLU")
         unit = 4 if self.family == "mamba3" else 1

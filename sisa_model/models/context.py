@@ -1,12 +1,13 @@
 """What a layer knows of its tokens beside their states: RoPE's tables, documents, caches."""
 
+import itertools
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from sisa_kernels.cache import uniform
+from sisa_kernels.cache import TokenCache, uniform
 
 
 @dataclass
@@ -18,8 +19,8 @@ class Context:
     of unequal length.
     """
     cu_seqlens: Tensor | None = None
-    """[documents + 1] int32, rising from 0 to L: documents packed into one sequence (B = 1) that do
-    not see each other.
+    """[documents + 1] int32 or int64, rising from 0 to at most L: documents packed into one
+    sequence (B = 1) that do not see each other.
     """
     lengths: list[int] | None = None
     """Of the first tokens of a cache: how many of each row are real, the rest being padding on the
@@ -28,11 +29,15 @@ class Context:
     _documents: list[int] | None = field(default=None, init=False, repr=False)
 
     def documents(self, length: int) -> list[int]:
-        """Tokens of each packed document, or ``length``; read from the device only once."""
+        """Tokens of each packed document that has any, or ``length``; what is past them is another.
+
+        Read from the device only once."""
         if self.cu_seqlens is None:
             return [length]
         if self._documents is None:
-            self._documents = self.cu_seqlens.diff().tolist()
+            bounds = [*self.cu_seqlens.tolist(), length]
+            counts = [end - start for start, end in itertools.pairwise(bounds)]
+            self._documents = [count for count in counts if count]
         return self._documents
 
 
@@ -59,6 +64,22 @@ class ModelCache:
         self.lengths = [self.lengths[row] for row in rows]
         for layer in self.layers:
             layer.select(rows)
+
+    def crop_refusal(self) -> str | None:
+        """Why :meth:`crop` cannot forget tokens, or None."""
+        if all(isinstance(layer, TokenCache) for layer in self.layers):
+            return None
+        return "a Mamba layer's state has no way back to an earlier token"
+
+    def crop(self, count: int) -> None:
+        """Forget each row's last ``count`` tokens.
+
+        Raises ValueError where a row would be left without a token, or a layer cannot."""
+        if why := self.crop_refusal():
+            raise ValueError(f"the cache cannot be cropped: {why}; keep a copy of it instead")
+        for layer in self.layers:
+            layer.crop(count)
+        self.lengths = [held - count for held in self.lengths]
 
 
 def rotary_tables(

@@ -1,6 +1,7 @@
 """Text from a model: greedy, temperature, top-k and top-p sampling."""
 
 import math
+from collections.abc import Callable, Collection
 
 import torch
 import torch.nn.functional as F
@@ -66,6 +67,18 @@ def last_tokens(input_ids: Tensor, lengths: list[int]) -> Tensor:
     return input_ids.gather(1, places.clamp(max=length - 1))
 
 
+def _check_tokens(model: LanguageModel, input_ids: Tensor, stop: Collection[int]) -> None:
+    if bad := [i for i in stop if not 0 <= i < model.config.vocab_size]:
+        raise ValueError(
+            f"stop must hold token ids in [0, {model.config.vocab_size}), got {bad[0]}"
+        )
+    if input_ids.ndim != 2 or 0 in input_ids.shape:
+        raise ValueError(
+            "input_ids must be [batch, length] with at least one token a row, "
+            f"got {list(input_ids.shape)}"
+        )
+
+
 @torch.no_grad()
 def generate(
     model: LanguageModel,
@@ -78,12 +91,17 @@ def generate(
     top_k: int | None = None,
     top_p: float = 1.0,
     generator: torch.Generator | None = None,
+    stop: Collection[int] = (),
+    on_token: Callable[[Tensor], object] | None = None,
 ) -> Tensor:
     """Continue ``input_ids`` [B, L] int64: [B, L + max_new_tokens]; greedy at temperature 0.
 
     Prompts of unequal length are padded on the left, with any token: row r's prompt is its last
     ``prompt_lengths[r]`` tokens (B Python ints), and it is continued as it would be alone.
     ``top_k`` and ``top_p`` narrow what is sampled; ``generator`` seeds it.
+    A row ends with its first token of ``stop``, which then fills it up; once every row has ended,
+    so does the text, which may have fewer than ``max_new_tokens`` new tokens. ``on_token`` is
+    called with each new token [B] int64, as soon as it is chosen.
 
     With ``use_cache`` the prompt is run once and then each token alone; without, all tokens are run
     again for each, with the same result up to rounding. Once a row is longer than ``max_seq_len``,
@@ -93,17 +111,15 @@ def generate(
     Raises ValueError for a bad setting, for ``use_cache`` where the model cannot
     (:meth:`LanguageModel.cache_refusal`; mode "clamped") or, through the model, for bad ids."""
     check_sampling(max_new_tokens, temperature, top_k, top_p)
-    if input_ids.ndim != 2 or 0 in input_ids.shape:
-        raise ValueError(
-            "input_ids must be [batch, length] with at least one token a row, "
-            f"got {list(input_ids.shape)}"
-        )
+    _check_tokens(model, input_ids, stop)
     batch, length = input_ids.shape
     if prompt_lengths is not None:
         check_lengths(prompt_lengths, [0] * batch, length, "prompt_lengths")
     if use_cache and (why := model.cache_refusal()):
         raise ValueError(f"use_cache must be False for this model: {why}")
     lengths = list(prompt_lengths or [length] * batch)
+    ends = torch.tensor([*stop], dtype=torch.int64, device=input_ids.device)
+    ended = torch.zeros(batch, 1, dtype=torch.bool, device=input_ids.device)
     cache = model.make_cache(batch) if use_cache else None
     training = model.training
     model.eval()
@@ -112,8 +128,15 @@ def generate(
             states = _last_states(model, input_ids, lengths, cache, prompt_lengths)
             logits = F.linear(states, model.embed.weight).float()
             chosen = choose(logits, temperature, top_k, top_p, generator)
+            chosen = torch.where(ended, input_ids[:, -1:], chosen)
+            if on_token is not None:
+                on_token(chosen[:, 0])
             input_ids = torch.cat((input_ids, chosen), 1)
             lengths = [n + 1 for n in lengths]
+            if stop:
+                ended |= torch.isin(chosen, ends)
+                if ended.all():
+                    break
     finally:
         model.train(training)
     return input_ids

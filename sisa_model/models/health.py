@@ -1,14 +1,16 @@
 """How SISA's layers stand on a batch: lambda, half-lives, the range of g, what is clamped."""
 
+import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from sisa_kernels.rotation import CLAMP
+from sisa_kernels.reference import scores
+from sisa_kernels.rotation import CLAMP, rotate
 from sisa_model.models.context import Context
 from sisa_model.models.sisa import SisaAttention
 
@@ -86,3 +88,19 @@ def health(model: Any, input_ids: Tensor) -> list[Health]:
 
     visit_layers(model, input_ids, measure)
     return found
+
+
+def sequence_scores(
+    attn: SisaAttention, x: Tensor, context: Context
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """The terms of Eq. 2 of each sequence of a layer's input ``x`` [B, L, D]: fp64 [1, H, L, L].
+
+    One sequence at a time: its dense scores are what takes the memory. They are as
+    :func:`sisa_kernels.reference.scores` returns them."""
+    inputs = attn.operands(x)
+    cos, sin = (table.double()[:, None] for table in context.rotary)
+    q, k = (rotate(tokens.double(), cos, sin) for tokens in (inputs.q, inputs.k))
+    operands = (q, k, inputs.b, inputs.c, inputs.log_decay, inputs.theta)
+    of_one: Any = functools.partial(scores, lam=inputs.lam, mode=attn.mode)
+    for sequence in zip(*(operand.split(1) for operand in operands)):
+        yield of_one(*sequence)

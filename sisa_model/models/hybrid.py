@@ -47,9 +47,10 @@ class HeadMix(nn.Module):
         super().__init__()
         self.attn = attention(config)
         self.ssd = Mamba2(config, expand=1)
-        # One output matrix serves both.
-        self.attn.W_O = nn.Identity()
-        self.ssd.out_proj = nn.Identity()  # type: ignore[assignment]
+        # One output matrix serves both: no modules in its places, where adapters would find them.
+        del self.attn.W_O, self.ssd.out_proj
+        self.attn.W_O = _unchanged  # type: ignore[assignment]
+        self.ssd.out_proj = _unchanged  # type: ignore[assignment]
         self.norm = nn.RMSNorm(config.d_model, eps=1e-6)
         self.W_O = nn.Linear(config.d_model, config.d_model, bias=False)
 
@@ -62,6 +63,10 @@ class HeadMix(nn.Module):
         attn_cache, ssd_cache = (None, None) if cache is None else (cache.attn, cache.ssd)
         attention = self.norm(self.attn(x, context, attn_cache))
         return self.W_O((attention + self.ssd(x, context, ssd_cache)) / 2)
+
+
+def _unchanged(x: Tensor) -> Tensor:
+    return x
 
 
 def make_layer(

@@ -9,10 +9,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from sisa_kernels.cache import check_lengths
-from sisa_kernels.checks import check_documents
+from sisa_kernels.checks import check_documents, readable
 from sisa_model.models.biased import AlibiAttention, ForgettingAttention
 from sisa_model.models.config import ModelConfig
-from sisa_model.models.context import Context, ModelCache, rotary_behind, rotary_tables
+from sisa_model.models.context import Context, ModelCache, rotary_behind
 from sisa_model.models.hybrid import make_layer
 from sisa_model.models.linear import PackedLinear
 from sisa_model.models.mamba import MambaMixer
@@ -31,14 +31,15 @@ ATTENTION: dict[str, Callable[[ModelConfig], nn.Module]] = {
 class LanguageModel(nn.Module):
     """A causal language model: ``model(input_ids [B, L] int64) -> logits [B, L, V]``.
 
-    ``cu_seqlens`` [documents + 1] int32, rising from 0 to L, packs documents into one sequence (B =
-    1): none sees another. ``cache`` (:meth:`make_cache`) holds the tokens before these, which are
-    appended to it; ``lengths``, with the first of them, are the real tokens of each row, whose rest
-    is padding on the right. A cache is for inference, under ``torch.no_grad()``. Works under
-    ``torch.device("meta")``; after ``to_empty`` call :meth:`reset_parameters`. Raises ValueError
-    for a sequence (packed: a document) longer than ``config.max_seq_len``, with what the cache
-    holds, and, on the CPU, for a token outside the vocabulary. With ``checkpoint_layers`` training
-    keeps the layers' inputs only, and runs each layer again in the backward."""
+    ``cu_seqlens`` [documents + 1] int32 or int64, rising from 0 to at most L, packs documents into
+    one sequence (B = 1): none sees another. ``cache`` (:meth:`make_cache`) holds the tokens before
+    these, which are appended to it; ``lengths``, with the first of them, are the real tokens of
+    each row, whose rest is padding on the right. A cache is for inference, under
+    ``torch.no_grad()``. Works under ``torch.device("meta")``; after ``to_empty`` call
+    :meth:`reset_parameters`. Raises ValueError for a sequence (packed: a document) longer than
+    ``config.max_seq_len``, with what the cache holds, and, on the CPU, for a token outside the
+    vocabulary. With ``checkpoint_layers`` training keeps the layers' inputs only, and runs each
+    layer again in the backward."""
 
     checkpoint_layers = False
 
@@ -55,6 +56,8 @@ class LanguageModel(nn.Module):
         )
         self.final_norm = nn.RMSNorm(config.d_model, eps=1e-6)
         self.reset_parameters()
+        if config.weights == "bf16":
+            _round_parameters(self)
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -94,75 +97,91 @@ class LanguageModel(nn.Module):
         lengths: list[int] | None = None,
     ) -> Tensor:
         """The final normed states [B, L, D], before the output matrix."""
-        self._check_tokens(input_ids, cu_seqlens, cache)
+        self.check_ids(input_ids)
+        self._check_longest(input_ids, cu_seqlens, cache)
+        return self.states(self.embed(input_ids), cu_seqlens, cache, lengths)
+
+    def states(
+        self,
+        x: Tensor,
+        cu_seqlens: Tensor | None = None,
+        cache: ModelCache | None = None,
+        lengths: list[int] | None = None,
+        inputs: list[Tensor] | None = None,
+    ) -> Tensor:
+        """:meth:`hidden` of embedded tokens x [B, L, D], of any length: the layers and last norm.
+
+        To ``inputs``, where it is given, the input of each layer [B, L, D] is appended."""
         if cache is not None:
-            self._check_cache(input_ids, cu_seqlens, cache, lengths)
-            return self._hidden_over_cache(input_ids, cache, lengths)
-        if lengths is not None:
+            self._check_cache(x, cu_seqlens, cache, lengths)
+        elif lengths is not None:
             raise ValueError(
                 "lengths needs a cache: without one, padding on the right changes no token "
                 "before it"
             )
-        x = self.embed(input_ids)
-        rotary = rotary_tables(input_ids.shape[1], self.config.head_dim, input_ids.device)
-        context = Context(rotary, cu_seqlens)
-        for layer in self.layers:
-            if self.checkpoint_layers and self.training:
+        batch, length, _ = x.shape
+        held = [0] if cache is None else cache.lengths
+        rotary = rotary_behind(held, length, self.config.head_dim, x.device)
+        if self.config.weights == "bf16":  # a table of the model's dtype, as the authors'
+            cos, sin = (table.bfloat16().float() for table in rotary)
+            rotary = cos, sin
+        context = Context(rotary, cu_seqlens, lengths)
+        held_by_layer = cache.layers if cache is not None else [None] * len(self.layers)
+        for layer, layer_cache in zip(self.layers, held_by_layer):
+            if inputs is not None:
+                inputs.append(x)
+            if self.checkpoint_layers and self.training and cache is None:
                 x = checkpoint(layer, x, context, use_reentrant=False)
             else:
-                x = layer(x, context)
+                x = layer(x, context, layer_cache)
+        if cache is not None:
+            new = lengths or [length] * batch
+            cache.lengths = [before + count for before, count in zip(held, new)]
         return self.final_norm(x)
 
-    def _hidden_over_cache(
-        self, input_ids: Tensor, cache: ModelCache, lengths: list[int] | None
-    ) -> Tensor:
-        length = input_ids.shape[1]
-        x = self.embed(input_ids)
-        rotary = rotary_behind(cache.lengths, length, self.config.head_dim, x.device)
-        for layer, held_by_layer in zip(self.layers, cache.layers):
-            x = layer(x, Context(rotary, lengths=lengths), held_by_layer)
-        new = lengths or [length] * len(cache.lengths)
-        cache.lengths = [held + count for held, count in zip(cache.lengths, new)]
-        return self.final_norm(x)
-
-    def _check_tokens(
-        self, input_ids: Tensor, cu_seqlens: Tensor | None, cache: ModelCache | None
-    ) -> None:
-        """Refuse ids of another shape or dtype, too many, or (on the CPU) unknown ones."""
+    def check_ids(self, input_ids: Tensor) -> None:
+        """ValueError for ids of another shape or dtype, or (on the CPU) outside the vocabulary."""
         integers = input_ids.dtype in (torch.int64, torch.int32)
-        if input_ids.ndim != 2 or not len(input_ids) or not integers:
+        if input_ids.ndim != 2 or input_ids.shape[0] == 0 or not integers:
             raise ValueError(
                 "input_ids must be int64 [batch >= 1, length], "
                 f"got {input_ids.dtype} {list(input_ids.shape)}"
             )
-        check_documents(cu_seqlens, input_ids)
-        # Elsewhere reading values costs a wait.
-        readable = input_ids.device.type == "cpu" and not torch.compiler.is_compiling()
-        limit = self.config.max_seq_len
         vocab = self.config.vocab_size
-        held = max(cache.lengths) if cache is not None else 0
+        ids = readable(input_ids)
+        if ids is not None and ids.numel():
+            lowest, highest = (int(x) for x in torch.aminmax(ids))
+            if lowest < 0 or highest >= vocab:
+                raise ValueError(f"input_ids must lie in [0, {vocab}), got {lowest} to {highest}")
+
+    def _check_longest(
+        self, input_ids: Tensor, cu_seqlens: Tensor | None, cache: ModelCache | None
+    ) -> None:
+        """Refuse wrong ``cu_seqlens``, and sequences above ``max_seq_len`` (packed: on the CPU)."""
+        check_documents(cu_seqlens, input_ids)
         longest = input_ids.shape[1]
-        if cu_seqlens is not None and readable:
-            longest = int(cu_seqlens.diff().max())
-        if not 1 <= longest <= limit - held and (cu_seqlens is None or readable):
+        if cu_seqlens is not None:
+            bounds = readable(cu_seqlens)
+            if bounds is None:
+                return
+            longest = int(bounds.diff().max())
+        limit = self.config.max_seq_len
+        held = max(cache.lengths) if cache is not None else 0
+        if not 1 <= longest <= limit - held:
             behind = f" behind {held} in the cache" if held else ""
             raise ValueError(
                 f"input_ids must be 1 to {limit} (max_seq_len) tokens long, got {longest}{behind}"
             )
-        if readable:
-            lowest, highest = (int(x) for x in torch.aminmax(input_ids))
-            if lowest < 0 or highest >= vocab:
-                raise ValueError(f"input_ids must lie in [0, {vocab}), got {lowest} to {highest}")
 
     def _check_cache(
         self,
-        input_ids: Tensor,
+        x: Tensor,
         cu_seqlens: Tensor | None,
         cache: ModelCache,
         lengths: list[int] | None,
     ) -> None:
         """Refuse what the layers could not append, before the first of them does."""
-        batch, length = input_ids.shape
+        batch, length, _ = x.shape
         if torch.is_grad_enabled():
             raise ValueError("a cache is for inference: call the model under torch.no_grad()")
         if cu_seqlens is not None:
@@ -193,6 +212,14 @@ def _draw_matrices(module: nn.Module, std: float) -> None:
         nn.init.ones_(module.weight)
     for child in module.children():
         _draw_matrices(child, std)
+
+
+def _round_parameters(model: LanguageModel) -> None:
+    """Make parameters bf16: all but lambda_raw, and that, too, in a hybrid, as the authors did."""
+    kept = "" if model.config.pattern else "lambda_raw"
+    for name, parameter in model.named_parameters():
+        if name.rpartition(".")[2] != kept:
+            parameter.data = parameter.data.bfloat16()
 
 
 def build(preset: str, **overrides: Any) -> LanguageModel:

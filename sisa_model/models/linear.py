@@ -203,7 +203,9 @@ def _product_dtype(x: Tensor, weight: Tensor) -> torch.dtype:
 
 
 class Fp32Parameters(nn.Module):
-    """A module whose parameters in ``fp32`` stay fp32, with their bits, whatever it is cast to."""
+    """A module whose parameters in ``fp32`` stay fp32, with their bits, whatever it is cast to.
+
+    A model may be built with them in bf16 (ModelConfig.weights): then they are cast as the rest."""
 
     fp32: tuple[str, ...] = ()
 
@@ -212,6 +214,6 @@ class Fp32Parameters(nn.Module):
         super()._apply(fn, recurse)
         for name, before in kept.items():
             parameter = getattr(self, name)
-            if parameter.dtype != torch.float32:
+            if before.dtype == torch.float32 and parameter.dtype != torch.float32:
                 parameter.data = before.to(parameter.device)
         return self

@@ -35,6 +35,24 @@ def wide(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
+class WideRMSNorm(nn.RMSNorm):
+    """RMSNorm of a wide input in its own dtype, whatever the weight's."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.normalized_shape, wide(self.weight), self.eps)
+
+
+class CausalConv(nn.Conv1d):
+    """Each channel of x over CONV tokens, [B, CONV - 1 + L, channels] -> [B, L, channels]."""
+
+    def __init__(self, channels: int):
+        super().__init__(channels, channels, CONV, groups=channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight, bias = (p.to(x.dtype) for p in self.parameters())
+        return F.conv1d(x.transpose(1, 2), weight, bias, groups=x.shape[-1]).transpose(1, 2)
+
+
 class StateCache:
     """What a mixer keeps of ``batch`` sequences so far: a state whose size does not grow.
 
@@ -89,6 +107,14 @@ class MambaMixer(Fp32Parameters):
         step = self.dt_bias.uniform_(*map(math.log, DT_RANGE)).exp()
         self.dt_bias.copy_(step + torch.log(-torch.expm1(-step)))
         nn.init.ones_(self.D)
+
+    @torch.no_grad()
+    def draw_matrices(self) -> None:
+        """Draw the projections' initial values as the package does: uniform, nn.Linear's own."""
+        for projection in (self.in_proj, self.out_proj):
+            bound = projection.in_features**-0.5
+            drawn = torch.empty_like(projection.weight, dtype=torch.float32)
+            projection.weight.copy_(drawn.uniform_(-bound, bound))
 
     def make_cache(self, batch: int) -> StateCache:
         """An empty cache of ``batch`` sequences."""
@@ -155,9 +181,9 @@ class Mamba2(MambaMixer):
         super().__init__(config, expand, z=E, xBC=E + 2 * N, dt=E // config.head_dim)
         channels = self.sizes["xBC"]
         self.state_sizes = {"xBC": (CONV - 1, channels), "h": (self.n_heads, N, self.head_dim)}
-        self.conv1d = nn.Conv1d(channels, channels, CONV, groups=channels)
+        self.conv1d = CausalConv(channels)
         self.A_log = nn.Parameter(torch.empty(self.n_heads, dtype=torch.float32))
-        self.norm = nn.RMSNorm(E, eps=NORM_EPS)
+        self.norm = WideRMSNorm(E, eps=NORM_EPS)
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -170,28 +196,23 @@ class Mamba2(MambaMixer):
     ) -> Tensor:
         z, xBC, dt = self.parts(projected)
         dt = self.steps(dt, lengths)
-        A = -self.A_log.exp()
+        A = -wide(self.A_log).exp()
         kernels = kernels_for(projected) if cache is None else None
         state = self.state(projected, cache)
         xBC = xBC if kernels else wide(xBC)
         xBC = torch.cat((state["xBC"].to(xBC.dtype), xBC), 1)
-        x, B, C = F.silu(self.convolve(xBC)).split([self.d_inner, self.d_state, self.d_state], -1)
+        x, B, C = F.silu(self.conv1d(xBC)).split([self.d_inner, self.d_state, self.d_state], -1)
         x = self.heads(x)
         B = B[:, :, None]
         C = C[:, :, None]
         if kernels:
-            y = kernels.mamba2(x, dt, A, B, C, chunk_size=256, D=self.D)
+            y = kernels.mamba2(x, dt, A, B, C, chunk_size=256, D=wide(self.D))
         else:
             y, h = ssd(x, dt, A, B, C, self.D, state["h"])
             if cache is not None:
                 cache.state = {"xBC": take(xBC, lengths or [x.shape[1]] * len(x), CONV - 1), "h": h}
         gated = wide(y).flatten(2) * F.silu(wide(z))
-        return F.rms_norm(gated, (self.d_inner,), wide(self.norm.weight), NORM_EPS)
-
-    def convolve(self, x: Tensor) -> Tensor:
-        """Each channel of x over 4 tokens, [B, 3 + L, channels] -> [B, L, channels]."""
-        weight, bias = (p.to(x.dtype) for p in self.conv1d.parameters())
-        return F.conv1d(x.transpose(1, 2), weight, bias, groups=x.shape[-1]).transpose(1, 2)
+        return self.norm(gated)
 
 
 class Mamba3(MambaMixer):
@@ -219,8 +240,8 @@ class Mamba3(MambaMixer):
         }
         self.B_bias = nn.Parameter(torch.empty(H, 1, N, dtype=torch.float32))
         self.C_bias = nn.Parameter(torch.empty(H, 1, N, dtype=torch.float32))
-        self.B_norm = nn.RMSNorm(N, eps=NORM_EPS)
-        self.C_norm = nn.RMSNorm(N, eps=NORM_EPS)
+        self.B_norm = WideRMSNorm(N, eps=NORM_EPS)
+        self.C_norm = WideRMSNorm(N, eps=NORM_EPS)
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -236,19 +257,17 @@ class Mamba3(MambaMixer):
         x = self.heads(x)
         dt = self.steps(dt, lengths)
         A = (-F.softplus(wide(A))).clamp(max=-A_FLOOR)
-        B, C = (
-            F.rms_norm(wide(t), (self.d_state,), wide(norm.weight), NORM_EPS)[:, :, None]
-            for t, norm in ((B, self.B_norm), (C, self.C_norm))
-        )
-        B_bias = self.B_bias.squeeze(1)
-        C_bias = self.C_bias.squeeze(1)
+        B = self.B_norm(wide(B))[:, :, None]
+        C = self.C_norm(wide(C))[:, :, None]
+        B_bias = wide(self.B_bias).squeeze(1)
+        C_bias = wide(self.C_bias).squeeze(1)
         if cache is None and (
             kernels := kernels_for(projected, powers_of_two=(self.d_state, self.head_dim))
         ):
             angles = angle.float()[:, :, None].expand(-1, -1, self.n_heads, -1)
             steps = ((A * dt).transpose(1, 2), dt.transpose(1, 2), trap.transpose(1, 2))
             y = kernels.mamba3(
-                C, B, x, *steps, C_bias, B_bias, angles, D=self.D, Z=z, chunk_size=64
+                C, B, x, *steps, C_bias, B_bias, angles, D=wide(self.D), Z=z, chunk_size=64
             )
         else:
             state = self.state(projected, cache)

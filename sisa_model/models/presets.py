@@ -58,6 +58,14 @@ TRAINING: dict[Scale, TrainingDefaults] = {
     "152m": TrainingDefaults(),
     "369m": TrainingDefaults(lr=3e-4),
 }
+# What the authors' configurations have otherwise, beside all that `sisa train --recipe paper` is:
+# sequences a forward pass, and a warm-up that their runs of 5 B tokens at 369M kept from 20 B.
+AUTHORS_TRAINING: dict[Scale, dict[str, int]] = {
+    "tiny": {},
+    "50m": {"micro_batch_size": 4},
+    "152m": {"micro_batch_size": 2},
+    "369m": {"micro_batch_size": 4, "warmup_steps": 2000},
+}
 _PAPER = {"vocab_size": 50277, "max_seq_len": 2048}
 _TINY = {
     "d_model": 64,

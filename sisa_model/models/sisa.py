@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import sisa_kernels as sk
+from sisa_kernels.decode import sisa_decode_packed
 from sisa_kernels.inputs import SisaInputs
 from sisa_model.models.config import ModelConfig
 from sisa_model.models.context import Context, rotary_behind
@@ -68,6 +69,7 @@ class SisaAttention(Fp32Parameters):
         self.backend = config.backend
         self.decay = config.decay
         self.rotation = config.rotation
+        self.weights = config.weights
         sizes = {"W_Q": H * E, "W_K": G * E, "W_V": G * E, "W_B": G * Ds, "W_C": H * Ds}
         if self.decay:
             sizes["W_alpha"] = G
@@ -89,7 +91,7 @@ class SisaAttention(Fp32Parameters):
 
     def lam(self) -> Tensor:
         """lambda of each head, [H] fp32, > 0."""
-        return F.softplus(self.lambda_raw).expand(self.n_heads)
+        return F.softplus(self.lambda_raw.float()).expand(self.n_heads)
 
     def operands(self, x: Tensor, context: Context | None = None) -> SisaInputs:
         """The operator's inputs, of the normed x [B, L, D]; rotary and documents of ``context``."""
@@ -98,7 +100,10 @@ class SisaAttention(Fp32Parameters):
         b, c = (parts[name].unflatten(-1, (-1, self.d_state)) for name in ("W_B", "W_C"))
         key_heads = (*x.shape[:2], self.n_kv_heads)
         if self.decay:
-            log_decay = -F.softplus(parts["W_alpha"].float() + self.decay_bias.float())
+            logits = parts["W_alpha"].float() + self.decay_bias.float()
+            if self.weights == "bf16":  # a layer of bf16 with its bias, as the authors'
+                logits = logits.bfloat16().float()
+            log_decay = -F.softplus(logits)
         else:
             log_decay = x.new_zeros(key_heads, dtype=torch.float32)
         if self.rotation:
@@ -123,6 +128,8 @@ class SisaAttention(Fp32Parameters):
     ) -> Tensor:
         held = cache.lengths if cache is not None else [0]
         context = context or Context(rotary_behind(held, x.shape[1], self.head_dim, x.device))
+        if cache is not None and self._is_one_step(x, cache):
+            return self.W_O(self._next_token(x, context, cache).flatten(2))
         operands = self.operands(x, context)._asdict()
         if cache is None:
             y = sk.sisa_attention(**operands, mode=self.mode, backend=self.backend)
@@ -132,3 +139,15 @@ class SisaAttention(Fp32Parameters):
                 **operands, cache=cache, lengths=context.lengths, backend=self.backend
             )
         return self.W_O(y.flatten(2))
+
+    def _is_one_step(self, x: Tensor, cache: sk.SisaCache) -> bool:
+        """Whether x is the next token of each row, whose gates the op itself can make."""
+        with_gates = self.decay and self.rotation and self.weights != "bf16"
+        return with_gates and x.shape[1] == 1 and any(cache.lengths) and x.dtype != torch.float64
+
+    def _next_token(self, x: Tensor, context: Context, cache: sk.SisaCache) -> Tensor:
+        """y [B, 1, H, E] of x [B, 1, D]."""
+        packed = self.proj.side_by_side(x)
+        lambda_raw = self.lambda_raw.expand(self.n_heads)
+        bias = self.decay_bias.float()
+        return sisa_decode_packed(packed, bias, lambda_raw, cache, rotary=context.rotary)

@@ -171,7 +171,8 @@ def test_convert_writes_this_packages_format(tmp_path, capsys):
     command = ["convert", str(path), "--preset", "sisa-tiny-ds16", "--out"]
     out.mkdir()  # an empty folder may be given
     assert main([*command, str(out), "--mode", "exact"]) == 0
-    assert sorted(file.name for file in out.iterdir()) == ["config.json", "model.safetensors"]
+    names = ["config.json", "model.safetensors", "modeling_sisa.py"]
+    assert sorted(file.name for file in out.iterdir()) == names
     assert off(sm.load(out), authors_logits(state, IDS, "exact")[0]) < 2e-6
     assert main([*command, str(tmp_path / "theirs")]) == 0
     assert sm.load(tmp_path / "theirs").config.mode == "clamped"

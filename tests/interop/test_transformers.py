@@ -56,14 +56,16 @@ def test_a_folder_serves_both_libraries(preset, tmp_path):
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "ours")
     assert isinstance(theirs, SisaForCausalLM)
     assert isinstance(AutoConfig.from_pretrained(tmp_path / "ours"), SisaConfig)
-    assert torch.equal(theirs(tokens()).logits, model(tokens()))
+    assert torch.equal(theirs(tokens(), use_cache=False).logits, model(tokens()))
     theirs.save_pretrained(tmp_path / "theirs")
     back = sm.load(tmp_path / "theirs")
     assert back.config == model.config
     assert torch.equal(back(tokens()), model(tokens()))
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "theirs")
-    assert torch.equal(again(tokens()).logits, model(tokens()))
-    assert again.state_dict().keys() == model.state_dict().keys()
+    assert torch.equal(again(tokens(), use_cache=False).logits, model(tokens()))
+    assert {f"model.{name}" for name in model.state_dict()} == {
+        name for name, _ in again.named_parameters()
+    }
 
 
 @torch.no_grad()
@@ -98,8 +100,7 @@ def test_one_matrix_is_embedding_and_output(tmp_path):
     model = wrapped()
     assert sum(p.numel() for p in model.parameters()) == sm.count_parameters(model.model)
     assert model.get_input_embeddings() is model.model.embed
-    with pytest.raises(ValueError, match="tie_word_embeddings must be True"):
-        SisaConfig(**dataclasses.asdict(model.model.config), tie_word_embeddings=False)
+    assert model.get_output_embeddings().weight is model.model.embed.weight
     before = model(tokens()).logits
     model.resize_token_embeddings(300)
     after = model(tokens()).logits
@@ -215,9 +216,7 @@ def test_checkpointing_gives_the_same_loss_and_gradients(preset):
     for every in (None, 1, 2):
         model, calls = wrapped(preset).train(), []
         if every:
-            model._set_gradient_checkpointing(
-                every_n_layers=every
-            ) if every > 1 else model.activation_checkpointing_enable()
+            model.activation_checkpointing_enable(every_n_layers=every)
             assert model.is_activation_checkpointing
         first = model.model.layers[0]
         first.register_forward_hook(lambda *_, calls=calls: calls.append(1))
@@ -234,7 +233,7 @@ def test_checkpointing_gives_the_same_loss_and_gradients(preset):
         assert torch.equal(loss, plain[1])
         torch.testing.assert_close(grads, plain[2])
     model.activation_checkpointing_disable()
-    assert not any("forward" in vars(layer) for layer in model.model.layers)
+    assert not model.is_activation_checkpointing
 
 
 def test_loss_is_shifted_masked_and_normalised():
@@ -326,8 +325,6 @@ def test_configuration_is_modelconfig_checked(tmp_path):
     ):
         SisaConfig(d_model=64)
     SisaForCausalLM(config).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="tie_word_embeddings must be True"):
-        AutoModelForCausalLM.from_pretrained(tmp_path, tie_word_embeddings=False)
     assert (
         AutoModelForCausalLM.from_pretrained(tmp_path, mode="clamped").model.layers[0].attn.mode
         == "clamped"
@@ -370,13 +367,6 @@ def test_bad_folders_and_arguments_are_named(tmp_path):
                 "attention_mask must be 1 for all tokens behind the 12 in the cache",
                 {"attention_mask": torch.arange(24).expand(3, -1) < 20, "cache": cache},
             ),
-            (ValueError, "output_hidden_states must be False", {"output_hidden_states": True}),
-            (TypeError, "cache must be a DecodingCache", {"cache": transformers.DynamicCache()}),
         ]:
             with pytest.raises(error, match=message):
                 model(ids, **kwargs)
-        for method in (cache.reset, lambda: cache.crop(-1)):
-            with pytest.raises(ValueError, match="this cache cannot be"):
-                method()
-    with pytest.raises(ValueError, match="cache_implementation must be None, got 'static'"):
-        model.generate(ids, max_new_tokens=2, cache_implementation="static")

@@ -6,9 +6,11 @@ import shutil
 import pytest
 import torch
 
+import sisa_kernels as sk
 import sisa_model as sm
 from sisa_kernels.testing import relative
 from sisa_model.cli import main
+from sisa_model.models.context import Context, rotary_behind
 from sisa_model.models.generate import filter_logits
 from sisa_model.runs.config import TrainConfig
 from sisa_model.training.trainer import train
@@ -307,8 +309,11 @@ def test_command_line_continues_a_prompt_of_a_run(tmp_path, capsys):
     shutil.move(run.folder / "final", tmp_path / "elsewhere")
     assert main(["generate", str(tmp_path / "elsewhere"), "--tokenizer", "bytes", *flags]) == 0
     assert capsys.readouterr().out == first, "a folder of weights, as sisa convert makes one"
+    assert main(["generate", str(tmp_path / "elsewhere"), *flags]) == 0
+    assert capsys.readouterr().out == first, "by the tokenizer that is in it"
+    (tmp_path / "elsewhere" / "tokenizer.json").unlink()
     assert main(["generate", str(tmp_path / "elsewhere"), *flags]) == 1
-    assert "tokenizer must be given for a folder of model weights" in capsys.readouterr().err
+    assert "which holds none: a file, or bytes" in capsys.readouterr().err
     assert main(["generate", str(run.folder), *flags]) == 0
     assert capsys.readouterr().out == first, "the newest checkpoint serves as well"
     shutil.rmtree(run.folder / "checkpoints")
@@ -340,3 +345,47 @@ def test_a_clamped_run_is_sampled_without_a_cache_and_says_so(tmp_path, capsys):
         "sisa: every token runs all before it again: SISA in mode 'clamped' has no cache"
         in capsys.readouterr().err
     )
+
+
+@pytest.mark.parametrize("changed", ["plain", "hooked", "autocast", "no rotation", "bf16 weights"])
+@torch.no_grad()
+def test_a_token_is_what_the_operands_of_its_layer_give(changed):
+    """By one op from the projections, or where its gates are others by those."""
+    fields = {"no rotation": {"rotation": False}, "bf16 weights": {"weights": "bf16"}}
+    torch.manual_seed(0)
+    model = sm.build("sisa-tiny-ds16", n_layers=1, **fields.get(changed, {})).eval()
+    attn = model.layers[0].attn
+    if changed == "hooked":
+        attn.proj.W_Q.register_forward_hook(lambda *call: call[2] * 2)
+    dtype = attn.W_O.weight.dtype
+    x = torch.randn(2, 6, model.config.d_model).to(dtype)
+    cache, other = attn.make_cache(2), attn.make_cache(2)
+    with torch.autocast("cpu", torch.bfloat16, enabled=changed == "autocast"):
+        attn(x[:, :4], cache=cache)
+        attn(x[:, :4], cache=other)
+        for t in (4, 5):
+            found = attn(x[:, t : t + 1], cache=cache)
+            rotary = rotary_behind(other.lengths, 1, attn.head_dim, x.device)
+            operands = attn.operands(x[:, t : t + 1], Context(rotary))._asdict()
+            del operands["cu_seqlens"]
+            right = attn.W_O(sk.sisa_decode(**operands, cache=other).flatten(2))
+            tolerance = {"rtol": 2e-2, "atol": 2e-3} if right.dtype == torch.bfloat16 else {}
+            torch.testing.assert_close(found, right, **tolerance)
+
+
+def test_rows_end_with_their_first_stop_token():
+    model = small().eval()
+    ids = torch.tensor([[1, 2, 3], [4, 5, 6]])
+    free = sm.generate(model, ids, 12)
+    stop = {free[0, 5].item(), free[1, 9].item()}
+    heard = []
+    found = sm.generate(model, ids, 12, stop=stop, on_token=lambda x: heard.append(x.tolist()))
+    ends = [next(n for n in range(3, 15) if row[n].item() in stop) for row in free]
+    assert found.shape[1] == max(ends) + 1
+    for row, alone, end in zip(found, free, ends):
+        assert torch.equal(row[: end + 1], alone[: end + 1])
+        assert (row[end:] == alone[end]).all()
+    assert torch.equal(torch.tensor(heard).T, found[:, 3:])
+    for bad in (-1, model.config.vocab_size):
+        with pytest.raises(ValueError, match="stop must hold token ids in"):
+            sm.generate(model, ids, 2, stop=[bad])

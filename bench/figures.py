@@ -1,9 +1,10 @@
-"""Draws the README's figures, speed.png, growth.png and accuracy.png, from bench/results/*.csv.
+"""Draws the pages' figures, speed.png, growth.png, accuracy.png and clamp.png, of bench/results.
 
 Each is drawn from the newest rows of one device, which its footer names. A figure that has no rows
 is not drawn, the command that measures them is printed, and the command fails."""
 
 import argparse
+import itertools
 import math
 import re
 import statistics
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
-from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator
 
 from bench import authors
 from bench.rows import RESULTS, ROOT, read
@@ -28,7 +29,7 @@ PLAIN = "0.45"
 OTHER = COLORS[2]
 THIRD = COLORS[4]
 # What a row measures, and what another row measured again.
-KEY = ("op", "path", "mode", "dtype", "shape", "pass", "length", "half_life")
+KEY = ("op", "path", "mode", "dtype", "shape", "pass", "length", "half_life", "precision", "seed")
 RIVALS = {  # baseline, to its first hyphen: how it is called
     "chain": "the authors' ops",
     "copy": "a copy of its bytes",
@@ -379,6 +380,72 @@ def accuracy_figure(rows: list[Row], path: Path) -> None:
     save_figure(figure, path)
 
 
+# ---- Clamp ---------------------------------------------------------------------------------------
+
+PRECISIONS = {"bf16": "fp32", "bf16-pure": "bf16"}  # of a run: the dtype of its weights
+CLAMP_MODES = {"exact": OURS, "clamped": THEIRS}
+CLAMP_PANELS: dict[str, tuple[str, tuple[str, ...], str]] = {  # title, columns, scale of the axis
+    "loss": ("held-out loss, nats a token", ("loss",), "linear"),
+    "half_life": (
+        "half-life of heads, tokens:\nleast, median, most",
+        ("half_life_least", "half_life_median", "half_life_most"),
+        "log",
+    ),
+    "g_range": ("range of g: median and\nwidest head", ("g_range_median", "g_range_most"), "log"),
+    "clamped": ("share of positions at the clamp\n(hollow: would be)", ("clamped",), "linear"),
+}
+
+
+def clamp_panel(axis: Any, rows: Sequence[Row], panel: str) -> None:
+    """A column of points, one a seed, for each mode and precision; a bar at their mean."""
+    title, columns, scale = CLAMP_PANELS[panel]
+    cells = list(itertools.product(PRECISIONS, CLAMP_MODES))
+    for place, (precision, mode) in enumerate(cells):
+        mine = [row for row in rows if (row["precision"], row["mode"]) == (precision, mode)]
+        hollow = panel == "clamped" and mode == "exact"
+        face = "none" if hollow else CLAMP_MODES[mode]
+        for column in columns:
+            values = sorted(float(row[column]) for row in mine)
+            if not values:
+                continue
+            shifts = [place + 0.12 * (n - (len(values) - 1) / 2) for n in range(len(values))]
+            axis.scatter(shifts, values, s=22, ec=CLAMP_MODES[mode], fc=face, zorder=3)
+            mean = statistics.mean(values)
+            axis.plot([place - 0.3, place + 0.3], [mean, mean], color="black", lw=1, zorder=2)
+    if panel == "g_range":
+        axis.axhline(2 * CLAMP, color="0.3", ls=":", lw=1.2)
+        where: dict[str, Any] = {"fontsize": 7, "color": "0.3", "va": "top"}
+        axis.annotate("the clamp binds above", (-0.5, 2 * CLAMP * 0.97), **where)
+        axis.set_ylim(bottom=CLAMP)
+    labels = [f"{mode}\n{PRECISIONS[precision]}" for precision, mode in cells]
+    axis.set_xticks(range(len(cells)), labels, fontsize=8)
+    axis.set(yscale=scale, xlim=(-0.6, len(cells) - 0.4))
+    if scale == "log":
+        axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.yaxis.set_minor_locator(NullLocator())
+        axis.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
+    if panel == "clamped":
+        axis.set_ylim(0, 1)
+    axis.set_title(title, fontsize=9)
+    axis.grid(axis="x", visible=False)
+
+
+def clamp_figure(rows: list[Row], path: Path) -> None:
+    """Loss, half-lives, range of g and share at the clamp, by mode and dtype of the weights."""
+    figure, grid = plt.subplots(1, len(CLAMP_PANELS), figsize=(13, 3.6))
+    for axis, panel in zip(grid, CLAMP_PANELS):
+        clamp_panel(axis, rows, panel)
+    seeds = len({row["seed"] for row in rows})
+    one = rows[-1]
+    note = (
+        f"SISA, {int(one['parameters']):,} parameters, d_s 16, L {one['length']}, "
+        f"{int(one['tokens']):,} tokens of Wikipedia in {one['steps']} steps; "
+        f"points: n = {seeds} seeds, lines: their mean; fp32, bf16: dtype of the weights"
+    )
+    footer(figure, rows, note)
+    save_figure(figure, path)
+
+
 # ---- The command ---------------------------------------------------------------------------------
 
 # name -> the CSV files, what draws it, the command that measures it
@@ -391,6 +458,7 @@ FIGURES: dict[str, Figure] = {
     ),
     "growth": (("growth",), growth_figure, "python -m bench cpu -k growth"),
     "accuracy": (("accuracy",), accuracy_figure, "python -m bench accuracy"),
+    "clamp": (("clamp",), clamp_figure, "python -m bench clamp"),
 }
 
 

@@ -15,7 +15,7 @@ from sisa_model.experiments.study import train_all
 from sisa_model.models.presets import preset_config
 from sisa_model.reporting.figures import Rows, plot_compare, plot_task
 from sisa_model.reporting.tables import markdown, spread
-from sisa_model.runs.config import TrainConfig
+from sisa_model.runs.config import Recipe, TrainConfig
 from sisa_model.runs.folder import free_folder, is_taken
 from sisa_model.runs.log import read_rows
 from sisa_model.training.parallel import world
@@ -58,6 +58,8 @@ class CompareConfig:
     """Sequences a step. Default: 8 of text, to which each of its tasks adds 16; 64 of a task."""
     lr: float | None = None
     """Peak learning rate. Default: the presets'."""
+    recipe: Recipe = "ours"
+    """ours, or paper: what the authors' code does otherwise (docs/reproduce.md)."""
     val_every: int = 50
     """Steps between evaluations."""
     device: str = "auto"
@@ -122,7 +124,8 @@ def _is_anothers(config: CompareConfig, folder: Path) -> bool:
     if results.is_file():
         saved = json.loads(results.read_text(encoding="utf-8"))["config"]
         wanted = {"task": config.task, "presets": [*config.presets], "seeds": [*config.seeds]}
-        return any(saved[name] != value for name, value in wanted.items())
+        wanted["recipe"] = config.recipe
+        return any(saved.get(name, "ours") != value for name, value in wanted.items())
     begun = {path.parent for path in folder.glob("*/run.json")}
     own = {train.out for train in _train_configs(config, folder)}
     return not begun or not begun <= own
@@ -142,6 +145,7 @@ def _train_configs(config: CompareConfig, out: Path) -> list[TrainConfig]:
         seq_len=config.seq_len,
         batch_size=config.batch_size,
         lr=config.lr,
+        recipe=config.recipe,
         val_every=config.val_every,
         device=config.device,
         sample_tokens=0,

@@ -1,13 +1,15 @@
-"""sisa study: the paper's runs as one list, which one command begins, continues and shows."""
+"""sisa study: a list of runs, the paper's say, which one command begins, continues and shows."""
 
 import dataclasses
+import itertools
 import logging
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple, get_args
 
 import tyro
 
+from sisa_kernels.inputs import Mode
 from sisa_model.models.presets import D_STATES, Preset, Scale, find_preset
 from sisa_model.runs.config import TrainConfig, resolve
 from sisa_model.runs.folder import RECORD, read_run
@@ -57,18 +59,36 @@ PAPER: dict[Scale, tuple[StudyRun, ...]] = {
 }
 
 
+def _clamp() -> tuple[StudyRun, ...]:
+    """What the clamp and parameters in bf16 cost: every pair of both, 1.3M parameters, 3 seeds."""
+    model = {"d_model": 128, "n_heads": 4, "n_layers": 4, "d_ff_transformer": 512, "init_std": 0.02}
+    cells = itertools.product(range(3), get_args(Mode), ("bf16", "bf16-pure"))
+    return tuple(
+        StudyRun(
+            f"{mode}-{precision}-seed{seed}",
+            find_preset("sisa-tiny-ds16"),
+            {"model": model, "mode": mode, "precision": precision, "seed": seed},
+        )
+        for seed, mode, precision in cells
+    )
+
+
+CLAMP = _clamp()
+
+
 @dataclass(frozen=True, kw_only=True)
 class StudyConfig(TrainConfig):
-    """Train every run of the paper's tables at one scale, one after the other.
+    """Train every run of the paper's tables at one scale, or of another study, one after the other.
 
     Each has a folder of its own. The same command after a kill continues: finished runs are
     kept, the one under way is resumed, the next is begun. Flags of `sisa train` hold for every
     run; what is left out is the paper's."""
 
-    study: tyro.conf.Positional[Literal["paper"]] = "paper"
-    """Which study."""
+    study: tyro.conf.Positional[Literal["paper", "clamp"]] = "paper"
+    """paper: the runs of its tables; clamp: small models in mode exact and clamped, with weights in
+    fp32 (bf16 autocast) and in bf16, of three seeds (docs/reproduce.md)."""
     scale: Scale = "tiny"
-    """Size of its models; tiny runs the study in miniature on a CPU."""
+    """Size of the paper's models; tiny runs its study in miniature on a CPU."""
     out: Path = Path("runs/study")
     """Folder of the run folders."""
     only: tuple[str, ...] = ()
@@ -125,7 +145,9 @@ def train_config(config: StudyConfig, run: StudyRun) -> TrainConfig:
 
 
 def _chosen(config: StudyConfig) -> tuple[StudyRun, ...]:
-    runs = PAPER[config.scale]
+    if config.study == "clamp" and config.scale != "tiny":
+        raise ValueError(f"scale must be tiny with the study clamp, got {config.scale!r}")
+    runs = PAPER[config.scale] if config.study == "paper" else CLAMP
     names = [run.name for run in runs]
     for name in config.only:
         if name not in names:

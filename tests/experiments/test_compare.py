@@ -68,6 +68,19 @@ def test_compare_trains_alike_and_reports(small, caplog, monkeypatch):
             compare(CompareConfig(**{**small, **options}))
 
 
+def test_a_comparison_by_the_authors_recipe(small):
+    config = CompareConfig(**{**small, "seeds": (0,), "recipe": "paper"})
+    folder = compare(config)
+    found = {}
+    for preset in config.presets:
+        found[preset] = json.loads((folder / f"{preset}-seed0" / "run.json").read_text())["train"]
+        assert (found[preset]["recipe"], found[preset]["precision"]) == ("paper", "bf16-pure")
+    assert found["sisa-tiny-ds16"]["mode"] == "clamped"
+    assert found["transformer-tiny"]["mode"] == "exact"
+    with pytest.raises(FileExistsError, match="exists and holds no run of this comparison"):
+        compare(dataclasses.replace(config, recipe="ours"))
+
+
 def test_a_comparison_takes_a_folder_that_is_free_or_its_own(small, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     own = {name: value for name, value in small.items() if name != "out"}
@@ -119,11 +132,11 @@ def test_help_explains_every_flag(command, capsys):
     for field in dataclasses.fields(COMMANDS[command].config):
         marks = str(getattr(field.type, "__metadata__", ""))
         if field.name == "model":
-            own = {"family", "mode", "backend"}  # the preset's, and flags of the run
+            own = {"family", "mode", "backend", "weights"}  # the preset's, and flags of the run
             shape = {x.name for x in dataclasses.fields(ModelConfig)} - own
             flags += [rf"model\.(?:no-)?{name}" for name in shape]
         elif "Suppress" not in marks and "Positional" not in marks:
-            flags.append(field.name)
+            flags.append(rf"(?:no-)?{field.name}")
     for flag in flags:
         found = re.search(rf"--{flag.replace('_', '-')} ([^(]*)\(", shown)
         assert found, f"{flag} is not shown"

@@ -130,6 +130,31 @@ def test_the_same_command_after_a_kill_continues(text, tmp_path, monkeypatch, ca
     assert (tmp_path / "all.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_the_study_of_the_clamp_is_every_pair_of_three_seeds(tmp_path, capsys):
+    configs = [study.train_config(StudyConfig(study="clamp"), run) for run in study.CLAMP]
+    cells = {(c.seed, c.mode, c.precision) for c in configs}
+    assert len(cells) == len(configs) == 12
+    assert {c.out.name for c in configs} == {f"{m}-{p}-seed{s}" for s, m, p in cells}
+    for c in map(study.resolve, configs):
+        model = c.model_config(2048)
+        assert (model.mode, model.d_state, model.n_layers) == (c.mode, 16, 4)
+        assert model.weights == ("bf16" if c.precision == "bf16-pure" else "fp32")
+    assert main(["study", "clamp", "--list", "--out", str(tmp_path / "clamp")]) == 0
+    assert capsys.readouterr().out.count("not begun") == 12
+    assert main(["study", "clamp", "--scale", "152m", "--list"]) == 1
+    assert "scale must be tiny with the study clamp, got '152m'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("scale", PAPER)
+def test_a_study_by_the_authors_recipe(scale):
+    for run in PAPER[scale]:
+        c = study.resolve(study.train_config(StudyConfig(scale=scale, recipe="paper"), run))
+        model = preset_config(run.preset.name)
+        clamps = model.family == "sisa" and model.lam != "zero"
+        expected = ("paper", "bf16-pure", "clamped" if clamps else "exact")
+        assert (c.recipe, c.precision, c.mode) == expected
+
+
 @pytest.mark.slow
 def test_the_whole_study_in_miniature(text, tmp_path, capsys):
     assert main(flags(text, tmp_path / "study")) == 0
@@ -169,7 +194,10 @@ def run_of(path, preset="sisa-152m-ds32", layers=True, evals=()):
 
 
 def test_plot_draws_what_the_runs_hold(tmp_path, monkeypatch):
-    evals = [{"step": step, "task": "lambada", "accuracy": step / 1e4} for step in (2000, 1000)]
+    evals = [
+        {"step": step, "task": "lambada", "protocol": "paper", "accuracy": step / 1e4}
+        for step in (2000, 1000)
+    ]
     sisa = run_of(tmp_path / "a" / "run", evals=evals)
     plain = run_of(tmp_path / "b" / "run", "transformer-152m", layers=False)
     drawn = []

@@ -8,8 +8,9 @@ COMMANDS = {  # a command is the function main(arguments) of the module of its n
     "cpu": "time every operator and layer beside its rivals on the CPU (18 minutes)",
     "gpu": "build, test and time everything on a GPU (--dry-run: show the plan, no GPU needed)",
     "accuracy": "measure the error of every attention path against Eq. 2 in fp64",
+    "clamp": "append rows of the finished runs of `sisa study clamp`",
     "data": "measure tokens a second of `sisa prepare` and of the loader of its shards",
-    "figures": "draw docs/{speed,growth,accuracy}.png from the rows of cpu, gpu and accuracy",
+    "figures": "draw docs/{speed,growth,accuracy,clamp}.png from the rows of the others",
     "roofline": "compute the least time that each attention path can take on a GPU",
 }
 

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import inspect
 import logging
+import os
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from sisa_model.experiments.compare import CompareConfig, compare
 from sisa_model.experiments.plot_runs import PlotConfig, plot_runs
 from sisa_model.experiments.report import ReportConfig, report
 from sisa_model.experiments.study import StudyConfig, run_study
+from sisa_model.experiments.watch import WatchConfig, watch
 from sisa_model.interop.authors import load_paper_checkpoint
 from sisa_model.models.checkpoint import save
 from sisa_model.models.language_model import LanguageModel, count_parameters
@@ -32,9 +34,10 @@ from sisa_model.models.size import ModelSize, model_size
 from sisa_model.runs.config import TrainConfig
 from sisa_model.runs.folder import is_taken
 from sisa_model.runs.toml import read_settings
-from sisa_model.training.trainer import train
+from sisa_model.training.trainer import TrainResult, train
 from sisa_model.utils.files import make_folder_atomically
 
+STOPPED = 75  # of a run that is to be continued: "try again later", by sysexits.h
 DESCRIPTION = """Exact SISA attention: train, compare and sample its models.
 `sisa COMMAND --help` explains a command and its flags, which a file may hold too
 (--config FILE.toml). `sisa --version` prints the version."""
@@ -128,6 +131,10 @@ def _presets() -> str:
     return "\n".join(lines)
 
 
+def _write(text: str) -> None:
+    print(text, end="", flush=True)
+
+
 class Command(NamedTuple):
     """What a command is told, and what it does; a text that it returns is printed."""
 
@@ -142,9 +149,10 @@ COMMANDS = {
     "study": Command(StudyConfig, run_study),
     "eval": Command(EvalConfig, evaluate),
     "plot": Command(PlotConfig, plot_runs),
+    "watch": Command(WatchConfig, watch),
     "inspect": Command(InspectConfig, inspect_run),
     "report": Command(ReportConfig, report),
-    "generate": Command(GenerateConfig, continue_prompt),
+    "generate": Command(GenerateConfig, lambda config: continue_prompt(config, _write)),
     "convert": Command(ConvertConfig, convert),
     "info": Command(InfoConfig, info),
 }
@@ -227,10 +235,19 @@ def _defaults(config: type, file: Path) -> Any:
     return config(**{**required, **read_settings(file, config)})
 
 
+class _Messages(logging.StreamHandler):
+    """Ends the command where nobody reads on, instead of telling of it at each message."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        if isinstance(sys.exc_info()[1], BrokenPipeError):
+            raise
+        super().handleError(record)
+
+
 @contextlib.contextmanager
 def messages_on(out: TextIO, err: TextIO) -> Iterator[None]:
     """Let the packages' messages appear bare on ``out``, their warnings on ``err``."""
-    told = logging.StreamHandler(out)
+    told = _Messages(out)
     told.setFormatter(logging.Formatter("%(message)s"))
     told.addFilter(lambda record: record.levelno < logging.WARNING)
     warned = logging.StreamHandler(err)
@@ -250,7 +267,9 @@ def messages_on(out: TextIO, err: TextIO) -> Iterator[None]:
 
 
 def main(args: list[str] | None = None) -> int:
-    """Run a command; 0, or 1 after one line on which argument, file or disk was at fault."""
+    """Run a command; 0, or 1 after one line on which argument, file or disk was at fault.
+
+    75 for a training run that was stopped before its end, 141 where nobody reads the output on."""
     args = sys.argv[1:] if args is None else args
     if args == ["--version"]:
         print(f"sisa {sk.__version__}")
@@ -260,7 +279,12 @@ def main(args: list[str] | None = None) -> int:
             command, settings = parse(args)
             product = command.run(settings)
         if isinstance(product, str):
-            print(product)
+            print(product, flush=True)
+        if isinstance(product, TrainResult) and not product.finished:
+            return STOPPED
+    except BrokenPipeError:  # `sisa ... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for Python's last flush
+        return 141  # as a shell has it of a program that SIGPIPE ended
     except (ValueError, TypeError, OSError, FloatingPointError) as error:
         print(f"sisa: error: {error}", file=sys.stderr)
         return 1

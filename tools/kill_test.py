@@ -18,8 +18,8 @@ import torch
 from safetensors.torch import load_file
 
 from sisa_model.runs.config import TrainConfig
-from sisa_model.runs.folder import newest_weights
 from sisa_model.runs.log import read_rows
+from sisa_model.runs.weights import newest_weights
 from sisa_model.training.trainer import train
 
 STEPS = 600

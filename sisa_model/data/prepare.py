@@ -21,7 +21,6 @@ from typing import Any
 
 import numpy as np
 import tyro
-from tqdm import tqdm
 
 from sisa_model.data.shards import (
     INDEX,
@@ -39,6 +38,8 @@ from sisa_model.data.sources import START, Faults, Format, Position, Source, fin
 from sisa_model.data.text import needs
 from sisa_model.data.tokenizer import Encoder
 from sisa_model.utils.files import make_folder_atomically, write_atomically, write_json
+from sisa_model.utils.lock import only_writer
+from sisa_model.utils.progress import Progress
 
 log = logging.getLogger(__name__)
 
@@ -114,24 +115,36 @@ def prepare(config: PrepareConfig) -> Shards:
     if _is_finished(config.out, options):
         return _finished(config.out, "is finished already")
     index = {"version": VERSION, "complete": False, "options": options, "dtype": dtype.str}
-    _begin(config.out, index, tokenizer)
+    config.out.mkdir(parents=True, exist_ok=True)
+    with only_writer(config.out):
+        _begin(config.out, index, tokenizer)
+        shards = _finish(config, sources, (tokenizer, config.held_out, dtype), workers)
+        write_json(config.out / INDEX, {**index, "complete": True, "shards": shards})
+    return _finished(config.out, "is finished")
 
+
+def _finish(
+    config: PrepareConfig,
+    sources: list[Source],
+    setup: tuple[Path | None, float, np.dtype],
+    workers: int,
+) -> list[dict[str, Any]]:
+    """Write the shards that are not there yet; the records of all."""
+    tokenizer, _, dtype = setup
+    end_of_text = Encoder(tokenizer).end_of_text
     shards = list(finished_shards(config.out, dtype))
     start = Position(*shards[-1]["end"]) if shards else START
     faults = Faults(config.skip_bad)
     documents = read(sources, start, config.text_field, config.subset, config.split, faults)
-    encoded = _encoded(_batches(documents), workers, (tokenizer, config.held_out, dtype))
+    encoded = _encoded(_batches(documents), workers, setup)
     before = sum(shard[split]["tokens"] for shard in shards for split in SPLITS)
-    bar = tqdm(initial=before, unit="tok", unit_scale=True, dynamic_ncols=True)
-    with contextlib.closing(encoded), bar:
+    with contextlib.closing(encoded), Progress("tokens", None, before) as progress:
         for first in encoded:
             batches = itertools.chain([first], encoded)
-            shards.append(_add_shard(config, len(shards), batches, encoder.end_of_text, bar))
-            bar.set_postfix(shards=len(shards))
+            shards.append(_add_shard(config, len(shards), batches, end_of_text, progress))
     faults.report()
     _check_totals(config, shards)
-    write_json(config.out / INDEX, {**index, "complete": True, "shards": shards})
-    return _finished(config.out, "is finished")
+    return shards
 
 
 def _options(
@@ -151,8 +164,7 @@ def _options(
 
 
 def _begin(out: Path, index: dict[str, Any], tokenizer: Path | None) -> None:
-    """Make the folder, or what a kill left of it whole again."""
-    out.mkdir(parents=True, exist_ok=True)
+    """Make the folder's beginning, or what a kill left of it whole again."""
     for leftover in itertools.chain(*map(out.glob, LEFTOVERS)):
         if leftover.is_dir():
             shutil.rmtree(leftover)
@@ -164,7 +176,11 @@ def _begin(out: Path, index: dict[str, Any], tokenizer: Path | None) -> None:
 
 
 def _add_shard(
-    config: PrepareConfig, number: int, batches: Iterator[_Encoded], end_of_text: int, bar: tqdm
+    config: PrepareConfig,
+    number: int,
+    batches: Iterator[_Encoded],
+    end_of_text: int,
+    progress: Progress,
 ) -> dict[str, Any]:
     """Write the next shard, and return its record."""
     folder = config.out / f"shard-{number:05d}"
@@ -173,7 +189,7 @@ def _add_shard(
         batches=batches,
         end_of_text=end_of_text,
         shard_tokens=config.shard_tokens,
-        bar=bar,
+        progress=progress,
     )
     try:
         make_folder_atomically(folder, write)
@@ -368,7 +384,11 @@ def _encoded(
 
 
 def _write_shard(
-    folder: Path, batches: Iterator[_Encoded], end_of_text: int, shard_tokens: int, bar: tqdm
+    folder: Path,
+    batches: Iterator[_Encoded],
+    end_of_text: int,
+    shard_tokens: int,
+    progress: Progress,
 ) -> None:
     """Fill a shard's folder from as many batches as it takes."""
     counts = {split: {"tokens": 0, "documents": 0} for split in SPLITS}
@@ -387,7 +407,7 @@ def _write_shard(
                 hashes[split].update(tokens.data)
                 counts[split]["tokens"] += len(tokens)
                 counts[split]["documents"] += batch.documents[split]
-                bar.update(len(tokens))
+                progress.advance(len(tokens))
             end = batch.end
             if counts["train"]["tokens"] >= shard_tokens:
                 break

@@ -1,11 +1,15 @@
 """Text to token ids and back, by a file of the `tokenizers` library or byte by byte."""
 
+import codecs
 from pathlib import Path
 
 import numpy as np
-from tokenizers import Tokenizer
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from sisa_model.data.text import END_OF_TEXT
+from sisa_model.utils.files import write_json, write_text
+
+PRINTED = {*range(33, 127), *range(161, 173), *range(174, 256)}  # bytes that stand for themselves
 
 
 class Encoder:
@@ -56,6 +60,24 @@ class Encoder:
         """Token ids of one text, no end of text after them."""
         return self.encode([text])[:-1].tolist()
 
+    def is_same(self, other: "Encoder") -> bool:
+        """Whether ``other`` makes the same tokens of any text."""
+        mine, theirs = (x.tokenizer or _byte_tokenizer() for x in (self, other))
+        return mine.to_str() == theirs.to_str()
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write into ``folder`` what transformers' AutoTokenizer and ``generate`` read.
+
+        There what reads ``<|endoftext|>`` is the token, unless ``split_special_tokens=True``."""
+        folder = Path(folder)
+        tokenizer = self.tokenizer or _byte_tokenizer()
+        roles = dict.fromkeys(("bos_token", "eos_token", "pad_token"), END_OF_TEXT)
+        config = {"tokenizer_class": "PreTrainedTokenizerFast", **roles}
+        write_text(folder / "tokenizer.json", tokenizer.to_str())
+        write_json(folder / "tokenizer_config.json", config)
+        ids = {f"{role}_id": self.end_of_text for role in roles}
+        write_json(folder / "generation_config.json", ids)
+
     def decode(self, ids: list[int]) -> str:
         """The text of token ids.
 
@@ -69,3 +91,49 @@ class Encoder:
             if i < self.size
         )
         return b"".join(parts).decode(errors="replace")
+
+    def stream(self) -> "TextStream":
+        """A :class:`TextStream` of this encoder's tokens."""
+        return TextStream(self)
+
+
+class TextStream:
+    """Token ids in, one at a time, text out in whole characters; together :meth:`Encoder.decode`'s.
+
+    What is no character yet waits for the tokens that complete it."""
+
+    def __init__(self, encoder: Encoder):
+        self.encoder = encoder
+        self.ids: list[int] = []
+        self.given = ""
+        self._decoder = decoders.DecodeStream(skip_special_tokens=False)
+        self._bytes = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def add(self, token: int) -> str:
+        """The text that ``token`` completes, which may be none."""
+        self.ids.append(token)
+        if self.encoder.tokenizer is not None:
+            text = self._decoder.step(self.encoder.tokenizer, token) or ""
+        elif token < 256:
+            text = self._bytes.decode(bytes([token]))
+        else:
+            text = self._bytes.decode(b"", final=True) + self.encoder.decode([token])
+            self._bytes.reset()
+        self.given += text
+        return text
+
+    def rest(self) -> str:
+        """What waits for more tokens, as :meth:`Encoder.decode` has it."""
+        return self.encoder.decode(self.ids)[len(self.given) :]
+
+
+def _byte_tokenizer() -> Tokenizer:
+    """Bytes as a `tokenizers` model: a vocabulary of one letter a byte, and nothing to merge."""
+    others = iter(range(256, 512))
+    letters = [chr(byte) if byte in PRINTED else chr(next(others)) for byte in range(256)]
+    vocab = {letter: byte for byte, letter in enumerate(letters)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken(END_OF_TEXT, special=True, normalized=False)])
+    return tokenizer

@@ -1,6 +1,5 @@
 """sisa inspect: what the importance term does in a run's attention, by layer and head."""
 
-import functools
 import logging
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,28 +11,30 @@ import torch
 import tyro
 from torch import Tensor
 
-from sisa_kernels.reference import scores
-from sisa_kernels.rotation import rotate
 from sisa_model.data.blocks import Blocks
 from sisa_model.data.corpus import open_data
 from sisa_model.data.sources import AS_NAMED, read_units
 from sisa_model.data.synthetic import TASK_EXAM, TASK_EXAM_SEED, exams, find_task
 from sisa_model.data.text import find_files
 from sisa_model.data.tokenizer import Encoder
+from sisa_model.evaluation.token_view import view_layers, write_page
 from sisa_model.models.checkpoint import load
 from sisa_model.models.context import Context
-from sisa_model.models.health import half_life, visit_layers
+from sisa_model.models.health import half_life, sequence_scores, visit_layers
 from sisa_model.models.sisa import SisaAttention
 from sisa_model.reporting.figures import plot_heads
 from sisa_model.reporting.tables import markdown, spread
 from sisa_model.runs.config import ResolvedConfig
-from sisa_model.runs.folder import RunRecord, newest_weights, read_run
+from sisa_model.runs.folder import HELD_OUT, RunRecord, read_run
+from sisa_model.runs.weights import newest_weights
 from sisa_model.utils.files import write_json, write_text
 from sisa_model.utils.machine import find_device
 
 log = logging.getLogger(__name__)
 
+HELD_OUT_TEXT = "held-out text of the run"
 LENGTH = 512  # the default: dense fp64 scores of it take 2 MiB a head
+PAGE_LENGTH = 256  # tokens of the page: its numbers take 0.3 MB a head
 PANELS = {
     "lam": "lambda",
     "half_life": "half-life, tokens",
@@ -62,6 +63,9 @@ class InspectConfig:
     """Sequences, spread over the text."""
     out: Path | None = None
     """Folder of the files, which are replaced if they exist. Default: RUN/inspect."""
+    html: bool = False
+    """Also write OUT/inspect.html: the text's beginning, and for a chosen token, layer and head
+    which earlier tokens the importance term lifts or lowers, and how far the decay reaches."""
     device: str = "auto"
     """cpu, cuda, cuda:1 ...; auto: a GPU if there is one."""
 
@@ -96,18 +100,11 @@ def inspect_model(model: Any, input_ids: Tensor) -> list[Inspection]:
     found: list[Inspection] = []
 
     def measure(layer: int, attn: SisaAttention, x: Tensor, context: Context) -> None:
-        inputs = attn.operands(x)
-        cos, sin = (table.double()[:, None] for table in context.rotary)
-        q, k = (rotate(tokens.double(), cos, sin) for tokens in (inputs.q, inputs.k))
-        operands = (q, k, inputs.b, inputs.c, inputs.log_decay, inputs.theta)
-        # One sequence at a time: its dense scores are what takes the memory.
-        of_one: Any = functools.partial(scores, lam=inputs.lam, mode=attn.mode)
-        sequences = zip(*(operand.split(1) for operand in operands))
-        parts = [_measure(*of_one(*sequence)) for sequence in sequences]
+        parts = [_measure(*terms) for terms in sequence_scores(attn, x, context)]
         importance, total, entropy, entropy_without = torch.stack(parts).mean(0)
         group = attn.n_heads // attn.n_kv_heads
-        lives = half_life(inputs.log_decay).repeat_interleave(group)
-        values = (inputs.lam, lives, (importance / total).sqrt(), entropy, entropy_without)
+        lives = half_life(attn.operands(x).log_decay).repeat_interleave(group)
+        values = (attn.lam(), lives, (importance / total).sqrt(), entropy, entropy_without)
         found.append(Inspection(layer, *(value.tolist() for value in values)))
 
     visit_layers(model, input_ids, measure)
@@ -151,26 +148,35 @@ def _sequences(config: InspectConfig, record: RunRecord, vocab: int) -> tuple[Te
     if config.text:
         tokens: Any = encoder.encode(read_units(find_files([*config.text]), AS_NAMED)[0])
         where = ", ".join(map(str, config.text))
-    else:
-        data = open_data(
-            train.data,
-            train.val_data,
-            encoder,
-            length,
-            train.seed,
-            reading=train.reading,
-            verify=False,
-        )
+        if config.length is None:
+            length = min(length, len(tokens) - 1)
+    elif (config.run / HELD_OUT).is_file():
+        return _rows(np.load(config.run / HELD_OUT), config.blocks, length), HELD_OUT_TEXT
+    else:  # of a run that keeps no copy
+        data = open_data(train.data, train.val_data, encoder, length, train.seed, verify=False)
         if data.fingerprint != record.sha256:
             raise ValueError(
                 f"the data of {config.run} changed since its training: "
                 "give text to measure on with --text"
             )
         tokens = data.val.tokens
-        where = "held-out text of the run"
+        where = HELD_OUT_TEXT
     blocks = Blocks(tokens, length, 0, "inspected")
     spread_out = np.linspace(0, blocks.count - 1, min(config.blocks, blocks.count))
     return blocks.take(spread_out.astype(int).tolist())[0], where
+
+
+def _rows(held_out: np.ndarray, count: int, length: int) -> Tensor:
+    """``count`` sequences of ``length``, spread over a run's held-out blocks [N, L + 1]."""
+    longest = held_out.shape[1] - 1
+    if length > longest:
+        raise ValueError(
+            f"length must be at most {longest}, the run's, without --text, got {length}"
+        )
+    each = longest // length
+    pieces = torch.from_numpy(held_out[:, : each * length].reshape(-1, length)).long()
+    chosen = np.linspace(0, len(pieces) - 1, min(count, len(pieces))).astype(int)
+    return pieces[chosen.tolist()]
 
 
 def _exam(count: int, length: int, train: ResolvedConfig, vocab: int) -> Tensor:
@@ -213,7 +219,15 @@ def inspect_run(config: InspectConfig) -> list[Inspection]:
     about = (
         f"{record.train.preset}, {weights.name}: {ids.shape[0]} x {ids.shape[1]} tokens, {where}"
     )
-    _write(config.out or config.run / "inspect", about, settings, layers)
+    out = config.out or config.run / "inspect"
+    _write(out, about, settings, layers)
+    if config.html:
+        first = ids[:1, :PAGE_LENGTH].to(device)
+        encoder = None if record.train.task != "text" else Encoder(record.train.tokenizer)
+        write_page(
+            out / "inspect.html", about, first[0].tolist(), encoder, view_layers(model, first)
+        )
+        log.info(f"page: {out / 'inspect.html'}")
     return layers
 
 

@@ -37,8 +37,8 @@ class PlotConfig:
     """Draw runs of `sisa train` against each other.
 
     Losses, learning rate, gradient norm, throughput, tasks and SISA's health. Accuracies of
-    RUN/eval.jsonl (rows of "step", "task", "accuracy") are drawn too: those of a 152M model on
-    niah and lambada beside the paper's curves by step, dashed."""
+    RUN/eval.jsonl (rows of "step", "task", "protocol", "accuracy") are drawn too: those of a 152M
+    model on niah and lambada, by the paper's protocol, beside its curves by step, dashed."""
 
     runs: tyro.conf.Positional[tuple[Path, ...]]
     """Run folders of `sisa train`, finished or not."""
@@ -77,7 +77,10 @@ def plot_runs(config: PlotConfig) -> Path:
     does for a folder that is no run."""
     if config.out.suffix != ".png":
         raise ValueError(f"out must be a .png file, got {config.out}")
-    runs = [_read(folder, name) for name, folder in name_runs(config.runs)]
+    runs = [read_rows_of(folder, name) for name, folder in name_runs(config.runs)]
+    for run, folder in zip(runs, config.runs):
+        if not (run.train or run.val):
+            raise ValueError(f"runs: {folder} holds no step yet")
     config.out.parent.mkdir(parents=True, exist_ok=True)
     _draw(config.out, runs)
     log.info(f"figure: {config.out}")
@@ -98,11 +101,10 @@ def name_runs(runs: tuple[Path, ...]) -> list[tuple[str, Path]]:
     return [(folder.name if unique else str(given), folder) for folder, given in zip(folders, runs)]
 
 
-def _read(folder: Path, name: str) -> RunRows:
+def read_rows_of(folder: Path, name: str) -> RunRows:
+    """What the run in ``folder`` has logged; raises as :func:`read_run` does."""
     preset = read_run(folder).train.preset
     train, val = (read_rows(folder / f"{rows}.jsonl") for rows in ("train", "val"))
-    if not (train or val):
-        raise ValueError(f"runs: {folder} holds no step yet")
     return RunRows(name, preset, train, val, read_evaluations(folder))
 
 
@@ -164,7 +166,7 @@ def _thinned(line: Line) -> Line:
 
 
 def _health(number: int, run: RunRows, field: str) -> Line:
-    rows = [row for row in run.val if row["layers"]]
+    rows = [row for row in run.val if row.get("layers")]
     if not rows:
         return Line(number, run.name, (), ())
     steps = [row["step"] for row in rows]
@@ -181,40 +183,53 @@ def _draw(path: Path, runs: list[RunRows]) -> None:
     figure, axes = plt.subplots(height, columns, figsize=size, squeeze=False)
     for axis in axes.flat[len(found) :]:
         axis.set_axis_off()
-    logarithmic = tuple({**TRAIN_PANELS, **HEALTH_PANELS}[field] for field in LOG_SCALE)
     for axis, (title, lines) in zip(axes.flat, found.items()):
-        _draw_panel(axis, lines)
-        axis.set(xlabel="step", title=title)
-        if "accuracy" in title:
-            axis.set_ylim(*SHARES)
-        if title.startswith(logarithmic):
-            axis.set_yscale("log")
-    # A run may be missing from any one panel.
-    handles = {
-        name: handle
-        for axis in axes.flat
-        for handle, name in zip(*axis.get_legend_handles_labels())
-    }
-    names = [run.name for run in runs if run.name in handles]
-    legend = axes.flat[len(found)]
-    legend.legend([handles[name] for name in names], names, loc="center", frameon=False)
+        draw_panel(axis, title, lines)
+    draw_legend(axes.flat[len(found)], runs, found)
     save_figure(figure, path)
 
 
-def _draw_panel(axis: Any, lines: list[Line]) -> None:
+def draw_legend(axis: Any, runs: list[RunRows], panels: dict[str, list[Line]]) -> None:
+    """Which run has which line; a run may be missing from any one panel."""
+    drawn = {line.run for lines in panels.values() for line in lines}
+    handles = [
+        axis.plot([], [], label=run.name, **run_style(number))[0]
+        for number, run in enumerate(runs)
+        if number in drawn
+    ]
+    axis.set_axis_off()
+    axis.legend(handles=handles, loc="center", frameon=False)
+
+
+def run_style(run: int) -> dict[str, Any]:
+    """Colour, dashes and width of the line of a run, by its number."""
+    return {
+        "color": COLORS[run % len(COLORS)],
+        "ls": ("-", ":", "-.")[run // len(COLORS) % 3],
+        "lw": 1.2,
+    }
+
+
+def draw_panel(axis: Any, title: str, lines: list[Line]) -> None:
     """The runs' curves, and the paper's dashed, with a legend of their own."""
+    axis.set(xlabel="step", title=title)
+    if "accuracy" in title:
+        axis.set_ylim(*SHARES)
+    logarithmic = tuple({**TRAIN_PANELS, **HEALTH_PANELS}[field] for field in LOG_SCALE)
+    if title.startswith(logarithmic):
+        axis.set_yscale("log")
     papers = [line.label for line in lines if line.run < 0]
     dashed = {"color": "0.45", "ls": "--", "lw": 1, "ms": 3, "mfc": "none"}
     for line in lines:
         if line.run < 0:
-            marker = "os^v"[papers.index(line.label) % 4]
-            axis.plot(line.steps, line.values, marker=marker, label=line.label, **dashed)
+            shape = "os^v"[papers.index(line.label) % 4]
+            axis.plot(line.steps, line.values, marker=shape, label=line.label, **dashed)
             continue
-        color = COLORS[line.run % len(COLORS)]
-        dashes = ("-", ":", "-.")[line.run // len(COLORS) % 3]
-        style = {"marker": "o" if len(line.steps) < 30 else None, "ms": 2.5, "lw": 1.2}
-        axis.plot(line.steps, line.values, color=color, ls=dashes, label=line.label, **style)
+        style = run_style(line.run)
+        marker = "o" if len(line.steps) < 30 else None
+        axis.plot(line.steps, line.values, marker=marker, ms=2.5, label=line.label, **style)
         if line.low is not None:
-            axis.fill_between(line.steps, line.low, line.high, color=color, alpha=0.12, lw=0)
+            band = {"color": style["color"], "alpha": 0.12, "lw": 0}
+            axis.fill_between(line.steps, line.low, line.high, **band)
     if papers:
         axis.legend(frameon=False, fontsize=6)

@@ -65,7 +65,12 @@ def plot_losses(
 
 
 def plot_health(path: Path, title: str, val: Rows) -> None:
-    """lambda, half-life, range of g and the clamped share against step.
+    """Draw :func:`health_figure` to ``path``."""
+    save_figure(health_figure(title, val), path)
+
+
+def health_figure(title: str, val: Rows) -> Any:
+    """lambda, half-life, range of g and, where any is, the clamped share against step.
 
     One line a layer, the mean over its heads."""
     panels = {
@@ -74,7 +79,9 @@ def plot_health(path: Path, title: str, val: Rows) -> None:
         "g_range": "range of g",
         "clamped": "share of positions clamped",
     }
-    figure, axes = plt.subplots(1, len(panels), figsize=(13, 3.2))
+    if not any(layer["clamped"] for row in val for layer in row["layers"]):
+        del panels["clamped"]
+    figure, axes = plt.subplots(1, len(panels), figsize=(3.25 * len(panels), 3.2))
     steps = [row["step"] for row in val]
     numbers = [layer["layer"] for layer in val[0]["layers"]]
     shades = plt.get_cmap("viridis")(np.linspace(0, 0.9, len(numbers)))
@@ -86,7 +93,8 @@ def plot_health(path: Path, title: str, val: Rows) -> None:
     axes[1].set_yscale("log")
     axes[0].legend(frameon=False, fontsize=7)
     figure.suptitle(title)
-    save_figure(figure, path)
+    figure.tight_layout()
+    return figure
 
 
 def plot_compare(path: Path, runs: dict[str, list[Rows]], title: str) -> None:

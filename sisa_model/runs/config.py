@@ -15,14 +15,20 @@ import torch
 import tyro
 
 from sisa_kernels.inputs import Backend, Mode
-from sisa_model.data.corpus import find_tokenizer
+from sisa_model.data.corpus import find_tokenizer, prepared
+from sisa_model.data.shards import TOKENIZER
 from sisa_model.data.sources import AS_NAMED, Format, Reading
 from sisa_model.data.synthetic import LENGTHS, TASKS, RetrievalTask, find_task
+from sisa_model.models.checkpoint import CONFIG, read_config
 from sisa_model.models.config import ModelConfig
-from sisa_model.models.presets import find_preset, preset_config
+from sisa_model.models.presets import AUTHORS_TRAINING, find_preset, preset_config
 from sisa_model.runs.log import LogTarget, check_logs
+from sisa_model.runs.weights import find_weights
 
+Recipe = Literal["ours", "paper"]
+Schedule = Literal["cosine", "wsd", "constant"]
 Precision = Literal["auto", "fp32", "bf16"]
+TrainPrecision = Literal["auto", "fp32", "bf16", "bf16-pure"]
 Documents = Literal["joined", "packed"]
 Sharing = Literal["auto", "ddp", "fsdp"]
 
@@ -42,13 +48,14 @@ def _field_docs(record: type) -> dict[str, str]:
 
 @functools.cache
 def _model_flags() -> dict[str, Any]:
-    """ModelConfig's fields as flags; the others are the preset's name, --mode and --backend."""
+    """ModelConfig's fields as flags; others are --preset, --mode, --backend and --precision."""
     docs = _field_docs(ModelConfig)
     hints = typing.get_type_hints(ModelConfig)
+    elsewhere = ("family", "mode", "backend", "weights")
     return {
         name: Annotated[hints[name], tyro.conf.arg(help=doc, help_behavior_hint="(the preset's)")]
         for name, doc in docs.items()
-        if name not in ("family", "mode", "backend")
+        if name not in elsewhere
     }
 
 
@@ -85,8 +92,15 @@ class TrainConfig:
     """A `tokenizers` JSON file. Default: that of a prepared folder, or bytes."""
     out: Path | None = None
     """Run folder, which must not exist yet. Default: runs/PRESET, or PRESET-2, -3 ... if taken."""
+    recipe: Recipe = "ours"
+    """ours, or paper: what the authors' code does otherwise, as docs/reproduce.md lists it: their
+    warm-up and optimizer, Mamba's first weights and decay, and where a flag does not say otherwise
+    precision bf16-pure, mode clamped, their micro-batches."""
+    init_from: Path | None = None
+    """Weights to begin with: a run, a folder that sisa_model.save wrote, or transformers'
+    save_pretrained. The model is theirs then, and so is the tokenizer unless one is given."""
     steps: int | None = None
-    """Optimizer steps of the whole run, over which the learning rate falls to 0."""
+    """Optimizer steps of the whole run; with --resume, more than before extend it."""
     seed: int = 0
     """Seed of the initial weights, the order of the data and the retrieval tasks."""
     seq_len: int | None = None
@@ -97,11 +111,16 @@ class TrainConfig:
     """Sequences a forward pass of a process; gradients are accumulated over the batch.
     Changes memory, not the result beyond rounding."""
     lr: float | None = None
-    """Peak learning rate."""
+    """Peak learning rate. It may be changed with --resume."""
+    schedule: Schedule = "cosine"
+    """How the learning rate goes on after its warm-up: along a cosine to 0; constant; or wsd,
+    constant and in the last steps straight to 0: such a run is extended as if always longer."""
+    decay_steps: int | None = None
+    """Steps in which wsd falls to 0. Default: a tenth of the run."""
     lambda_lr_scale: float = 0.1
     """Learning rate of lambda_raw relative to the rest."""
     warmup_steps: int | None = None
-    """Steps of linear warm-up before the cosine; a tenth of a run too short for the preset's."""
+    """Steps of linear warm-up; a tenth of a run too short for the preset's."""
     weight_decay: float = 0.1
     """AdamW weight decay (never on lambda_raw)."""
     beta1: float = 0.9
@@ -110,10 +129,13 @@ class TrainConfig:
     """AdamW beta2."""
     clip: float = 1.0
     """Gradient norm above which gradients are scaled down to it."""
-    precision: Precision = "auto"
-    """fp32, or bf16 autocast over fp32 weights; auto: bf16 on a GPU, fp32 on a CPU."""
-    mode: Mode = "exact"
-    """SISA's numerics: exact, or clamped as its authors ran it."""
+    skip_bad_batches: int = 0
+    """Batches that a launch may pass over, as their loss or gradient is not finite."""
+    precision: TrainPrecision = "auto"
+    """fp32; bf16 autocast over fp32 weights; bf16-pure: weights and AdamW's moments in bf16, too.
+    auto: bf16 on a GPU, fp32 on a CPU, bf16-pure with the recipe paper."""
+    mode: Mode | None = None
+    """SISA's numerics: exact (the default), or clamped as its authors ran it (recipe paper's)."""
     backend: Backend = "auto"
     """SISA's attention path; see `python -m sisa_kernels`."""
     documents: Documents = "joined"
@@ -133,6 +155,8 @@ class TrainConfig:
     """Steps between checkpoints."""
     keep: int = 2
     """Checkpoints that stay, the newest."""
+    keep_best: bool = False
+    """The checkpoint of the lowest held-out loss stays, too."""
     sample_tokens: int = 200
     """Tokens of the sample of text written at the end; 0 for none."""
     device: str = "auto"
@@ -175,6 +199,7 @@ class ResolvedConfig(TrainConfig):
     warmup_steps: int = field()
     val_every: int = field()
     save_every: int = field()
+    mode: Mode = field()
 
     @property
     def last_step(self) -> int:
@@ -191,22 +216,26 @@ class ResolvedConfig(TrainConfig):
             "vocab_size": max(known.vocab_size, tokens),
             "max_seq_len": max(known.max_seq_len, longest),
         }
-        changes = {**self.model, **room, "mode": self.mode, "backend": self.backend}
-        return preset_config(self.preset, **changes)
+        weights = "bf16" if self.precision == "bf16-pure" else "fp32"
+        run = {"mode": self.mode, "backend": self.backend, "weights": weights}
+        return preset_config(self.preset, **{**self.model, **room, **run})
 
 
 # All else would make it another run. LAUNCH is as each launch says; the others are as the run began
 # where a launch says nothing.
 LAUNCH = {"device", "parallel", "stop_at", "resume", "out"}
-PERFORMANCE = {"keep", "activation_checkpointing", "compile", "log", "micro_batch_size"}
+PERFORMANCE = {"keep", "keep_best", "activation_checkpointing", "compile", "log"}
+PERFORMANCE |= {"micro_batch_size", "skip_bad_batches"}
 RESUME_MAY_CHANGE = LAUNCH | PERFORMANCE
+# What a run that goes on may be told anew, and then keeps.
+GOING_ON = {"steps", "lr"}
 # May lead elsewhere: a run that goes on compares the tokens.
 PATHS = {"data", "val_data", "tokenizer"}
 
 
-def runs_in_bf16(precision: Precision, device: torch.device) -> bool:
+def runs_in_bf16(precision: TrainPrecision, device: torch.device) -> bool:
     """Whether a model computes under bf16 autocast: where it is asked for, and "auto" on a GPU."""
-    return precision == "bf16" or (precision == "auto" and device.type == "cuda")
+    return precision in ("bf16", "bf16-pure") or (precision == "auto" and device.type == "cuda")
 
 
 def with_absolute_paths(config: TrainConfig) -> TrainConfig:
@@ -216,6 +245,7 @@ def with_absolute_paths(config: TrainConfig) -> TrainConfig:
         data=tuple(path.absolute() for path in config.data),
         val_data=tuple(path.absolute() for path in config.val_data),
         tokenizer=None if config.tokenizer is None else config.tokenizer.absolute(),
+        init_from=None if config.init_from is None else config.init_from.absolute(),
     )
 
 
@@ -227,11 +257,16 @@ def resolve(config: TrainConfig) -> ResolvedConfig:
         raise ValueError(
             f"model must hold fields among {', '.join(_model_flags())}, got {unknown[0]!r}"
         )
-    preset_config(config.preset, **config.model, mode=config.mode, backend=config.backend)
-    absolute = with_absolute_paths(config)
-    tokenizer = find_tokenizer(absolute.data, absolute.tokenizer)
+    _require(config, "recipe", config.recipe in typing.get_args(Recipe), "ours or paper")
+    if config.init_from is not None and not config.resume:
+        config = _with_initial_model(config, config.init_from)
+    config = _with_precision(config)
     training = _preset_training(config)
     preset_values = {name: x for name, x in training.items() if getattr(config, name) is None}
+    mode = preset_values.get("mode", config.mode)
+    preset_config(config.preset, **config.model, mode=mode, backend=config.backend)
+    absolute = with_absolute_paths(config)
+    tokenizer = find_tokenizer(absolute.data, absolute.tokenizer)
     settings = {item.name: getattr(absolute, item.name) for item in dataclasses.fields(TrainConfig)}
     resolved = ResolvedConfig(**{**settings, **preset_values, "tokenizer": tokenizer})
     _check_numbers(resolved)
@@ -242,11 +277,46 @@ def resolve(config: TrainConfig) -> ResolvedConfig:
 
 
 def _preset_training(config: TrainConfig) -> dict[str, Any]:
-    """What the preset trains with; a run that is too short for its warm-up warms up for a tenth."""
-    training = dataclasses.asdict(find_preset(config.preset).training)
+    """What the preset trains with by the recipe, and its mode.
+
+    A run that is too short for its warm-up warms up for a tenth."""
+    preset = find_preset(config.preset)
+    training = {**dataclasses.asdict(preset.training), "mode": "exact"}
+    if config.recipe == "paper":
+        training |= AUTHORS_TRAINING[preset.scale]
+        model = preset_config(config.preset, **config.model)
+        if model.family == "sisa" and model.lam != "zero":
+            training["mode"] = "clamped"
     if config.steps is not None:
         training["warmup_steps"] = min(training["warmup_steps"], config.steps // 10)
+    if config.schedule == "wsd":
+        training["decay_steps"] = max(1, (config.steps or training["steps"]) // 10)
     return training
+
+
+def _with_initial_model(config: TrainConfig, folder: Path) -> TrainConfig:
+    """``config`` with the model, and where none is given the tokenizer, of the weights it has."""
+    weights = find_weights(folder)
+    found = read_config(weights / CONFIG)
+    preset = find_preset(config.preset).model
+    if found.family != preset.family:
+        raise ValueError(
+            f"preset must be of the family {found.family}, as the weights in {weights} are, got "
+            f"{config.preset}"
+        )
+    own = {name: getattr(found, name) for name in _model_flags()}
+    model = {name: value for name, value in own.items() if value != getattr(preset, name)}
+    tokenizer = config.tokenizer
+    if tokenizer is None and (weights / TOKENIZER).is_file() and prepared(config.data) is None:
+        tokenizer = weights / TOKENIZER
+    return dataclasses.replace(config, model={**model, **config.model}, tokenizer=tokenizer)
+
+
+def _with_precision(config: TrainConfig) -> TrainConfig:
+    """``config`` with the precision of its recipe where it is left at "auto"."""
+    if config.recipe == "paper" and config.precision == "auto":
+        return dataclasses.replace(config, precision="bf16-pure")
+    return config
 
 
 def _require(config: TrainConfig, field: str, ok: bool, allowed: str) -> None:
@@ -258,7 +328,8 @@ def _check_numbers(config: ResolvedConfig) -> None:
     counts = ("steps", "seq_len", "batch_size", "micro_batch_size", "val_every", "val_blocks")
     for name in (*counts, "save_every", "keep"):
         _require(config, name, getattr(config, name) >= 1, "at least 1")
-    for name in ("warmup_steps", "weight_decay", "lambda_lr_scale", "sample_tokens", "seed"):
+    least_0 = ("warmup_steps", "weight_decay", "lambda_lr_scale", "sample_tokens", "seed")
+    for name in (*least_0, "skip_bad_batches"):
         _require(config, name, getattr(config, name) >= 0, "at least 0")
     for name in ("lr", "clip"):
         _require(config, name, 0 < getattr(config, name) < math.inf, "above 0 and finite")
@@ -271,13 +342,28 @@ def _check_numbers(config: ResolvedConfig) -> None:
 
 
 def _check_choices(config: ResolvedConfig) -> None:
-    for name, choice in (("precision", Precision), ("documents", Documents), ("parallel", Sharing)):
+    choices = {
+        "precision": TrainPrecision,
+        "documents": Documents,
+        "parallel": Sharing,
+        "schedule": Schedule,
+    }
+    for name, choice in choices.items():
         allowed = typing.get_args(choice)
         _require(config, name, getattr(config, name) in allowed, f"one of {', '.join(allowed)}")
     _require(config, "mix", set(config.mix) <= TASKS.keys(), f"among {', '.join(TASKS)}")
     _require(config, "mix", len(set(config.mix)) == len(config.mix), "all different")
+    if config.schedule == "wsd":
+        decay = config.decay_steps
+        inside = decay is not None and 1 <= decay <= config.steps
+        _require(config, "decay_steps", inside, f"from 1 to the {config.steps} steps of the run")
+    else:
+        left_out = f"left out with the schedule {config.schedule}"
+        _require(config, "decay_steps", config.decay_steps is None, left_out)
     if config.reading != AS_NAMED and not config.data:
         raise ValueError("data must be given with text_field, format or skip_bad, got none")
+    possible = config.precision != "bf16-pure" or config.parallel != "fsdp"
+    _require(config, "parallel", possible, "ddp or auto with precision bf16-pure")
     check_logs(config.log)
 
 

@@ -1,17 +1,24 @@
 """A run's folder: its record, its weights, whether a run there may go on."""
 
 import dataclasses
+import errno
+import functools
 import itertools
 import json
+import logging
 import os
-import sys
+import shutil
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import MISSING, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from sisa_model.data.corpus import prepared
+from sisa_model.data.shards import TOKENIZER, file_sha256
 from sisa_model.runs.config import (
+    GOING_ON,
     LAUNCH,
     PATHS,
     RESUME_MAY_CHANGE,
@@ -21,10 +28,14 @@ from sisa_model.runs.config import (
     with_absolute_paths,
 )
 from sisa_model.runs.toml import write_settings
-from sisa_model.utils.files import make_folder_atomically, write_json
+from sisa_model.runs.weights import FINAL, checkpoints, step_of
+from sisa_model.utils.files import make_folder_atomically, remove_folder, write_json
+
+log = logging.getLogger(__name__)
 
 RECORD = "run.json"
 SETTINGS = "run.toml"
+HELD_OUT = "held-out.npy"
 OWN = {"out", "resume", "stop_at"}  # a run's own, which are no part of what repeats it
 
 
@@ -41,6 +52,8 @@ class RunRecord:
     """The model's configuration by field."""
     versions: dict[str, str] = field(default_factory=dict)
     """Of what the run depends on: commit, torch, platform ..."""
+    tokenizer_sha256: str | None = None
+    """Of RUN/tokenizer.json; None for bytes, and for a run that keeps no copy."""
 
 
 def write_run(folder: Path, record: RunRecord) -> None:
@@ -51,6 +64,7 @@ def write_run(folder: Path, record: RunRecord) -> None:
         "model": record.model,
         "corpus": {"split": record.split, "sha256": record.sha256},
         "versions": record.versions,
+        "tokenizer": {"sha256": record.tokenizer_sha256},
     }
     write_json(folder / RECORD, parts)
     flags = {name: value for name, value in settings.items() if name not in OWN}
@@ -58,35 +72,56 @@ def write_run(folder: Path, record: RunRecord) -> None:
 
 
 def read_run(folder: Path) -> RunRecord:
-    """The record of the run in ``folder``; FileNotFoundError or ValueError if there is none."""
+    """The record of the run in ``folder``, whose own tokenizer is ``train.tokenizer``.
+
+    Raises FileNotFoundError or ValueError if there is none, or the tokenizer is another now."""
     path = folder / RECORD
     if not path.is_file():
         raise FileNotFoundError(f"{folder} is not a run folder of sisa train: it has no {RECORD}")
     try:
         parts = json.loads(path.read_text(encoding="utf-8"))
         corpus = parts["corpus"]
-        return RunRecord(
+        record = RunRecord(
             train=_settings(parts["train"]),
             sha256=corpus["sha256"],
             split=corpus.get("split", ""),
             model=parts.get("model", {}),
             versions=parts.get("versions", {}),
+            tokenizer_sha256=parts.get("tokenizer", {}).get("sha256"),
         )
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(
             f"{path} is not the record of a run of this version of sisa train: {error!r}"
         ) from error
 
+    return _with_own_tokenizer(folder, record)
+
+
+def _with_own_tokenizer(folder: Path, record: RunRecord) -> RunRecord:
+    if record.tokenizer_sha256 is None:
+        return record
+    own = (folder / TOKENIZER).absolute()
+    if not own.is_file():
+        raise FileNotFoundError(f"the run in {folder} has lost its tokenizer: there is no {own}")
+    if file_sha256(own) != record.tokenizer_sha256:
+        raise ValueError(f"{own} is not the tokenizer that the run in {folder} was trained with")
+    return dataclasses.replace(record, train=dataclasses.replace(record.train, tokenizer=own))
+
 
 def _settings(saved: dict[str, Any]) -> ResolvedConfig:
-    """A run's settings from its record, where "mix" may have its first name, "tasks"."""
-    known = {"model": {}, "mix": saved.get("tasks"), **saved}
-    values = {item.name: known[item.name] for item in dataclasses.fields(ResolvedConfig)}
+    """A run's settings from its record.
+
+    A field that came later has its default, by which the run was made; "mix" may have its first
+    name, "tasks"."""
+    fields = dataclasses.fields(ResolvedConfig)
+    defaults = {item.name: item.default for item in fields if item.default is not MISSING}
+    known = {**defaults, "model": {}, "mix": saved.get("tasks"), **saved}
+    values = {item.name: known[item.name] for item in fields}
     for name in ("data", "val_data"):
         values[name] = tuple(map(Path, values[name]))
     for name in ("mix", "log"):
         values[name] = tuple(values[name])
-    for name in ("tokenizer", "out"):
+    for name in ("tokenizer", "out", "init_from"):
         values[name] = None if values[name] is None else Path(values[name])
     return ResolvedConfig(**values)
 
@@ -102,37 +137,94 @@ def own_folder(config: ResolvedConfig) -> Path:
     return config.out
 
 
-def keep_record(folder: Path, record: RunRecord) -> None:
-    """Make a new run's folder with its ``record``, or bring the paths of an old one up to date.
+def begin_run(record: RunRecord, held_out: np.ndarray, named: bool) -> Path:
+    """Make a new run's folder, with its ``record`` and its tokenizer; the folder.
 
-    Raises ValueError for a run that cannot go on: its tokens are others now, or it is finished and
-    its checkpoints are gone."""
-    if not record.train.resume:
-        make_folder_atomically(folder, lambda aside: write_run(aside, record))
-        return
+    ``held_out`` [N, L + 1] int32: what it evaluates on, which stays with it. Unless ``named``, the
+    folder may become another one, where somebody else took ``record.train.out`` meanwhile."""
+    tokenizer = record.train.tokenizer
+    if tokenizer is not None:
+        record = dataclasses.replace(record, tokenizer_sha256=file_sha256(tokenizer))
+    while True:
+        folder = record.train.out
+        assert folder is not None
+        fill = functools.partial(_fill, record=record, held_out=held_out)
+        try:
+            make_folder_atomically(folder, fill)
+            return folder
+        except OSError as error:
+            if named or error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
+                raise
+            free = dataclasses.replace(record.train, out=None)
+            train = dataclasses.replace(free, out=own_folder(free))
+            record = dataclasses.replace(record, train=train)
+
+
+def _fill(folder: Path, record: RunRecord, held_out: np.ndarray) -> None:
+    write_run(folder, record)
+    if record.train.tokenizer is not None:
+        shutil.copyfile(record.train.tokenizer, folder / TOKENIZER)
+    if len(held_out):
+        np.save(folder / HELD_OUT, held_out)
+
+
+def go_on(folder: Path, record: RunRecord) -> None:
+    """Bring the record of the run in ``folder`` up to date, before it goes on.
+
+    What a run to more steps has no use for goes: a schedule's decay that ended too early, of which
+    the final weights stay as final-N. Raises ValueError for a run that cannot go on: its tokens are
+    others now, it has done more steps than it should, or it is finished and its checkpoints are
+    gone."""
     begun = read_run(folder)
     if begun.sha256 != record.sha256:
         raise ValueError(
             f"data must be what the run in {folder} began with, but its tokens have changed since"
         )
-    if (folder / "final").is_dir() and not checkpoints(folder):
+    held = checkpoints(folder)
+    if (folder / FINAL).is_dir() and not held:
         raise ValueError(f"the run in {folder} is finished, and has no checkpoint to resume from")
+    done = step_of(held[-1]) if held else 0
+    if record.train.steps < done:
+        raise ValueError(f"steps must be at least {done}, which the run in {folder} has done")
+    if record.train.steps > begun.train.steps:
+        _make_room(folder, begun.train)
     # Generate, inspect and the next resume look there.
-    moved = {name: getattr(record.train, name) for name in PATHS}
-    train = dataclasses.replace(begun.train, **moved)
+    changed = {name: getattr(record.train, name) for name in PATHS | GOING_ON}
+    train = dataclasses.replace(begun.train, **changed)
     write_run(folder, dataclasses.replace(begun, train=train))
+
+
+def _make_room(folder: Path, before: ResolvedConfig) -> None:
+    """Take the run in ``folder`` back to where a longer one does the same."""
+    held = checkpoints(folder)
+    if before.decay_steps is not None:
+        too_late = [x for x in held if step_of(x) > before.steps - before.decay_steps]
+        if len(too_late) < len(held):
+            for checkpoint in reversed(too_late):
+                remove_folder(checkpoint)
+        else:
+            log.warning(f"{folder} has no checkpoint from before its learning rate fell to 0")
+    if (folder / FINAL).is_dir():
+        (folder / FINAL).rename(folder / f"{FINAL}-{before.steps}")
 
 
 def require_same_run(config: TrainConfig, free: set[str] = RESUME_MAY_CHANGE) -> ResolvedConfig:
     """The settings of the run in ``config.out``; ValueError where ``config`` sets one otherwise.
 
-    Fields in ``free`` may differ; one left at its default says nothing."""
+    Fields in ``free`` may differ; one left at its default says nothing. A tokenizer is the same by
+    what is in it."""
     assert config.out is not None
     saved = read_run(config.out).train
     default = TrainConfig()
     given = with_absolute_paths(config)
     for name, value in vars(saved).items():
         wanted = getattr(given, name)
+        if name == "tokenizer" and wanted is not None and value is not None:
+            if file_sha256(wanted) != file_sha256(value):
+                raise ValueError(
+                    f"tokenizer must be the one of the run in {config.out}, got another in {wanted}"
+                )
+            continue
         if name not in free and wanted != getattr(default, name) and wanted != value:
             raise ValueError(
                 f"{name} must stay {value!r}, as the run in {config.out} has it, got {wanted!r}"
@@ -146,7 +238,7 @@ def resumed(config: TrainConfig) -> ResolvedConfig:
     Raises ValueError without ``out`` and for a flag that contradicts the run."""
     if config.out is None:
         raise ValueError("resume needs out, the run folder to continue")
-    free = RESUME_MAY_CHANGE | PATHS
+    free = RESUME_MAY_CHANGE | PATHS | GOING_ON
     saved = vars(require_same_run(config, free))
     default = TrainConfig()
     changes = {
@@ -158,28 +250,6 @@ def resumed(config: TrainConfig) -> ResolvedConfig:
     if data and data != saved["data"] and prepared(data):
         saved = {**saved, "tokenizer": None}  # a prepared folder's own moved with it
     return resolve(TrainConfig(**{**saved, **changes}))
-
-
-def checkpoints(run: Path) -> list[Path]:
-    """A run's finished checkpoints, oldest first; names of unfinished ones begin with a dot."""
-    return sorted((run / "checkpoints").glob("step-*"))
-
-
-def weights_by_step(folder: Path, steps: int) -> dict[int, Path]:
-    """The folders of a run's weights by step, oldest first; ``final`` is that of ``steps``.
-
-    FileNotFoundError if it has neither."""
-    found = {int(path.name.removeprefix("step-")): path for path in checkpoints(folder)}
-    if (folder / "final").is_dir():
-        found[steps] = folder / "final"
-    if not found:
-        raise FileNotFoundError(f"{folder} holds no final weights and no checkpoint")
-    return found
-
-
-def newest_weights(folder: Path) -> Path:
-    """A run's final weights, or its newest checkpoint; FileNotFoundError without either."""
-    return [*weights_by_step(folder, sys.maxsize).values()][-1]
 
 
 def is_taken(folder: Path) -> bool:

@@ -20,15 +20,17 @@ from sisa_model.utils.files import make_folder_atomically, write_text
 TEMPERATURE = 0.8  # of the sample
 
 
-def write_final(folder: Path, weights: Mapping[str, Tensor], config: ModelConfig) -> None:
-    """Write FOLDER/final, the model of ``weights`` by name, unless it is there."""
+def write_final(
+    folder: Path, weights: Mapping[str, Tensor], config: ModelConfig, encoder: Encoder | None
+) -> None:
+    """Write FOLDER/final, the model of ``weights`` by name with its tokenizer, unless there."""
 
     def fill(final: Path) -> None:
         with torch.device("meta"):
             model = LanguageModel(config)
         for name, parameter in model.to_empty(device="cpu").named_parameters():
             parameter.detach().copy_(weights[name])
-        save(model, final)
+        save(model, final, encoder)
 
     for unfinished in folder.glob(".final.*"):  # of a kill
         shutil.rmtree(unfinished)

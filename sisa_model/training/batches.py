@@ -52,6 +52,15 @@ class RunData:
     text: np.ndarray
     """Training tokens that n-grams are counted on and needles hidden in, int32; none for a task."""
 
+    def held_out(self) -> np.ndarray:
+        """The held-out blocks of text with the token after each, [N, L + 1] int32; none of a task.
+
+        A target that counts for nothing is -100."""
+        if not len(self.text):
+            return np.empty((0, 0), np.int32)
+        blocks = torch.cat((self.val_inputs, self.val_targets[:, -1:]), 1)
+        return blocks.numpy().astype(np.int32)
+
     def ngram_losses(self, vocab_size: int) -> tuple[float, float]:
         """Held-out loss of a unigram and a bigram model, nats a token; nan for a task."""
         if not len(self.text):

@@ -19,9 +19,9 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from sisa_model.models.checkpoint import CONFIG
 from sisa_model.models.dcp import read_tensors
-from sisa_model.runs.folder import checkpoints
+from sisa_model.runs.weights import checkpoints, step_of
 from sisa_model.training.parallel import World
-from sisa_model.utils.files import write_json
+from sisa_model.utils.files import remove_folder, write_json
 
 STATE = "state.json"
 
@@ -36,7 +36,8 @@ def training_tensors(
     for name, parameter in parameters.items():
         state = optimizer.state[parameter]
         if not state:
-            state["step"] = torch.zeros((), device=parameter.device)
+            fused = optimizer.defaults["fused"]
+            state["step"] = torch.zeros((), device=parameter.device if fused else "cpu")
             for moment in ("exp_avg", "exp_avg_sq"):
                 state[moment] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
         found[f"model.{name}"] = parameter.detach()
@@ -54,6 +55,8 @@ class Checkpointer:
     def __init__(self, run: Path, keep: int, world: World):
         self.run = run
         self.keep = keep
+        self.staying: set[int] = set()
+        """Steps whose checkpoints are not removed, however old."""
         self.world = world
         # Of its own, as it is used from another thread.
         self.group = dist.new_group(backend="gloo") if world.size > 1 else None
@@ -125,11 +128,10 @@ class Checkpointer:
             raise
 
     def _drop_old(self) -> None:
-        """Remove all but the newest; one is never there in part, not even going."""
+        """Remove all but the newest and those that stay."""
         for old in checkpoints(self.run)[: -self.keep]:
-            gone = old.with_name(f".{old.name}")
-            old.rename(gone)
-            shutil.rmtree(gone)
+            if step_of(old) not in self.staying:
+                remove_folder(old)
 
     def restore(self, tensors: Mapping[str, Tensor]) -> dict[str, Any] | None:
         """Fill ``tensors`` from the newest whole checkpoint; its state, or None without any.

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM, which end a run after the step under way."""
+"""Ctrl-C and other signals, which end a run after the step under way."""
 
 import contextlib
 import logging
@@ -7,13 +7,16 @@ from typing import Any
 
 log = logging.getLogger(__name__)
 
-STOPS = (signal.SIGINT, signal.SIGTERM)
+# SIGUSR1: of a batch system, ahead of its end of time; SIGHUP: of a terminal that is closed.
+NAMES = ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP")
+STOPS = tuple(getattr(signal, name) for name in NAMES if hasattr(signal, name))
 
 
 class Interrupt:
-    """A context in which Ctrl-C and SIGTERM ask for a stop (``requested``).
+    """A context in which Ctrl-C, SIGTERM, SIGUSR1 and SIGHUP ask for a stop (``requested``).
 
-    A second Ctrl-C interrupts at once. ``main``: whether this process says so."""
+    A second Ctrl-C interrupts at once. A SIGHUP that the process was started to ignore, by nohup,
+    is ignored on. ``main``: whether this process says so."""
 
     def __init__(self, main: bool):
         self.main = main
@@ -21,7 +24,10 @@ class Interrupt:
         self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> "Interrupt":
-        self._before = _on_signals(self._request, *STOPS)
+        hangup = getattr(signal, "SIGHUP", None)
+        ignored = hangup is not None and signal.getsignal(hangup) == signal.SIG_IGN
+        heard = [number for number in STOPS if not (ignored and number == hangup)]
+        self._before = _on_signals(self._request, *heard)
         return self
 
     def __exit__(self, *_: object) -> None:

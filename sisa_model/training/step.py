@@ -1,5 +1,6 @@
 """One optimizer step: forward and backward over micro-batches, clipping, AdamW."""
 
+import logging
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -13,6 +14,8 @@ from sisa_model.training.optimizer import learning_rate
 from sisa_model.training.parallel import Parallel
 from sisa_model.utils.files import write_json
 
+log = logging.getLogger(__name__)
+
 
 class Step(NamedTuple):
     """How a step went."""
@@ -23,6 +26,8 @@ class Step(NamedTuple):
     """Of all gradients, before clipping."""
     lr: float
     """Learning rate."""
+    skipped: bool = False
+    """Nothing was learned, as a loss or a gradient is not finite."""
 
 
 class Stepper:
@@ -41,29 +46,45 @@ class Stepper:
         self.optimizer = optimizer
         self.splitter = splitter
         self.folder = folder
+        self.skipped = 0
+        """Batches passed over so far."""
 
     def take(self, step: int, batch: Batch, answers: Sequence[float]) -> Step:
         """Take ``step``, counted from 0, on ``batch``.
 
-        ``answers`` are each group's targets that count, over all processes. Raises
-        FloatingPointError, and takes none, for a weight, loss or gradient that is not finite;
-        RUN/bad-batch-N.json then says on what."""
-        losses = self._gradients(step, batch, answers)
-        grad_norm = self.parallel.clip(self.config.clip)
-        if not (math.isfinite(sum(losses)) and math.isfinite(grad_norm)):
-            self.optimizer.zero_grad(set_to_none=True)
-            self._report(step, batch, {"losses": losses, "grad_norm": grad_norm})
-            raise FloatingPointError(
-                f"the loss must be finite, got {sum(losses)} (gradient norm {grad_norm}) at step "
-                f"{step + 1}, on blocks {batch.blocks} of the training data (losses of text and "
-                f"tasks: {losses}). The optimizer step was not taken"
-            )
+        ``answers`` are each group's targets that count, over all processes. For a weight, loss or
+        gradient that is not finite RUN/bad-batch-N.json says on what; ``skip_bad_batches`` such
+        batches are passed over, then one raises FloatingPointError. Nothing is learned of them."""
         lr = learning_rate(step, self.config)
+        try:
+            losses = self._gradients(step, batch, answers)
+            grad_norm = self.parallel.clip(self.config.clip)
+            self._check(step, batch, losses, grad_norm)
+        except FloatingPointError as error:
+            self.optimizer.zero_grad(set_to_none=True)
+            if self.skipped == self.config.skip_bad_batches:
+                raise
+            self.skipped += 1
+            left = self.config.skip_bad_batches - self.skipped
+            if self.splitter.world.main:
+                log.warning(f"passed over a batch, {left} more may be: {error}")
+            return Step([math.nan] * len(answers), math.nan, lr, skipped=True)
         for group in self.optimizer.param_groups:
             group["lr"] = lr * group["lr_scale"]
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return Step(losses, grad_norm, lr)
+
+    def _check(self, step: int, batch: Batch, losses: list[float], grad_norm: float) -> None:
+        """FloatingPointError, in every process alike, for what is not finite."""
+        if math.isfinite(sum(losses)) and math.isfinite(grad_norm):
+            return
+        self._report(step, batch, {"losses": losses, "grad_norm": grad_norm})
+        raise FloatingPointError(
+            f"the loss must be finite, got {sum(losses)} (gradient norm {grad_norm}) at step "
+            f"{step + 1}, on blocks {batch.blocks} of the training data (losses of text and "
+            f"tasks: {losses}). The optimizer step was not taken"
+        )
 
     def _gradients(self, step: int, batch: Batch, answers: Sequence[float]) -> list[float]:
         """Leave the batch's gradients on the parameters; the mean loss of each group.
@@ -81,7 +102,8 @@ class Stepper:
             # The operators' checks meet a weight that is not finite before the loss does.
             except ValueError as error:
                 self._report(step, batch, {"error": str(error)})
-                raise FloatingPointError(
+                kind = FloatingPointError if self.splitter.world.size == 1 else ValueError
+                raise kind(
                     f"{error}, at step {step + 1}, on blocks {batch.blocks} of the training data"
                 ) from error
         totals = self.splitter.world.sum(sums.tolist())

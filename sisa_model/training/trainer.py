@@ -1,32 +1,46 @@
 """A training run (paper, section 4): its parts put together, its loop, its end."""
 
+import contextlib
 import dataclasses
 import logging
+import shlex
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from sisa_model.data.tokenizer import Encoder
-from sisa_model.models.config import ModelConfig
+from sisa_model.models.checkpoint import load_state
+from sisa_model.models.config import MAMBAS, ModelConfig
 from sisa_model.models.flops import utilisation
 from sisa_model.models.language_model import LanguageModel, count_parameters
+from sisa_model.models.mamba import MambaMixer
 from sisa_model.runs.config import ResolvedConfig, TrainConfig, resolve, runs_in_bf16
-from sisa_model.runs.folder import RunRecord, keep_record, own_folder, require_same_run, resumed
+from sisa_model.runs.folder import (
+    RunRecord,
+    begin_run,
+    go_on,
+    own_folder,
+    read_run,
+    require_same_run,
+    resumed,
+)
 from sisa_model.runs.log import NoLog, RunLog, peak_memory_mib
+from sisa_model.runs.weights import find_weights
 from sisa_model.training.artifacts import TEMPERATURE, draw_figures, write_final, write_sample
 from sisa_model.training.batches import Batch, Batches, RunData, Splitter, open_run_data
 from sisa_model.training.checkpoints import Checkpointer, training_tensors
 from sisa_model.training.interrupt import Interrupt
 from sisa_model.training.loss import Objective
-from sisa_model.training.optimizer import make_optimizer
+from sisa_model.training.optimizer import learning_rate, make_optimizer
 from sisa_model.training.parallel import Parallel, World, world
 from sisa_model.training.step import Step, Stepper
 from sisa_model.training.validation import Validation
+from sisa_model.utils.lock import only_writer
 from sisa_model.utils.machine import find_device, versions
+from sisa_model.utils.progress import Progress
 
 log = logging.getLogger(__name__)
 
@@ -82,8 +96,8 @@ def continue_run(config: TrainConfig) -> bool:
 def _train(config: ResolvedConfig, world: World) -> TrainResult:
     """A run from its settings to its end. Nothing is written before its last check."""
     device = run_device(config, world)
-    folder = world.from_main(lambda: own_folder(config))
-    config = dataclasses.replace(config, out=folder)
+    named = config.out is not None
+    config = dataclasses.replace(config, out=world.from_main(lambda: own_folder(config)))
 
     encoder = Encoder(config.tokenizer)
     model_config = config.model_config(encoder.size)
@@ -98,8 +112,12 @@ def _train(config: ResolvedConfig, world: World) -> TrainResult:
     parallel = Parallel(objective, world, config.parallel, bf16)
     optimizer = make_optimizer(objective.model, config)
     unigram, bigram = data.ngram_losses(model_config.vocab_size)
-    with Checkpointer(folder, config.keep, world) as checkpointer:
-        world.from_main(lambda: keep_record(folder, _record(config, model_config, data)))
+    with contextlib.ExitStack() as held:
+        record = _record(config, model_config, data)
+        begun = read_run(record.train.out).train if config.resume and record.train.out else config
+        folder = world.from_main(lambda: _open(record, data, named, held))
+        config = dataclasses.replace(config, out=folder)
+        checkpointer = held.enter_context(Checkpointer(folder, config.keep, world))
         trainer = Trainer(
             config=config,
             folder=folder,
@@ -111,9 +129,12 @@ def _train(config: ResolvedConfig, world: World) -> TrainResult:
         )
         if config.resume:
             trainer.restore()
+            if world.main:
+                _say_what_changed(trainer.step, begun, config)
         rows = RunLog(folder, trainer.step, config.log) if world.main else NoLog()
         if world.main:
             _announce(parallel, config, data, device)
+            _say_where_it_begins(trainer.step, config)
         trainer.run(rows)
     rows.close()
     finished = trainer.step == config.steps
@@ -121,7 +142,21 @@ def _train(config: ResolvedConfig, world: World) -> TrainResult:
     if world.main:
         draw_figures(folder, config.title, unigram, bigram)
         _say_how_it_ended(result, config, encoder, device)
+    world.sum([0.0])  # torchrun ends all processes with the first, and the main one has spoken now
     return result
+
+
+def _open(record: RunRecord, data: RunData, named: bool, held: contextlib.ExitStack) -> Path:
+    """The run's folder, begun or found, in which ``held`` keeps others from writing."""
+    folder = record.train.out
+    assert folder is not None
+    if record.train.resume:
+        held.enter_context(only_writer(folder))
+        go_on(folder, record)
+        return folder
+    folder = begin_run(record, data.held_out(), named)
+    held.enter_context(only_writer(folder))
+    return folder
 
 
 def run_device(config: ResolvedConfig, world: World) -> torch.device:
@@ -148,7 +183,14 @@ def _build(
 ) -> LanguageModel:
     """The model as training begins with it; ValueError for a path that cannot run."""
     torch.manual_seed(config.seed)
-    model = LanguageModel(model_config).to(device)
+    model = LanguageModel(model_config)
+    if config.init_from is not None and not config.resume:
+        load_state(model, find_weights(config.init_from))
+    elif config.recipe == "paper" and model_config.family in MAMBAS:
+        for module in model.modules():
+            if isinstance(module, MambaMixer):
+                module.draw_matrices()
+    model = model.to(device)
     with torch.no_grad(), autocast:
         model.eval()(torch.zeros(1, 2, dtype=torch.int64, device=device))
     model.checkpoint_layers = config.activation_checkpointing
@@ -178,6 +220,29 @@ def _announce(
     log.info(data.about)
 
 
+def _say_what_changed(step: int, begun: ResolvedConfig, config: ResolvedConfig) -> None:
+    """Of steps and learning rate, told anew to a run that goes on."""
+    if (begun.steps, begun.lr) == (config.steps, config.lr):
+        return
+    before, after = (learning_rate(step, x) for x in (begun, config))
+    log.info(
+        f"{begun.steps:,} steps become {config.steps:,} ({config.schedule}): from step {step:,} on "
+        f"the learning rate is {after:.3g}, where it was {before:.3g}"
+    )
+
+
+def _say_where_it_begins(step: int, config: ResolvedConfig) -> None:
+    if step == config.steps:
+        log.info(f"the run is finished: it has done its {step:,} steps")
+    elif step:
+        log.info(f"resumed after step {step:,} of {config.steps:,}")
+    if 0 < config.steps <= config.warmup_steps:
+        log.warning(
+            f"the learning rate never reaches {config.lr:g}: it warms up for {config.warmup_steps} "
+            f"steps of {config.steps}"
+        )
+
+
 def _say_how_it_ended(
     result: TrainResult, config: ResolvedConfig, encoder: Encoder, device: torch.device
 ) -> None:
@@ -186,7 +251,7 @@ def _say_how_it_ended(
     if not result.finished:
         log.info(
             f"stopped after step {result.steps} of {config.steps}; continue with: "
-            f"sisa train --out {folder} --resume"
+            f"sisa train --out {shlex.quote(str(folder))} --resume"
         )
         return
     compared = ""
@@ -212,6 +277,8 @@ class Trainer:
     checkpointer: Checkpointer
     step: int = 0
     """Steps done."""
+    best: tuple[int, float] | None = None
+    """The step of the lowest held-out loss, and that, with ``keep_best``."""
 
     @property
     def model(self) -> LanguageModel:
@@ -221,26 +288,19 @@ class Trainer:
     def run(self, rows: RunLog | NoLog) -> None:
         """Train from ``step`` to this launch's last step, or until a signal, and save."""
         world = self.parallel.world
-        bar = tqdm(
-            total=self.config.steps,
-            initial=self.step,
-            unit="step",
-            dynamic_ncols=True,
-            disable=not world.main,
-        )
-        with Interrupt(world.main) as interrupt, bar:
+        progress = Progress("step", self.config.steps, self.step, quiet=not world.main)
+        with Interrupt(world.main) as interrupt, progress:
             if self.step == 0:
-                rows.add("val", self.validation.measure(self.step))
+                self._validate(rows)
             while self.step < self.config.last_step:
                 row = self._take_step(interrupt)
                 if row is None:
                     break
                 rows.add("train", row)
-                bar.set_postfix(self._progress(row), refresh=False)
-                bar.update()
+                progress.advance(facts=self._progress(row))
                 if self.step % self.config.val_every == 0 or self.step == self.config.steps:
-                    rows.add("val", self.validation.measure(self.step))
-                if self.step % self.config.save_every == 0:
+                    self._validate(rows)
+                if self.step % self.config.save_every == 0 or self.step == self._fork:
                     self._save()
                 self.checkpointer.poll()
             interrupt.refuse()
@@ -248,7 +308,23 @@ class Trainer:
             self.checkpointer.wait()
             if self.step == self.config.steps:
                 weights = self.parallel.whole()
-                world.from_main(lambda: write_final(self.folder, weights, self.model.config))
+                encoder = Encoder(self.config.tokenizer) if self.config.task == "text" else None
+                model = self.model.config
+                world.from_main(lambda: write_final(self.folder, weights, model, encoder))
+
+    @property
+    def _fork(self) -> int | None:
+        """The last step that a longer run with the schedule wsd would do alike."""
+        config = self.config
+        return config.steps - config.decay_steps if config.decay_steps is not None else None
+
+    def _validate(self, rows: RunLog | NoLog) -> None:
+        rows.add("val", self.validation.measure(self.step))
+        if not self.config.keep_best or not self.step:
+            return
+        if self.best is None or self.validation.loss < self.best[1]:
+            self.best = (self.step, self.validation.loss)
+            self._save()
 
     def _take_step(self, interrupt: Interrupt) -> dict[str, Any] | None:
         """Take one step; its row of train.jsonl. None, and none taken, if any was told to stop."""
@@ -268,31 +344,35 @@ class Trainer:
         if self.config.documents == "joined":
             shapes = [inputs.shape for inputs, _ in batch.groups]
             mfu = utilisation(self.model.config, shapes, seconds, device)
+        losses = [None if taken.skipped else loss for loss in taken.losses]
         row = {
             "step": self.step,
-            "loss": taken.losses[0],
+            "loss": losses[0],
             "lr": taken.lr,
-            "grad_norm": taken.grad_norm,
+            "grad_norm": None if taken.skipped else taken.grad_norm,
             "tokens": batch.tokens,
             "tokens_per_s": round(batch.tokens / seconds, 1),
             "mfu": mfu,
             "peak_memory_mib": peak_memory_mib(device),
         }
-        mixed = zip(self.config.mix, taken.losses[1:])
+        mixed = zip(self.config.mix, losses[1:])
         return {**row, **{f"{task}_loss": loss for task, loss in mixed}}
 
     def _progress(self, row: dict[str, Any]) -> dict[str, str]:
         return {
-            "loss": f"{row['loss']:.3f}",
+            "loss": "passed over" if row["loss"] is None else f"{row['loss']:.3f}",
             "val": f"{self.validation.loss:.3f}",
-            "tokens_s": f"{row['tokens_per_s']:,.0f}",
+            "tokens/s": f"{row['tokens_per_s']:,.0f}",
         }
 
     def _tensors(self) -> dict[str, torch.Tensor]:
         return training_tensors(self.parallel.parameters, self.stepper.optimizer)
 
     def _save(self) -> None:
+        best = self.best and self.best[0]
+        self.checkpointer.staying = {step for step in (best, self._fork) if step is not None}
         state = {
+            "best": self.best,
             "step": self.step,
             "val_loss": self.validation.loss,
             "warned_clamped": self.validation.warned_clamped,
@@ -307,3 +387,4 @@ class Trainer:
             self.step = state["step"]
             self.validation.loss = state["val_loss"]
             self.validation.warned_clamped = state["warned_clamped"]
+            self.best = state.get("best") and tuple(state["best"])

@@ -31,6 +31,13 @@ def write_text(path: Path, text: str) -> None:
     write_atomically(path, lambda aside: aside.write_text(text, encoding="utf-8"))
 
 
+def remove_folder(folder: Path) -> None:
+    """Remove ``folder``, which is never there in part: it loses its name first."""
+    gone = folder.with_name(f".{folder.name}")
+    folder.rename(gone)
+    shutil.rmtree(gone)
+
+
 def make_folder_atomically(folder: Path, fill: Callable[[Path], object]) -> None:
     """Let ``fill`` write into a folder beside ``folder``, then rename it.
 

@@ -168,7 +168,7 @@ def test_the_command_writes_a_table_a_picture_and_json(run, tmp_path, capsys):
     assert main(["inspect", str(run)]) == 0
     printed = capsys.readouterr().out
     record = json.loads((run / "inspect" / "inspect.json").read_text())
-    assert (record["weights"], record["length"], record["blocks"]) == ("final", 32, 4)
+    assert (record["weights"], record["length"], record["blocks"]) == ("final", 32, 2)
     assert record["measured_on"] == "held-out text of the run"
     assert (run / "inspect" / "inspect.png").read_bytes().startswith(b"\x89PNG")
     assert (run / "inspect" / "inspect.md").read_text() in printed
@@ -242,7 +242,7 @@ def test_what_cannot_be_inspected_is_named(run, tmp_path, capsys):
         ([run, "--length", "1"], "length must be from 2"),
         ([run, "--blocks", "0"], "blocks must be at least 1, got 0"),
         (
-            [run, "--text", tmp_path / "short.txt"],
+            [run, "--length", "32", "--text", tmp_path / "short.txt"],
             "the inspected corpus must hold at least one block of 33 tokens, got 6",
         ),
         ([run, "--text", tmp_path / "none.txt"], "none.txt does not exist"),
@@ -251,12 +251,16 @@ def test_what_cannot_be_inspected_is_named(run, tmp_path, capsys):
         assert main(["inspect", *map(str, arguments), "--out", str(tmp_path / "out")]) == 1
         assert message in capsys.readouterr().err
     text = run.parent / "text.txt"
+    kept = run / "held-out.npy"
     before = text.read_text()
-    try:
+    blocks = kept.read_bytes()
+    try:  # a run of before, which keeps no held-out blocks
+        kept.unlink()
         text.write_text(before + "one more bottle")
         assert main(["inspect", str(run), "--out", str(tmp_path / "out")]) == 1
     finally:
         text.write_text(before)
+        kept.write_bytes(blocks)
     assert (
         "changed since its training: give text to measure on with --text" in capsys.readouterr().err
     )

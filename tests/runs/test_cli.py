@@ -27,7 +27,7 @@ def test_help_of_train_has_the_models_fields_and_choices(capsys):
     with pytest.raises(SystemExit):
         main(["train", "--help"])
     text = capsys.readouterr().out
-    for flag in ("--config FILE.toml", "--model.n-layers INT", "--mode {exact,clamped}"):
+    for flag in ("--config FILE.toml", "--model.n-layers INT", "--mode {None,exact,clamped}"):
         assert flag in text
     assert "Number of layers." in text
 

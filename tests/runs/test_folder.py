@@ -49,7 +49,9 @@ def test_a_model_of_ones_own(run, capsys):
 def test_the_record_of_an_earlier_version_is_read(run):
     record = json.loads((run / "run.json").read_text())
     settings = record["train"]
-    del settings["model"], record["model"]
+    for name in ("model", "text_field", "format", "skip_bad", "recipe"):
+        del settings[name]
+    del record["model"]
     settings["tasks"] = settings.pop("mix")
     (run / "run.json").write_text(json.dumps(record))
     assert read_run(run).train.mix == ("recall",)
@@ -58,9 +60,9 @@ def test_the_record_of_an_earlier_version_is_read(run):
 
 
 def test_model_flags_are_the_models_fields():
-    """With its types and its words; a preset's name, --mode and --backend say the rest."""
+    """With its types and its words; --preset, --mode, --backend and --precision say the rest."""
     flags = typing.get_type_hints(ModelOverrides)
-    own = {"family", "mode", "backend"}
+    own = {"family", "mode", "backend", "weights"}
     hints = typing.get_type_hints(ModelConfig)
     assert flags == {name: hint for name, hint in hints.items() if name not in own}
     helps = typing.get_type_hints(ModelOverrides, include_extras=True)

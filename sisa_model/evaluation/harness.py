@@ -74,14 +74,17 @@ TASKS = {
 class HarnessModel(TemplateLM):
     """A model and its tokenizer as the harness's LM.
 
-    A text without context is scored after an end-of-text token. Generation is greedy. Raises
-    ValueError for a sequence longer than the model's positions, where the harness's own classes
-    cut."""
+    A text without context is scored after an end-of-text token. Where a token spans a context's end
+    so that nothing of the continuation is left, both are tokenised apart, and the log says how
+    often. Generation is greedy. Raises ValueError for a sequence longer than the model's positions,
+    where the harness's own classes cut."""
 
     def __init__(self, scorer: Scorer, encoder: Encoder):
         super().__init__()
         self.scorer = scorer
         self.encoder = encoder
+        self.apart = 0
+        """Pairs tokenised apart."""
 
     @property
     def eot_token_id(self) -> int:
@@ -92,7 +95,20 @@ class HarnessModel(TemplateLM):
     ) -> list[int]:
         return self.encoder.encode_text(string)
 
+    def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+        before, after = super()._encode_pair(context, continuation)
+        if after or not continuation:
+            return before, after
+        self.apart += 1
+        return self.tok_encode(context), self.tok_encode(continuation)
+
     def _loglikelihood_tokens(self, requests: list, **kwargs: Any) -> list[tuple[float, bool]]:
+        if self.apart:
+            log.warning(
+                f"{self.apart} contexts and continuations, across which a token spans, are "
+                "tokenised apart"
+            )
+            self.apart = 0
         sequences = [
             Request(context + continuation, len(context)) for _, context, continuation in requests
         ]

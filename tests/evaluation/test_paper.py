@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+import torch
 from tokenizers import Tokenizer, models
 
 import sisa_model as sm
@@ -12,7 +13,7 @@ from sisa_model.data.text import END_OF_TEXT
 from sisa_model.data.tokenizer import Encoder
 from sisa_model.evaluation.niah import PAIRS, SEEDS, NiahBuilder
 from sisa_model.evaluation.paper import PaperBenchmark, paper_requests
-from sisa_model.evaluation.scoring import Request, Score
+from sisa_model.evaluation.scoring import Request, Score, Scorer
 from tests.support.paper_requests import (
     DATA,
     FIRST,
@@ -270,3 +271,19 @@ def test_only_the_papers_requests_are_dumped(of_bytes, tmp_path, capsys):
     assert not path.exists()
     assert main([*arguments, "--tasks", "needle", "--limit", "1"]) == 0
     assert len(path.read_text().splitlines()) == 5
+
+
+def test_a_token_across_a_contexts_end_aborts_no_harness_task(pieces, caplog):
+    """By its own rule "ab" would leave nothing of "b" behind "a" to score."""
+    instance = pytest.importorskip("lm_eval.api.instance").Instance
+    from sisa_model.evaluation.harness import HarnessModel
+
+    torch.manual_seed(0)
+    model = sm.build("transformer-tiny", vocab_size=pieces.size).eval()
+    pairs = [("a", "b"), ("he ", "saw")]
+    requests = [instance("loglikelihood", {}, pair, n) for n, pair in enumerate(pairs)]
+    found = HarnessModel(Scorer(model, 500), pieces).loglikelihood(requests)
+    (a,), (b,) = pieces.encode_text("a"), pieces.encode_text("b")
+    logits = model(torch.tensor([[a]]))[0, 0]
+    assert found[0][0] == pytest.approx(logits.log_softmax(-1)[b].item(), abs=1e-5)
+    assert "1 contexts and continuations, across which a token spans" in caplog.text

@@ -17,6 +17,7 @@ from sisa_model.data.sources import AS_NAMED, read_units
 from sisa_model.data.synthetic import TASK_EXAM, TASK_EXAM_SEED, exams, find_task
 from sisa_model.data.text import find_files
 from sisa_model.data.tokenizer import Encoder
+from sisa_model.evaluation.subject import find_subject
 from sisa_model.evaluation.token_view import view_layers, write_page
 from sisa_model.models.checkpoint import load
 from sisa_model.models.context import Context
@@ -26,7 +27,6 @@ from sisa_model.reporting.figures import plot_heads
 from sisa_model.reporting.tables import markdown, spread
 from sisa_model.runs.config import ResolvedConfig
 from sisa_model.runs.folder import HELD_OUT, RunRecord, read_run
-from sisa_model.runs.weights import newest_weights
 from sisa_model.utils.files import write_json, write_text
 from sisa_model.utils.machine import find_device
 
@@ -54,7 +54,9 @@ class InspectConfig:
     the printed table."""
 
     run: tyro.conf.Positional[Path]
-    """Run folder of `sisa train`; of an unfinished run, its newest checkpoint is used."""
+    """Run folder of `sisa train`, even unfinished."""
+    checkpoint: str = "newest"
+    """Weights: newest (the final ones once the run is finished), or the step of a checkpoint."""
     text: tuple[Path, ...] = ()
     """Text files or folders to measure on. Default: what the run held out."""
     length: int | None = None
@@ -198,7 +200,7 @@ def inspect_run(config: InspectConfig) -> list[Inspection]:
     :func:`sisa_model.runs.folder.read_run` and :func:`sisa_model.load` do."""
     device = find_device(config.device)
     record = read_run(config.run)
-    weights = newest_weights(config.run)
+    weights = find_subject(config.run, checkpoint=config.checkpoint).weights
     model = load(weights, device).eval()
     if config.blocks < 1:
         raise ValueError(f"blocks must be at least 1, got {config.blocks}")

@@ -27,7 +27,9 @@ class GenerateConfig:
     """Continue a prompt with a model that `sisa train` or `sisa convert` made."""
 
     run: tyro.conf.Positional[Path]
-    """Run folder of `sisa train`, even unfinished, or with --tokenizer a folder of weights."""
+    """Run folder of `sisa train`, even unfinished, or a folder of weights."""
+    checkpoint: str = "newest"
+    """Weights of a run: newest (the final ones of a finished one), or the step of a checkpoint."""
     tokenizer: str | None = None
     """For a folder of model weights: its tokenizer, a `tokenizers` JSON file or the word bytes."""
     prompt: str = ""
@@ -63,7 +65,7 @@ def continue_prompt(config: GenerateConfig, write: Write) -> None:
     if config.interactive and config.prompt:
         raise ValueError(f"prompt must be left out with interactive, got {config.prompt!r}")
     device = find_device(config.device)
-    subject = find_subject(config.run, config.tokenizer)
+    subject = find_subject(config.run, config.tokenizer, config.checkpoint)
     model = load(subject.weights, device)
     if why := model.cache_refusal():
         log.warning(f"every token runs all before it again: {why}")

@@ -14,7 +14,7 @@ from sisa_model.models.checkpoint import CONFIG, load, read_config
 from sisa_model.models.config import ModelConfig
 from sisa_model.models.language_model import LanguageModel
 from sisa_model.runs.folder import RECORD, read_run
-from sisa_model.runs.weights import weights_by_step
+from sisa_model.runs.weights import checkpoints, step_of, weights_by_step
 
 PADDING = 128  # entries that a vocabulary may be filled up with beyond its tokenizer's
 
@@ -34,12 +34,16 @@ class Subject(NamedTuple):
 def find_subject(run: Path, tokenizer: str | None = None, checkpoint: str = "newest") -> Subject:
     """The model in ``run`` and its tokenizer, the weights not yet read.
 
-    ``checkpoint`` is newest or the step of one. ``tokenizer`` is a file, or the word bytes; a
+    ``checkpoint`` is newest or the step of one; of a run's weights, given by their own folder, the
+    run is found. ``tokenizer`` is a file, or the word bytes; a
     folder that holds its own needs none, and is given none but the same. Raises FileNotFoundError
     or ValueError for a folder of another kind, and for a tokenizer that is missing or not the
     model's."""
+    around = run.resolve().parent.parent
     if (run / RECORD).is_file():
         subject = _in_run(run, tokenizer, checkpoint)
+    elif run.resolve() in checkpoints(around) and (around / RECORD).is_file():
+        subject = _in_run(around, tokenizer, str(step_of(run)))
     elif (run / CONFIG).is_file():
         subject = _in_weights(run, tokenizer, checkpoint)
     else:
@@ -61,7 +65,9 @@ def _in_run(run: Path, tokenizer: str | None, checkpoint: str) -> Subject:
     own = Encoder(train.tokenizer)
     _check_same(run, own, tokenizer)
     held = weights_by_step(run, train.steps)
-    step = [*held][-1] if checkpoint == "newest" else int(checkpoint)
+    step = int(checkpoint) if checkpoint.isdecimal() else None
+    if checkpoint == "newest":
+        step = [*held][-1]
     if step not in held:
         steps = ", ".join(map(str, held))
         raise ValueError(f"checkpoint must be newest, all or one of {steps}, got {checkpoint}")

@@ -11,7 +11,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 import torch
 
-from sisa_model.utils.files import write_text
+from sisa_model.utils.files import naming, write_text
 
 LogTarget = Literal["tensorboard", "wandb"]
 
@@ -73,7 +73,8 @@ class RunLog:
 
     def add(self, name: str, row: dict[str, Any]) -> None:
         """Append ``row``, which has a "step", to the file ``name``: "train" or "val"."""
-        with open(self.folder / f"{name}.jsonl", "a", encoding="utf-8") as file:
+        path = self.folder / f"{name}.jsonl"
+        with naming(path), open(path, "a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
         scalars = {f"{name}/{field}": value for field, value in _scalars(row)}
         if self.tensorboard is not None:

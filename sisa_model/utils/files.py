@@ -1,12 +1,24 @@
 """Files and folders that are whole or absent: written aside, then renamed."""
 
+import contextlib
 import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+
+
+@contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Let an error of the system's that names no file (a full disk's does not) name ``path``."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None or error.filename is not None:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
@@ -15,7 +27,8 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     On any failure nothing is left behind."""
     aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        write(aside)
+        with naming(path):
+            write(aside)
         os.replace(aside, path)
     finally:
         aside.unlink(missing_ok=True)
@@ -45,7 +58,8 @@ def make_folder_atomically(folder: Path, fill: Callable[[Path], object]) -> None
     folder.parent.mkdir(parents=True, exist_ok=True)
     aside = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
-        fill(aside)
+        with naming(folder):
+            fill(aside)
         aside.chmod(0o755)  # mkdtemp's folder is private, a checkpoint is not
         os.replace(aside, folder)
     except BaseException:

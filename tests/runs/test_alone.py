@@ -49,6 +49,16 @@ def make_tokenizer(path, size):
     return path
 
 
+def test_a_second_process_on_a_prepared_folder_is_refused(text, tmp_path, capsys):
+    (tmp_path / "data").mkdir()
+    flags = ["--tokenizer", "bytes", "--held-out", "0.4", "--workers", "1"]
+    text.write_text("<|endoftext|>\n".join(f"document {n}\n" for n in range(40)))
+    with only_writer(tmp_path / "data"):
+        assert main(["prepare", str(text), "--out", str(tmp_path / "data"), *flags]) == 1
+        assert f"process {os.getpid()} on" in capsys.readouterr().err
+    assert main(["prepare", str(text), "--out", str(tmp_path / "data"), *flags]) == 0
+
+
 @pytest.fixture(scope="module")
 def moved(tmp_path_factory):
     """A finished run at another place, its data and tokenizer gone."""
@@ -68,6 +78,13 @@ def test_a_moved_run_is_sampled_inspected_and_evaluated_at_every_checkpoint(move
     flags = ["--device", "cpu"]
     assert main(["generate", str(moved), "--max-new-tokens", "3", *flags]) == 0
     assert main(["generate", str(moved / "final"), "--max-new-tokens", "3", *flags]) == 0
+    capsys.readouterr()
+    for weights in ([str(moved), "--checkpoint", "2"], [str(moved / "checkpoints/step-00000002")]):
+        assert main(["generate", *weights, "--max-new-tokens", "9", *flags]) == 0
+    once, again = capsys.readouterr().out.splitlines()
+    assert once == again
+    assert main(["inspect", str(moved), "--checkpoint", "2", *flags]) == 0
+    assert "step-00000002: " in capsys.readouterr().out
     assert main(["inspect", str(moved), *flags]) == 0
     assert "held-out text of the run" in capsys.readouterr().out
     needles = ["--tasks", "needle", "--checkpoint", "all"]

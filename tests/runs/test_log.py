@@ -1,5 +1,6 @@
 """A run's rows: jsonl, TensorBoard, Weights & Biases, and what is measured beside the loss."""
 
+import errno
 import importlib.machinery
 import json
 import sys
@@ -13,6 +14,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from sisa_model.runs.config import TrainConfig
 from sisa_model.runs.log import RunLog, peak_memory_mib, read_rows
 from sisa_model.training.trainer import train
+from sisa_model.utils.files import make_folder_atomically, write_atomically
 
 VAL = {
     "step": 2,
@@ -176,3 +178,22 @@ def test_a_log_that_cannot_be_kept_is_named_before_anything_starts(
     with pytest.raises(ValueError, match=message):
         train(TrainConfig(out=tmp_path / "run", log=log))
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_a_full_disk_names_the_file(tmp_path):
+    log = RunLog(tmp_path, 0)
+    (tmp_path / "train.jsonl").unlink()
+    (tmp_path / "train.jsonl").symlink_to("/dev/full")
+    with pytest.raises(OSError, match=r"No space left on device: .*train.jsonl"):
+        log.add("train", {"step": 1, "loss": 2.0})
+
+
+def test_a_full_disk_names_what_was_to_be_made(tmp_path):
+    def full(aside):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    for make in (write_atomically, make_folder_atomically):
+        with pytest.raises(OSError, match=r"No space left on device: .*wanted'"):
+            make(tmp_path / "wanted", full)
+        assert list(tmp_path.iterdir()) == []

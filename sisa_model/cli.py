@@ -34,7 +34,7 @@ from sisa_model.models.size import ModelSize, model_size
 from sisa_model.runs.config import TrainConfig
 from sisa_model.runs.folder import is_taken
 from sisa_model.runs.toml import read_settings
-from sisa_model.training.trainer import TrainResult, train
+from sisa_model.training.trainer import RunStopped, TrainResult, train
 from sisa_model.utils.files import make_folder_atomically
 
 STOPPED = 75  # of a run that is to be continued: "try again later", by sysexits.h
@@ -269,7 +269,7 @@ def messages_on(out: TextIO, err: TextIO) -> Iterator[None]:
 def main(args: list[str] | None = None) -> int:
     """Run a command; 0, or 1 after one line on which argument, file or disk was at fault.
 
-    75 for a training run that was stopped before its end, 141 where nobody reads the output on."""
+    75 for training that was stopped before its end, 141 where nobody reads the output on."""
     args = sys.argv[1:] if args is None else args
     if args == ["--version"]:
         print(f"sisa {sk.__version__}")
@@ -282,6 +282,9 @@ def main(args: list[str] | None = None) -> int:
             print(product, flush=True)
         if isinstance(product, TrainResult) and not product.finished:
             return STOPPED
+    except RunStopped as stop:
+        print(stop)
+        return STOPPED
     except BrokenPipeError:  # `sisa ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for Python's last flush
         return 141  # as a shell has it of a program that SIGPIPE ended

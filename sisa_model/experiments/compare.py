@@ -19,6 +19,7 @@ from sisa_model.runs.config import Recipe, TrainConfig
 from sisa_model.runs.folder import free_folder, is_taken
 from sisa_model.runs.log import read_rows
 from sisa_model.training.parallel import world
+from sisa_model.training.trainer import RunStopped
 from sisa_model.utils.files import write_json, write_text
 
 log = logging.getLogger(__name__)
@@ -90,14 +91,15 @@ def compare(config: CompareConfig) -> Path:
 
     A comparison that was stopped goes on where it was: finished runs are kept, the one under way is
     resumed, the next begun. Returns the folder. Raises as :func:`sisa_model.training.trainer.train`
-    does, and ValueError for fewer than two presets or no seed."""
+    does, ValueError for fewer than two presets or no seed, RunStopped where a signal ends it."""
     config = resolve(config)
     with world() as processes:  # one for all runs: torchrun's processes can meet only once
         out = processes.from_main(lambda: _folder(config))
-        if train_all(_train_configs(config, out)):
+        finished = train_all(_train_configs(config, out))
+        if finished:
             processes.from_main(lambda: _write(config, out))
-        elif processes.main:
-            log.info("stopped; the same command continues the comparison")
+    if not finished:
+        raise RunStopped("stopped; the same command continues the comparison")
     return out
 
 

@@ -15,7 +15,7 @@ from sisa_model.runs.config import TrainConfig, resolve
 from sisa_model.runs.folder import RECORD, read_run
 from sisa_model.runs.log import read_rows
 from sisa_model.training.parallel import world
-from sisa_model.training.trainer import continue_run
+from sisa_model.training.trainer import RunStopped, continue_run
 
 log = logging.getLogger(__name__)
 
@@ -105,8 +105,8 @@ def run_study(config: StudyConfig) -> str | None:
 
     With ``config.list`` return it alone. In processes other than the main one, None. Raises as
     :func:`sisa_model.training.trainer.train` does, for any run's settings before the first
-    begins, and ValueError for an unknown name in ``only``. A run stopped by Ctrl-C or SIGTERM
-    ends the study."""
+    begins, ValueError for an unknown name in ``only``, and RunStopped where a signal ends a run,
+    and with it the study."""
     runs = _chosen(config)
     if config.list:
         return listing(runs, config.out)
@@ -117,11 +117,11 @@ def run_study(config: StudyConfig) -> str | None:
         )
     with world() as processes:  # one for all runs: torchrun's processes can meet only once
         finished = train_all([train_config(config, run) for run in runs])
-    if not processes.main:
-        return None
     if not finished:
-        log.info("stopped; the same command continues the study")
-    return listing(runs, config.out)
+        if processes.main:
+            log.info(listing(runs, config.out))
+        raise RunStopped("stopped; the same command continues the study")
+    return listing(runs, config.out) if processes.main else None
 
 
 def train_all(configs: list[TrainConfig]) -> bool:

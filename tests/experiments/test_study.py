@@ -317,3 +317,13 @@ def test_the_papers_numbers_are_whole():
     assert paper.TOKENS_PER_S["sisa-152m-ds32"] / paper.TOKENS_PER_S[
         "transformer-152m"
     ] == pytest.approx(0.61, abs=5e-3)
+
+
+@pytest.mark.parametrize(
+    ("command", "what"),
+    [(["compare"], "comparison"), (["study", "--scale", "tiny"], "study")],
+)
+def test_what_a_signal_stopped_does_not_count_as_done(command, what, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("sisa_model.experiments.study.continue_run", lambda config: False)
+    assert main([*command, "--out", str(tmp_path / "out")]) == 75
+    assert f"stopped; the same command continues the {what}" in capsys.readouterr().out

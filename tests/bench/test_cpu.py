@@ -73,6 +73,7 @@ def test_the_command_measures_every_section_and_appends_its_rows(tmp_path):
         assert told["group"].startswith(row["op"])
 
 
+@pytest.mark.slow
 def test_the_commands_run_from_a_bare_checkout(tmp_path):
     """Nothing installed and no PYTHONPATH: the folder it runs in comes first."""
     for name in ("bench", "sisa_kernels", "sisa_model", "tests"):

@@ -501,6 +501,7 @@ def test_harness_protocol_by_hand(model, data, run, forwards):
     assert rows["piqa (harness)"] == "acc"
 
 
+@pytest.mark.slow
 def test_harness_takes_cleaned_contexts(model, data, run, tmp_path):
     """A file of HellaSwag made for an earlier version, with ``query`` in place of its parts."""
     pytest.importorskip("lm_eval")

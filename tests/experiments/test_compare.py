@@ -81,6 +81,7 @@ def test_a_comparison_by_the_authors_recipe(small):
         compare(dataclasses.replace(config, recipe="ours"))
 
 
+@pytest.mark.slow
 def test_a_comparison_takes_a_folder_that_is_free_or_its_own(small, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     own = {name: value for name, value in small.items() if name != "out"}

@@ -222,7 +222,7 @@ def test_widths(dtype, Dh, Ds, Dv):
     check(*problem(L=130, H=1, Dh=Dh, Ds=Ds, Dv=Dv, decay=-2.0, dtype=dtype))
 
 
-@pytest.mark.parametrize("decay", [-4.0, 1.0])
+@pytest.mark.parametrize("decay", [-4.0, pytest.param(1.0, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_grouped_heads_rotary_documents_and_value_width(dtype, decay):
     inputs, dy = problem(L=257, H=6, G=2, Dh=32, Ds=16, Dv=80, decay=decay, dtype=dtype)
@@ -294,6 +294,7 @@ def test_one_lambda_shared_by_all_heads():
     )
 
 
+@pytest.mark.slow
 def test_two_runs_give_the_same_bits():
     inputs, dy = on_device(*problem(L=257, H=4, G=2, decay=-2.0))
     torch.testing.assert_close(

@@ -45,7 +45,10 @@ def test_it_is_bound_to_the_stable_interface_and_every_instruction_is_in_its_nam
 
 
 @needs_library
-@pytest.mark.parametrize("isa", _extension.ISAS)
+@pytest.mark.parametrize(
+    "isa",  # the best one is what all other tests run on
+    [pytest.param(x, marks=pytest.mark.slow if "512" in x else ()) for x in _extension.ISAS],
+)
 def test_every_instruction_set_is_right(isa):
     """Each that this CPU runs; of one that it lacks, which it runs at most."""
     best = run("from sisa_kernels import _extension; print(_extension.RECORD['isa'])")[0].strip()

@@ -218,7 +218,9 @@ def test_sigterm_to_one_process_stops_all_and_a_kill_ends_the_job(corpus, tmp_pa
 @pytest.mark.parametrize(
     "command",
     [
-        ["compare", "--presets", "sisa-tiny-ds16", "transformer-tiny"],
+        pytest.param(
+            ["compare", "--presets", "sisa-tiny-ds16", "transformer-tiny"], marks=pytest.mark.slow
+        ),
         pytest.param(
             ["study", "--only", "sisa-tiny-ds16", "transformer-tiny"], marks=pytest.mark.slow
         ),

@@ -16,8 +16,7 @@ from sisa_model.data.corpus import open_data
 from sisa_model.data.sources import AS_NAMED, read_units
 from sisa_model.data.synthetic import TASK_EXAM, TASK_EXAM_SEED, exams, find_task
 from sisa_model.data.text import find_files
-from sisa_model.data.tokenizer import Encoder
-from sisa_model.evaluation.subject import find_subject
+from sisa_model.evaluation.subject import Subject, find_subject
 from sisa_model.evaluation.token_view import view_layers, write_page
 from sisa_model.models.checkpoint import load
 from sisa_model.models.context import Context
@@ -138,15 +137,16 @@ def _measure(content: Tensor, importance: Tensor) -> Tensor:
     return torch.cat((square(importance), square(total), entropy(total), entropy(content)))
 
 
-def _sequences(config: InspectConfig, record: RunRecord, vocab: int) -> tuple[Tensor, str]:
+def _sequences(config: InspectConfig, record: RunRecord, subject: Subject) -> tuple[Tensor, str]:
     """Tokens [blocks, length] to measure on, and where they are from.
 
     Of ``config.text``, or else of what the run held out."""
     train = record.train
     length = config.length or min(LENGTH, train.seq_len)
     if train.task != "text" and not config.text:
-        return _exam(config.blocks, length, train, vocab), f"exam of {train.task}"
-    encoder = Encoder(train.tokenizer)
+        exam = _exam(config.blocks, length, train, subject.model.vocab_size)
+        return exam, f"exam of {train.task}"
+    encoder = subject.encoder
     if config.text:
         tokens: Any = encoder.encode(read_units(find_files([*config.text]), AS_NAMED)[0])
         where = ", ".join(map(str, config.text))
@@ -200,7 +200,8 @@ def inspect_run(config: InspectConfig) -> list[Inspection]:
     :func:`sisa_model.runs.folder.read_run` and :func:`sisa_model.load` do."""
     device = find_device(config.device)
     record = read_run(config.run)
-    weights = find_subject(config.run, checkpoint=config.checkpoint).weights
+    subject = find_subject(config.run, checkpoint=config.checkpoint)
+    weights = subject.weights
     model = load(weights, device).eval()
     if config.blocks < 1:
         raise ValueError(f"blocks must be at least 1, got {config.blocks}")
@@ -209,7 +210,7 @@ def inspect_run(config: InspectConfig) -> list[Inspection]:
         raise ValueError(
             f"length must be from 2 to the model's max_seq_len of {most}, got {config.length}"
         )
-    ids, where = _sequences(config, record, model.config.vocab_size)
+    ids, where = _sequences(config, record, subject)
     layers = inspect_model(model, ids.to(device))
     settings = {
         "run": config.run,
@@ -225,7 +226,7 @@ def inspect_run(config: InspectConfig) -> list[Inspection]:
     _write(out, about, settings, layers)
     if config.html:
         first = ids[:1, :PAGE_LENGTH].to(device)
-        encoder = None if record.train.task != "text" else Encoder(record.train.tokenizer)
+        encoder = subject.encoder if record.train.task == "text" else None
         write_page(
             out / "inspect.html", about, first[0].tolist(), encoder, view_layers(model, first)
         )

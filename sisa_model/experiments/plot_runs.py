@@ -54,6 +54,8 @@ class RunRows(NamedTuple):
     train: Rows
     val: Rows
     evals: Rows
+    steps: int = 0
+    """Of the whole run."""
 
 
 class Line(NamedTuple):
@@ -103,9 +105,9 @@ def name_runs(runs: tuple[Path, ...]) -> list[tuple[str, Path]]:
 
 def read_rows_of(folder: Path, name: str) -> RunRows:
     """What the run in ``folder`` has logged; raises as :func:`read_run` does."""
-    preset = read_run(folder).train.preset
+    settings = read_run(folder).train
     train, val = (read_rows(folder / f"{rows}.jsonl") for rows in ("train", "val"))
-    return RunRows(name, preset, train, val, read_evaluations(folder))
+    return RunRows(name, settings.preset, train, val, read_evaluations(folder), settings.steps)
 
 
 def panels(runs: list[RunRows]) -> dict[str, list[Line]]:

@@ -108,7 +108,6 @@ def runs_page(
 
 def run_state(folder: Path, run: RunRows) -> RunState:
     """How far the run in ``folder`` is, by its rows."""
-    steps = read_run(folder).train.steps
     step = run.train[-1]["step"] if run.train else 0
     finished = (folder / "final").is_dir()
     recent = run.train[-RECENT:]
@@ -116,11 +115,15 @@ def run_state(folder: Path, run: RunRows) -> RunState:
     speed = left = None
     if recent:
         speed = float(np.median([row["tokens_per_s"] for row in recent]))
-        left = None if finished else (steps - step) * recent[-1].get("tokens", 0) / max(speed, 1e-9)
+        left = (
+            None
+            if finished
+            else (run.steps - step) * recent[-1].get("tokens", 0) / max(speed, 1e-9)
+        )
     return RunState(
         state="finished" if finished else "not finished",
         step=step,
-        steps=steps,
+        steps=run.steps,
         loss=float(np.mean(losses)) if losses else None,
         val_loss=run.val[-1].get("loss") if run.val else None,
         tokens_per_s=speed,

@@ -130,6 +130,7 @@ def _train(config: ResolvedConfig, world: World) -> TrainResult:
             stepper=Stepper(config, parallel, optimizer, splitter, folder),
             validation=Validation(objective, data, splitter),
             checkpointer=checkpointer,
+            encoder=encoder if config.task == "text" else None,
         )
         if config.resume:
             trainer.restore()
@@ -279,6 +280,8 @@ class Trainer:
     stepper: Stepper
     validation: Validation
     checkpointer: Checkpointer
+    encoder: Encoder | None
+    """What its text is encoded by; None for a task."""
     step: int = 0
     """Steps done."""
     best: tuple[int, float] | None = None
@@ -312,9 +315,8 @@ class Trainer:
             self.checkpointer.wait()
             if self.step == self.config.steps:
                 weights = self.parallel.whole()
-                encoder = Encoder(self.config.tokenizer) if self.config.task == "text" else None
                 model = self.model.config
-                world.from_main(lambda: write_final(self.folder, weights, model, encoder))
+                world.from_main(lambda: write_final(self.folder, weights, model, self.encoder))
 
     @property
     def _fork(self) -> int | None:

@@ -33,9 +33,9 @@ html_css_files = ["sisa.css"]
 html_math_renderer = "mathml"
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
-# A name that is written as a reference must lead somewhere; other projects' names have no pages here.
+# A reference must lead somewhere; other projects' names have no pages here.
 nitpicky = True
-nitpick_ignore_regex = [("py:.*", r"(?!sisa_).*"), ("py:class", r"sisa_model\.hf.*")]
+nitpick_ignore_regex = [("py:.*", r"(?!sisa_).*")]
 
 
 def formula(node: nodes.Node, display: str) -> tuple[str, str]:
@@ -60,7 +60,7 @@ def display_math(translator: nodes.NodeVisitor, node: nodes.Node) -> None:
 
 
 def help_of(words: list[str]) -> str:
-    """What a command prints for --help: of `sisa` in this process, of others in one of their own."""
+    """What a command prints for --help; one other than `sisa` in a process of its own."""
     if words[0] != "sisa":
         command = [sys.executable, *words[1:], "--help"]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)

@@ -10,6 +10,8 @@ from torch.nn.modules.module import _has_any_global_hook
 from sisa_model.utils.buffers import CACHE_LINE, empty_aligned
 
 ALIGNED = CACHE_LINE // 4  # fp32 numbers in a line
+HALF = (torch.bfloat16, torch.float16)
+PADDED = 64  # to a multiple of this: a tile of any kernel's, and 16 bytes many times over
 # Copying weights pays for many rows, or where they are so few that the calls count (measured: for
 # one row the copy of the 2.1 million of a 152M layer takes 4 times as long as its products).
 MANY_ROWS = 64
@@ -59,6 +61,22 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
     return _AlignedLinear.apply(x, weight)
 
 
+def alignment(device: torch.device, dtype: torch.dtype) -> int:
+    """To what multiple the widths of products of ``dtype`` on ``device`` are padded; 1: not.
+
+    On a GPU in half precision rows that are no multiple of 16 bytes send a product to kernels that
+    load single numbers; the copy that a cast makes anyway can be as wide as one likes."""
+    return PADDED if device.type == "cuda" and dtype in HALF else 1
+
+
+def padded_width(width: int, device: torch.device, dtype: torch.dtype) -> int:
+    """``width``, or where :func:`alignment` asks for it and 16 do not divide it, a multiple."""
+    if width % ALIGNED == 0:
+        return width
+    multiple = alignment(device, dtype)
+    return -(-width // multiple) * multiple
+
+
 class Linear(nn.Linear):
     """A bias-free ``nn.Linear`` by :func:`linear`: hooks and replacements (LoRA) see its input."""
 
@@ -68,37 +86,79 @@ class Linear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         if self.bias is not None:  # given to it later
             return super().forward(x)
-        return linear(x, self.weight)
+        weight = self.weight
+        odd = len(weight) % ALIGNED and type(weight) is nn.Parameter
+        if odd and _packing_pays(x, [weight]):
+            return _padded_linear(x, weight)
+        return linear(x, weight)
+
+
+def _padded_linear(x: Tensor, weight: Tensor) -> Tensor:
+    """:func:`linear` of x [..., width >= d_in], 0 past d_in, by a padded copy where it serves."""
+    dtype = _product_dtype(x, weight)
+    rows = padded_width(len(weight), x.device, dtype)
+    if (rows, x.shape[-1]) == weight.shape:
+        return linear(x, weight)
+    return linear(x, pack([weight], dtype, [rows], x.shape[-1]))[..., : len(weight)]
+
+
+def call_padded(module: nn.Module, x: Tensor, d_in: int) -> Tensor:
+    """``module``, of d_in columns, of x [..., width >= d_in], whose columns past d_in are 0.
+
+    By one product with a copy of its weight of x's width where it is a plain :class:`Linear`, else
+    by a call with the first d_in columns."""
+    if x.shape[-1] == d_in:
+        return module(x)
+    if weights := _plain_weights([module]):
+        return _padded_linear(x, weights[0])
+    return module(x[..., :d_in])
 
 
 class _CastAndPack(torch.autograd.Function):
-    """Matrices of one width below each other in another dtype: the one copy that a cast makes."""
+    """Matrices below each other, with zeros around, in another dtype: a cast's one copy."""
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(dtype, *weights):
-        heights = [len(weight) for weight in weights]
-        packed = weights[0].new_empty(sum(heights), weights[0].shape[1], dtype=dtype)
-        torch._foreach_copy_(list(packed.split(heights)), list(weights))
+    def forward(dtype, slots, columns, *weights):
+        packed = weights[0].new_empty(sum(slots), columns, dtype=dtype)
+        width = weights[0].shape[1]
+        parts = packed.split(slots)
+        filled = [part[: len(weight), :width] for part, weight in zip(parts, weights)]
+        torch._foreach_copy_(filled, list(weights))
+        rest = [part[len(weight) :] for part, weight in zip(parts, weights)] + [packed[:, width:]]
+        for zeros in rest:
+            if zeros.numel():
+                zeros.zero_()
         return packed
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        _, *weights = inputs
+        _, ctx.slots, _, *weights = inputs
         ctx.heights = [len(weight) for weight in weights]
+        ctx.width = weights[0].shape[1]
         ctx.dtype = weights[0].dtype
 
     @staticmethod
     def backward(ctx, dpacked):
-        return None, *dpacked.to(ctx.dtype).split(ctx.heights)
+        parts = dpacked[:, : ctx.width].to(ctx.dtype).split(ctx.slots)
+        return None, None, None, *(part[:height] for part, height in zip(parts, ctx.heights))
 
 
-def _pack(weights: list[Tensor], dtype: torch.dtype) -> Tensor:
-    """The ``weights`` [height, d_in], of one dtype, below each other in ``dtype``."""
+def pack(weights: list[Tensor], dtype: torch.dtype, slots: list[int], columns: int) -> Tensor:
+    """The ``weights`` [height, d_in], of one dtype, below each other: [sum of slots, columns].
+
+    In ``dtype``, each in its slot of at least its height, with zeros below and on the right."""
     if weights[0].dtype == dtype or torch.compiler.is_compiling():
-        return torch.cat(weights).to(dtype)  # a compiler makes one copy of both
-    return _CastAndPack.apply(dtype, *weights)
+        # A compiler makes one copy of all.
+        fitted = [_fit(weight, slot, columns) for weight, slot in zip(weights, slots)]
+        return torch.cat(fitted).to(dtype)
+    return _CastAndPack.apply(dtype, slots, columns, *weights)
+
+
+def _fit(weight: Tensor, rows: int, columns: int) -> Tensor:
+    missing = (0, columns - weight.shape[1], 0, rows - len(weight))
+    return F.pad(weight, missing) if any(missing) else weight
 
 
 class PackedLinear(nn.Module):
@@ -106,8 +166,10 @@ class PackedLinear(nn.Module):
 
     ``forward(x [..., d_in])`` returns [..., width] of each, in their order: as long as all of them
     are plain, by one product with their weights copied below each other, which under autocast is
-    the copy that the cast makes anyway. Once one has been replaced, hooked or parametrised, and
-    where the copy would cost more than it saves, each is called by itself.
+    the copy that the cast makes anyway; on a GPU in half precision padded (:func:`padded_width`),
+    so that every token's row is aligned. Once one has been replaced, hooked or parametrised, and
+    where the copy would cost more than it saves, each is called by itself. With ``padded`` each
+    result of one product may be as wide as products like it, with zeros behind its width.
 
     Args:
         d_in: input width.
@@ -139,27 +201,40 @@ class PackedLinear(nn.Module):
         for weight, values in zip(weights, drawn.split(heights)):
             weight.copy_(values)
 
-    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        parts = self._parts(x)
-        if isinstance(parts, tuple):
-            return parts
-        return parts.split([len(child.weight) for child in self._children()], -1)
+    def forward(self, x: Tensor, padded: bool = False) -> tuple[Tensor, ...]:
+        product, slots = self._product(x, padded)
+        if product is None:
+            return tuple(child(x) for child in self._children())
+        return product.split(slots, -1)[: len(self.sizes)]
 
-    def side_by_side(self, x: Tensor) -> Tensor:
+    def side_by_side(self, x: Tensor, padded: bool = False) -> Tensor:
         """What :meth:`forward` returns as one, [..., sum of widths]: no copy of one product."""
-        parts = self._parts(x)
-        return torch.cat(parts, -1) if isinstance(parts, tuple) else parts
+        product, slots = self._product(x, padded)
+        if product is None:
+            return torch.cat([child(x) for child in self._children()], -1)
+        return product if len(slots) == len(self.sizes) else product[..., : -slots[-1]]
 
     def _children(self) -> list[Any]:
         return [self._modules[name] for name in self.sizes]  # quicker than getattr
 
-    def _parts(self, x: Tensor) -> Tensor | tuple[Tensor, ...]:
-        """All projections side by side from one product, or one by one."""
-        children = self._children()
-        weights = _plain_weights(children)
+    def _product(self, x: Tensor, padded: bool) -> tuple[Tensor | None, list[int]]:
+        """All projections side by side and their widths, one more for what is behind them.
+
+        None where each is to be called by itself."""
+        weights = _plain_weights(self._children())
         if not weights or not _packing_pays(x, weights):
-            return tuple(child(x) for child in children)
-        return linear(x, _pack(weights, _product_dtype(x, weights[0])))
+            return None, []
+        dtype = _product_dtype(x, weights[0])
+        slots = [len(weight) for weight in weights]
+        if padded:
+            slots = [padded_width(slot, x.device, dtype) for slot in slots]
+        total = sum(slots)
+        rest = padded_width(total, x.device, dtype) - total
+        columns = weights[0].shape[1]
+        if not rest:
+            return linear(x, pack(weights, dtype, slots, columns)), slots
+        product = linear(x, pack(weights, dtype, [*slots[:-1], slots[-1] + rest], columns))
+        return product, [*slots, rest]
 
 
 def _plain_weights(modules: list[Any]) -> list[Tensor]:

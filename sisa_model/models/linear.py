@@ -87,10 +87,9 @@ class Linear(nn.Linear):
         if self.bias is not None:  # given to it later
             return super().forward(x)
         weight = self.weight
-        odd = len(weight) % ALIGNED and type(weight) is nn.Parameter
-        if odd and _packing_pays(x, [weight]):
-            return _padded_linear(x, weight)
-        return linear(x, weight)
+        if alignment(x.device, HALF[0]) == 1 or type(weight) is not nn.Parameter:
+            return linear(x, weight)
+        return _padded_linear(x, weight) if _packing_pays(x, [weight]) else linear(x, weight)
 
 
 def _padded_linear(x: Tensor, weight: Tensor) -> Tensor:
@@ -145,20 +144,25 @@ class _CastAndPack(torch.autograd.Function):
         return None, None, None, *(part[:height] for part, height in zip(parts, ctx.heights))
 
 
-def pack(weights: list[Tensor], dtype: torch.dtype, slots: list[int], columns: int) -> Tensor:
+def pack(
+    weights: list[Tensor],
+    dtype: torch.dtype,
+    slots: list[int] | None = None,
+    columns: int | None = None,
+) -> Tensor:
     """The ``weights`` [height, d_in], of one dtype, below each other: [sum of slots, columns].
 
-    In ``dtype``, each in its slot of at least its height, with zeros below and on the right."""
-    if weights[0].dtype == dtype or torch.compiler.is_compiling():
-        # A compiler makes one copy of all.
-        fitted = [_fit(weight, slot, columns) for weight, slot in zip(weights, slots)]
-        return torch.cat(fitted).to(dtype)
-    return _CastAndPack.apply(dtype, slots, columns, *weights)
-
-
-def _fit(weight: Tensor, rows: int, columns: int) -> Tensor:
-    missing = (0, columns - weight.shape[1], 0, rows - len(weight))
-    return F.pad(weight, missing) if any(missing) else weight
+    In ``dtype``; each, where slots are given, in its own of at least its height, with zeros below,
+    and on the right where columns are more than d_in."""
+    if weights[0].dtype != dtype and not torch.compiler.is_compiling():
+        slots = slots or [len(weight) for weight in weights]
+        return _CastAndPack.apply(dtype, slots, columns or weights[0].shape[1], *weights)
+    if slots is not None:
+        d_in = weights[0].shape[1]
+        right = (columns or d_in) - d_in
+        rows = [slot - len(weight) for weight, slot in zip(weights, slots)]
+        weights = [F.pad(weight, (0, right, 0, below)) for weight, below in zip(weights, rows)]
+    return torch.cat(weights).to(dtype)  # a compiler makes one copy of all
 
 
 class PackedLinear(nn.Module):
@@ -202,39 +206,43 @@ class PackedLinear(nn.Module):
             weight.copy_(values)
 
     def forward(self, x: Tensor, padded: bool = False) -> tuple[Tensor, ...]:
-        product, slots = self._product(x, padded)
-        if product is None:
+        weights = self._packable(x)
+        if not weights:
             return tuple(child(x) for child in self._children())
-        return product.split(slots, -1)[: len(self.sizes)]
+        product, slots = _packed_product(x, weights, padded)
+        return product.split(slots or [len(w) for w in weights], -1)[: len(weights)]
 
     def side_by_side(self, x: Tensor, padded: bool = False) -> Tensor:
         """What :meth:`forward` returns as one, [..., sum of widths]: no copy of one product."""
-        product, slots = self._product(x, padded)
-        if product is None:
+        weights = self._packable(x)
+        if not weights:
             return torch.cat([child(x) for child in self._children()], -1)
-        return product if len(slots) == len(self.sizes) else product[..., : -slots[-1]]
+        product, slots = _packed_product(x, weights, padded)
+        return product[..., : -slots[-1]] if len(slots) > len(weights) else product
 
     def _children(self) -> list[Any]:
         return [self._modules[name] for name in self.sizes]  # quicker than getattr
 
-    def _product(self, x: Tensor, padded: bool) -> tuple[Tensor | None, list[int]]:
-        """All projections side by side and their widths, one more for what is behind them.
-
-        None where each is to be called by itself."""
+    def _packable(self, x: Tensor) -> list[Tensor]:
+        """The weights that one product takes; none where each is to be called by itself."""
         weights = _plain_weights(self._children())
-        if not weights or not _packing_pays(x, weights):
-            return None, []
-        dtype = _product_dtype(x, weights[0])
-        slots = [len(weight) for weight in weights]
-        if padded:
-            slots = [padded_width(slot, x.device, dtype) for slot in slots]
-        total = sum(slots)
-        rest = padded_width(total, x.device, dtype) - total
-        columns = weights[0].shape[1]
-        if not rest:
-            return linear(x, pack(weights, dtype, slots, columns)), slots
-        product = linear(x, pack(weights, dtype, [*slots[:-1], slots[-1] + rest], columns))
-        return product, [*slots, rest]
+        return weights if weights and _packing_pays(x, weights) else []
+
+
+def _packed_product(x: Tensor, weights: list[Tensor], padded: bool) -> tuple[Tensor, list[int]]:
+    """x by all ``weights`` side by side, and the widths, where they are padded.
+
+    With ``padded`` each by itself, else all together: then one more width is what is behind."""
+    dtype = _product_dtype(x, weights[0])
+    if alignment(x.device, dtype) == 1:
+        return linear(x, pack(weights, dtype)), []
+    slots = [len(weight) for weight in weights]
+    if padded:
+        slots = [padded_width(slot, x.device, dtype) for slot in slots]
+    total = sum(slots)
+    rest = padded_width(total, x.device, dtype) - total
+    product = linear(x, pack(weights, dtype, [*slots[:-1], slots[-1] + rest]))
+    return product, [*slots, rest] if rest else slots
 
 
 def _plain_weights(modules: list[Any]) -> list[Tensor]:

@@ -337,7 +337,7 @@ def prologue_groups(s: Setting) -> list[list[Case]]:
                     make=make,
                     work=Work(1e-9 * cost.bytes, "GB/s", "bytes of roofline.py's stage"),
                     check=checks.get(path, no_check),
-                    kernels=f"prologue {label_of(shape)}" if path == "compiled" else "",
+                    kernels="" if path == "copy" else f"prologue {path} {label_of(shape)}",
                     bound=bound,
                     baseline=path == "copy",
                 )

@@ -246,7 +246,7 @@ def free() -> None:
 def refused_start(step: Step, budget: Budget) -> str:
     """Why a step must not begin at this moment; empty: it may."""
     moment = time.monotonic()
-    if moment > budget.until(step.share):
+    if moment > budget.until(step.share) and not step.first:
         return "not started: the minutes of its block were over"
     left = budget.until(1) - moment
     needed = step.seconds(set(budget.kernels))

@@ -1,7 +1,7 @@
 """What ``python -m bench gpu`` does, most valuable first, and how long that may take.
 
-A block of the plan may run until the sum of the shares so far, so that what one leaves of its
-minutes is the next one's; a step that is begun ends."""
+A block of the plan may begin steps until the sum of the shares so far, so that what one leaves of
+its minutes is the next one's, and its first step while the whole has time for it."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -33,6 +33,7 @@ class Step:
     section: str  # whose file gets the rows
     share: float  # of the whole run, over when the step's block is
     cases: tuple[Case, ...] = ()
+    first: bool = False  # of its block: it may begin past the share, in minutes that are left
 
     @property
     def title(self) -> str:
@@ -136,7 +137,9 @@ def plan(s: Setting, sections: Sequence[str]) -> list[Step]:
             if all(case.baseline for case in left):
                 continue
             done |= {identity(case) for case in left}
-            steps.append(Step(block.name, block.section, share, with_baselines(left, group)))
+            cases = with_baselines(left, group)
+            first = not steps or steps[-1].block != block.name
+            steps.append(Step(block.name, block.section, share, cases, first))
     return steps
 
 

@@ -32,6 +32,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch._inductor.config
 
 from bench.cases import CUDA, Setting
 from bench.paths import problem, reason
@@ -80,12 +81,20 @@ def build(run: Run) -> None:
             run.add("build", name, "ok")
 
 
+def build_environment() -> dict[str, str]:
+    """Builds for the GPU that is there alone, unless others are asked for."""
+    own = {}
+    if torch.cuda.is_available():
+        own["TORCH_CUDA_ARCH_LIST"] = "{}.{}".format(*torch.cuda.get_device_capability())
+    return {**own, **os.environ, "PYTHONPATH": str(ROOT)}
+
+
 def output_until(deadline: float, command: Sequence[str]) -> tuple[int | None, str]:
     """A command's status and output; None: it and what it started were killed at the deadline."""
     process = subprocess.Popen(
         command,
         cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        env=build_environment(),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -226,7 +235,7 @@ def compiled_ahead(run: Run, sections: Sequence[str], count: int) -> Iterator[No
 
 def compile_steps(run: Run, sections: Sequence[str], index: int, count: int) -> None:
     """Check and call every case of each ``count``-th step once; what fails, fails again later."""
-    os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "2"
+    torch._inductor.config.compile_threads = 2
     for step in timed_steps(run, sections)[index::count]:
         for case in step.cases:
             with contextlib.suppress(Exception):

@@ -400,7 +400,7 @@ def aligned(cells: Mapping[str, Any]) -> str:
 
 def markdown(rows: Sequence[Row]) -> str:
     """One table, a line a kernel; registers, spills and steps once for every Triton."""
-    versions = list(dict.fromkeys(row["version"] for row in rows))
+    versions = sorted({row["version"] for row in rows})
     by_kernel: dict[tuple[str, ...], dict[str, Row]] = {}
     for row in rows:
         key = tuple(row[name] for name in KEY[1:])

@@ -1,5 +1,6 @@
 """Groups of processes for tests: spawned once, over gloo, each then runs many functions."""
 
+import multiprocessing as mp
 import os
 import tempfile
 import traceback
@@ -10,7 +11,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
 TIMEOUT = timedelta(seconds=60)  # of a rank that waits for another
 
@@ -54,7 +54,8 @@ def _serve(rank: int, size: int, path: str, pipe: Any) -> None:
 @contextmanager
 def spawned(size: int) -> Iterator[Ranks]:
     """A group of ``size`` processes, ended on leaving."""
-    context = mp.get_context("spawn")
+    context = mp.get_context("forkserver")  # torch is loaded once for all of them
+    context.set_forkserver_preload(["sisa_kernels", "tests.support.ranks"])
     with tempfile.TemporaryDirectory() as folder:
         path = os.path.join(folder, "store")
         pipes = [context.Pipe() for _ in range(size)]

@@ -190,7 +190,7 @@ def test_a_token_that_forgets_all_before_it(four, kind):
 def test_fp64_to_its_rounding(two, kind):
     whole = whole_problem(kind, 77, decay=-2, G=2, dtype=torch.float64)
     tight = {"y": 1e-14, "row": 1e-13, "gradient": 2e-14}
-    check(two, whole, sk.SequenceLayout.balanced(77, 2), **tight)
+    check(two, whole, sk.SequenceLayout.balanced(77, 2), Options("auto"), **tight)
 
 
 @pytest.mark.parametrize("kind", ["sisa", "fox", "plain"])
@@ -202,7 +202,13 @@ def test_bf16_to_the_rounding_of_its_operands(two, kind):
 
 @pytest.mark.parametrize(
     ("kind", "backend"),
-    [("sisa", "chunked"), ("sisa", "triton"), ("fox", "chunked"), ("plain", "sdpa")],
+    [
+        ("sisa", "auto"),
+        ("sisa", "chunked"),
+        pytest.param("sisa", "triton", marks=pytest.mark.slow),
+        ("fox", "chunked"),
+        ("plain", "sdpa"),
+    ],
 )
 def test_other_paths_within_a_piece(two, kind, backend):
     """Documents end before the sequence, and g falls by several chunks of stock kernels."""
@@ -294,34 +300,37 @@ def in_double(grads):
 # ---- Within autograd -----------------------------------------------------------------------------
 
 
-def twice(rank, group, whole, layout):
-    """The bits of two runs, and of one whose forward runs again in the backward."""
-    own = {name: x if name == "lam" else layout.shard(x, rank) for name, x in whole.inputs.items()}
+def own_tokens(rank, whole, layout):
+    return {n: x if n == "lam" else layout.shard(x, rank) for n, x in whole.inputs.items()}
+
+
+def same_bits(rank, group, whole, layout, checkpointed):
+    """Whether a second run has the bits of the first, and may run its forward in its backward."""
     dy = layout.shard(whole.dy, rank)
 
     def attend(*leaves):
         return sk.sisa_attention(*leaves, group=group, layout=layout)
 
-    def run(function):
-        leaves = [x.clone().requires_grad_() for x in own.values()]
-        y = function(*leaves)
-        return y.detach(), *torch.autograd.grad(y, leaves, dy)
-
     def again(*leaves):
         return torch.utils.checkpoint.checkpoint(attend, *leaves, use_reentrant=False)
 
-    first, second, checkpointed = run(attend), run(attend), run(again)
-    return [all(map(torch.equal, first, x)) for x in (second, checkpointed)]
+    def run(function):
+        leaves = [x.clone().requires_grad_() for x in own_tokens(rank, whole, layout).values()]
+        y = function(*leaves)
+        return y.detach(), *torch.autograd.grad(y, leaves, dy)
+
+    return all(map(torch.equal, run(attend), run(again if checkpointed else attend)))
 
 
-def test_the_same_bits_again_also_under_checkpointing(four):
+@pytest.mark.parametrize("checkpointed", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_the_same_bits_again_also_under_checkpointing(two, checkpointed):
     whole = whole_problem("sisa", LENGTH, decay=-5)
-    layout = sk.SequenceLayout.balanced(LENGTH, 4)
-    assert four.run(twice, whole, layout) == [[True, True]] * 4
+    layout = sk.SequenceLayout.balanced(LENGTH, 2)
+    assert all(two.run(same_bits, whole, layout, checkpointed))
 
 
 def autocast_and_no_grad(rank, group, whole, layout):
-    own = {name: x if name == "lam" else layout.shard(x, rank) for name, x in whole.inputs.items()}
+    own = own_tokens(rank, whole, layout)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         return sk.sisa_attention(**own, group=group, layout=layout)
 
@@ -342,7 +351,7 @@ def test_a_compiled_call_breaks_its_graph_around_it(two):
 
 
 def compiled(rank, group, whole, layout):
-    own = {name: x if name == "lam" else layout.shard(x, rank) for name, x in whole.inputs.items()}
+    own = own_tokens(rank, whole, layout)
 
     def layer(**x):
         return 2 * sk.sisa_attention(**x, group=group, layout=layout)

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 import sisa_kernels as sk
-from sisa_kernels import reference
+from sisa_kernels import _extension, reference
 from sisa_kernels.distributed import exchange, terms
 from sisa_kernels.testing import (
     ValueAndGrads,
@@ -57,8 +57,6 @@ def whole_problem(
     kind: Kind, length: int, *, documents: list[int] | None = None, **sizes: Any
 ) -> Problem:
     """A random problem, with RoPE but for FoX, four heads of width 32 unless ``sizes`` says."""
-    from sisa_model.models.context import rotary_at  # here: ranks need not load models
-
     sizes = {"H": 4, "Dh": 32, **sizes}
     if kind == "sisa":
         sizes = {"lam": None, **sizes}
@@ -69,7 +67,8 @@ def whole_problem(
     inputs = {name: x.detach() for name, x in inputs.items()}
     if kind == "plain":
         del inputs["log_forget"]
-    rotary = None if kind == "fox" else rotary_at(torch.arange(length), sizes["Dh"])
+    angles = torch.arange(length)[:, None] * torch.logspace(0, -3, sizes["Dh"] // 2)
+    rotary = None if kind == "fox" else (angles.cos(), angles.sin())
     bounds = None if documents is None else torch.tensor(documents)
     return Problem(kind, inputs, dy, rotary, bounds)
 
@@ -77,7 +76,8 @@ def whole_problem(
 class Options(NamedTuple):
     """How the ranks run a problem."""
 
-    backend: str = "auto"
+    backend: str = "native" if _extension.LOADED else "auto"
+    """By name, which no process checks on first use."""
     at_once: int = exchange.AT_ONCE
     """Bytes up to which keys go to all at once."""
     horizon: bool = True

@@ -14,11 +14,12 @@ from sisa_model.models.biased import AlibiAttention, ForgettingAttention
 from sisa_model.models.config import ModelConfig
 from sisa_model.models.context import Context, ModelCache, rotary_behind
 from sisa_model.models.hybrid import make_layer
-from sisa_model.models.linear import PackedLinear
+from sisa_model.models.linear import PackedLinear, is_split, local
 from sisa_model.models.mamba import MambaMixer
 from sisa_model.models.presets import preset_config
 from sisa_model.models.sisa import SisaAttention
 from sisa_model.models.softmax import TransformerAttention
+from sisa_model.models.tensor_parallel import gather_logits
 
 ATTENTION: dict[str, Callable[[ModelConfig], nn.Module]] = {
     "sisa": SisaAttention,
@@ -87,7 +88,13 @@ class LanguageModel(nn.Module):
         cache: ModelCache | None = None,
         lengths: list[int] | None = None,
     ) -> Tensor:
-        return F.linear(self.hidden(input_ids, cu_seqlens, cache, lengths), self.embed.weight)
+        return self.logits(self.hidden(input_ids, cu_seqlens, cache, lengths))
+
+    def logits(self, states: Tensor) -> Tensor:
+        """[..., V] of the final normed states [..., D]."""
+        weight = self.embed.weight
+        logits = F.linear(states, local(weight))
+        return gather_logits(logits, weight) if is_split(weight) else logits
 
     def hidden(
         self,

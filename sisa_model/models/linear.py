@@ -1,10 +1,11 @@
 """Bias-free linear layers: aligned rows, packed projections, parameters that stay fp32."""
 
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Partial, Replicate
 from torch.nn.modules.module import _has_any_global_hook
 
 from sisa_model.utils.buffers import CACHE_LINE, empty_aligned
@@ -14,6 +15,21 @@ ALIGNED = CACHE_LINE // 4  # fp32 numbers in a line
 # one row the copy of the 2.1 million of a 152M layer takes 4 times as long as its products).
 MANY_ROWS = 64
 FEW_WEIGHTS = 2**17
+TENSOR = "tp"  # the mesh dimension along which tensor parallel splits parameters
+
+
+def is_split(parameter: Any) -> TypeGuard[DTensor]:
+    """Whether tensor parallel splits this parameter."""
+    return isinstance(parameter, DTensor) and parameter.device_mesh.mesh_dim_names == (TENSOR,)
+
+
+def local(parameter: Tensor) -> Tensor:
+    """This process's part of a parameter that tensor parallel splits; any other as it is."""
+    if not is_split(parameter):
+        return parameter
+    # What every process has whole gets from each a share of its gradient.
+    shares = [Partial() if isinstance(x, Replicate) else x for x in parameter.placements]
+    return parameter.to_local(grad_placements=shares)
 
 
 def _matmul_aligned(a: Tensor, b: Tensor) -> Tensor:
@@ -68,7 +84,7 @@ class Linear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         if self.bias is not None:  # given to it later
             return super().forward(x)
-        return linear(x, self.weight)
+        return linear(x, local(self.weight))
 
 
 class _CastAndPack(torch.autograd.Function):
@@ -143,7 +159,7 @@ class PackedLinear(nn.Module):
         parts = self._parts(x)
         if isinstance(parts, tuple):
             return parts
-        return parts.split([len(child.weight) for child in self._children()], -1)
+        return parts.split([len(local(child.weight)) for child in self._children()], -1)
 
     def side_by_side(self, x: Tensor) -> Tensor:
         """What :meth:`forward` returns as one, [..., sum of widths]: no copy of one product."""
@@ -169,9 +185,11 @@ def _plain_weights(modules: list[Any]) -> list[Tensor]:
     unchanged = all(type(module) is Linear and not _is_changed(module) for module in modules)
     if not unchanged or _has_any_global_hook():
         return []
-    weights = [module._parameters.get("weight") for module in modules]
+    weights = [local(module._parameters.get("weight")) for module in modules]
     dtype = getattr(weights[0], "dtype", None)
-    plain = all(type(weight) is nn.Parameter and weight.dtype == dtype for weight in weights)
+    plain = all(
+        type(weight) in (nn.Parameter, Tensor) and weight.dtype == dtype for weight in weights
+    )
     return weights if plain else []
 
 

@@ -4,7 +4,6 @@ import math
 from collections.abc import Callable, Collection
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from sisa_kernels.cache import check_lengths

@@ -1,8 +1,10 @@
 """How SISA's layers stand on a batch: lambda, half-lives, the range of g, what is clamped."""
 
 import functools
+import itertools
 import math
-from collections.abc import Callable, Iterator
+import statistics
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,6 +33,21 @@ class Health:
     """Share of positions whose exponent "clamped" mode would clamp (0 in "exact" mode, which clamps
     nothing).
     """
+
+    @classmethod
+    def of_parts(cls, parts: "Sequence[Health]") -> "Health":
+        """A layer's health from that of equal parts of its heads, in their order."""
+
+        def joined(values: Iterable[list[float]]) -> list[float]:
+            return list(itertools.chain.from_iterable(values))
+
+        return cls(
+            layer=parts[0].layer,
+            lam=joined(part.lam for part in parts),
+            half_life=joined(part.half_life for part in parts),
+            g_range=joined(part.g_range for part in parts),
+            clamped=statistics.fmean(part.clamped for part in parts),
+        )
 
 
 def half_life(log_decay: Tensor) -> Tensor:

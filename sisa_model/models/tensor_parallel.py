@@ -7,6 +7,7 @@ applies the plan; every parameter becomes a DTensor on the mesh's one dimension.
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import (
@@ -26,7 +27,6 @@ from torch.distributed.tensor.parallel import (
 )
 
 from sisa_model.models.config import ModelConfig
-from sisa_model.models.linear import TENSOR
 
 SEQUENCE = Shard(1)  # of the residual stream [B, L, D]
 OUT = ("W_O.weight", "w_down.weight")  # projections back to the residual stream
@@ -72,7 +72,7 @@ def parallelize(model: Any, mesh: DeviceMesh) -> None:
         "final_norm": SequenceParallel(),
     }
     parallelize_module(model, mesh, plan, src_data_rank=None)
-    model.final_norm.register_forward_hook(lambda norm, args, states: _gather(states))
+    model.final_norm.register_forward_hook(lambda norm, args, states: _whole(states))
     for layer in model.layers:
         layer.attn.share_heads(mesh.get_local_rank(), mesh.size())
 
@@ -105,6 +105,12 @@ class _SplitWidth(ParallelStyle):
 
 def _gather(x: DTensor) -> Tensor:
     """The whole of x [B, L, D], whose gradient here is this process's share of a sum."""
+    if torch.is_autocast_enabled(x.device.type):  # as the products would cast it
+        x = x.to(torch.get_autocast_dtype(x.device.type))
+    return _whole(x)
+
+
+def _whole(x: DTensor) -> Tensor:
     return x.redistribute(placements=[Replicate()]).to_local(grad_placements=[Partial()])
 
 

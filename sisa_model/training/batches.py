@@ -25,13 +25,12 @@ from sisa_model.data.synthetic import (
 )
 from sisa_model.data.tokenizer import Encoder
 from sisa_model.runs.config import ResolvedConfig
+from sisa_model.training.loss import Piece
 from sisa_model.training.parallel import World
 
 MIX_BATCH = 16  # sequences a step of each retrieval task in the mix
 MIX_EXAM = 256  # sequences a retrieval accuracy is measured on: 256 needles, about 7,000 recalls
 EXAM_SEED = 10**9  # of retrieval tasks; training's seeds begin with the run's own
-
-Piece = tuple[Tensor, Tensor, Tensor | None]  # inputs, targets, bounds of packed documents
 
 
 @dataclass(frozen=True)
@@ -147,9 +146,9 @@ class Splitter:
         for x, y in zip(inputs.split(self.rows), targets.split(self.rows)):
             if text and self.packed:
                 x, y, cu_seqlens = pack(x, y, self.end_of_text)
-                yield x.to(self.device), y.to(self.device), cu_seqlens.to(self.device)
+                yield Piece(x.to(self.device), y.to(self.device), cu_seqlens.to(self.device))
             else:
-                yield x.to(self.device), y.to(self.device), None
+                yield Piece(x.to(self.device), y.to(self.device))
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ import contextlib
 import functools
 import importlib.util
 import warnings
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -124,7 +125,7 @@ def _over_all(
     """Log-sum-exp and target's logit of rows [N, 1] whose parts are :func:`_row_sums`'s."""
     mine = torch.cat((highest, sums, at_target), 1)
     everyone = mine.new_empty(group.size() * len(mine), 3)
-    dist.all_gather_into_tensor(everyone, mine, group)
+    dist.all_gather(list(everyone.chunk(group.size())), mine, group)
     tops, sums, at_targets = everyone.view(group.size(), -1, 3).unbind(-1)
     return (tops + sums.log()).logsumexp(0)[:, None], at_targets.sum(0)[:, None]
 
@@ -217,8 +218,19 @@ def _liger(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     )
 
 
+class Piece(NamedTuple):
+    """What an objective takes: a micro-batch, or one process's tokens of it."""
+
+    inputs: Tensor
+    """[B, L] int64."""
+    targets: Tensor
+    """[B, L] int64."""
+    cu_seqlens: Tensor | None = None
+    """Bounds of packed documents, of the whole micro-batch."""
+
+
 class Objective(nn.Module):
-    """``objective(inputs, targets [B, L] int64, cu_seqlens)``: the sum of losses, nats, fp32.
+    """``objective(*piece)``: the sum of losses, nats, fp32.
 
     Targets that are IGNORE do not count. On CUDA by Liger's fused kernel where it is installed,
     elsewhere (which is said once) by :func:`linear_cross_entropy`."""
@@ -231,5 +243,6 @@ class Objective(nn.Module):
     def forward(self, inputs: Tensor, targets: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
         with self.autocast:
             hidden = self.model.hidden(inputs, cu_seqlens)
-            loss = _liger if hidden.is_cuda and _liger_is_here() else linear_cross_entropy
-            return loss(hidden, self.model.embed.weight, targets)
+            weight = self.model.embed.weight
+            liger = hidden.is_cuda and not is_split(weight) and _liger_is_here()
+            return (_liger if liger else linear_cross_entropy)(hidden, weight, targets)

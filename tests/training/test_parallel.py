@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 
 import sisa_model as sm
@@ -173,7 +174,7 @@ def test_fsdp_computes_in_the_dtypes_of_one_process(one_of_gloo, preset):
     model = sm.build(preset)
     whole = Objective(copy.deepcopy(model), autocast)
     kept = replicated(model)
-    shard(model, 1, kept, bf16=True)
+    shard(model, init_device_mesh("cpu", (1,)), kept, bf16=True)
     inputs, targets = torch.randint(257, (2, 2, 65))
     dtypes, gathered = set(), set()
 

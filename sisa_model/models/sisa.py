@@ -137,7 +137,7 @@ class SisaAttention(Fp32Parameters):
             return self.W_O(self._next_token(x, context, cache).flatten(2))
         operands = self.operands(x, context)._asdict()
         if cache is None:
-            y = sk.sisa_attention(**operands, mode=self.mode, backend=self.backend)
+            y = sk.sisa_attention(**operands, mode=self.mode, backend=self.backend, **context.split)
         else:
             del operands["cu_seqlens"]  # a cache's rows are one document each
             y = sk.sisa_decode(

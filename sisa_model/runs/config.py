@@ -381,6 +381,8 @@ def _check_split(config: ResolvedConfig) -> None:
     if config.context_parallel > 1:
         exact = config.mode == "exact"
         _require(config, "mode", exact, "exact with context_parallel: the clamp needs the whole")
+        least = 2 * config.context_parallel
+        _require(config, "seq_len", config.seq_len >= least, f"at least {least}, to be cut so")
 
 
 def _check_task(config: ResolvedConfig) -> None:

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from sisa_kernels import SequenceLayout
 from sisa_model.data.blocks import IGNORE
 from sisa_model.models.language_model import LanguageModel
 from sisa_model.models.linear import is_split, local
@@ -227,22 +228,33 @@ class Piece(NamedTuple):
     """[B, L] int64."""
     cu_seqlens: Tensor | None = None
     """Bounds of packed documents, of the whole micro-batch."""
+    layout: SequenceLayout | None = None
+    """Which tokens of the micro-batch these are, where context parallel cuts it."""
 
 
 class Objective(nn.Module):
     """``objective(*piece)``: the sum of losses, nats, fp32.
 
     Targets that are IGNORE do not count. On CUDA by Liger's fused kernel where it is installed,
-    elsewhere (which is said once) by :func:`linear_cross_entropy`."""
+    elsewhere (which is said once) by :func:`linear_cross_entropy`. Pieces with a layout belong to
+    ``group``, whose processes then call this together and have a part of the sum each."""
+
+    group: dist.ProcessGroup | None = None
 
     def __init__(self, model: LanguageModel, autocast: contextlib.AbstractContextManager):
         super().__init__()
         self.model = model
         self.autocast = autocast
 
-    def forward(self, inputs: Tensor, targets: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        inputs: Tensor,
+        targets: Tensor,
+        cu_seqlens: Tensor | None = None,
+        layout: SequenceLayout | None = None,
+    ) -> Tensor:
         with self.autocast:
-            hidden = self.model.hidden(inputs, cu_seqlens)
+            hidden = self.model.hidden(inputs, cu_seqlens, group=self.group, layout=layout)
             weight = self.model.embed.weight
             liger = hidden.is_cuda and not is_split(weight) and _liger_is_here()
             return (_liger if liger else linear_cross_entropy)(hidden, weight, targets)

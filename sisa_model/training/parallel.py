@@ -26,7 +26,8 @@ from torch.distributed.fsdp import (
 from torch.distributed.tensor import DTensor, Replicate
 from torch.nn.parallel import DistributedDataParallel
 
-from sisa_model.models.health import Health
+from sisa_kernels import SequenceLayout
+from sisa_model.models.health import Health, health
 from sisa_model.models.language_model import LanguageModel
 from sisa_model.models.linear import TENSOR
 from sisa_model.models.tensor_parallel import parallelize
@@ -78,6 +79,17 @@ class World:
     def copies(self) -> int:
         """Processes that are given the same sequences, cp x tp."""
         return self.context * self.tensor
+
+    def layout(self, length: int, cu_seqlens: Tensor | None = None) -> SequenceLayout | None:
+        """Which process along cp has which tokens of a sequence; None where one has them all."""
+        if self.context == 1:
+            return None
+        return SequenceLayout.balanced(length, self.context, cu_seqlens)
+
+    @property
+    def place_in_context(self) -> int:
+        """This process's place along cp."""
+        return self.rank // self.tensor % self.context
 
     def sum(self, values: Sequence[float | Tensor], alike: int = 1) -> list[float]:
         """Each value summed over the processes, which all call this with as many values.
@@ -219,6 +231,8 @@ class Parallel:
     def _share(self, bf16: bool) -> None:
         model = self.objective.model
         self.meshes = Meshes.of(self.world, model.embed.weight.device.type)
+        if self.world.context > 1:
+            self.objective.group = self.meshes.context.get_group()
         if self.world.tensor > 1:
             parallelize(model, self.meshes.tensor)
         if self.kind == "fsdp":
@@ -272,20 +286,49 @@ class Parallel:
         parts = summed.div_(self.world.sharers).split([grad.numel() for grad in grads])
         torch._foreach_copy_(grads, [part.view_as(grad) for part, grad in zip(parts, grads)])
 
-    def all_heads(self, layers: list[Health]) -> list[Health]:
-        """The health of whole layers, of this process's heads of each; all must call this."""
+    @torch.no_grad()
+    def answers(self, inputs: Tensor, asked: Tensor) -> Tensor:
+        """The likeliest next token at each place of ``inputs`` that is ``asked``, both [B, L].
+
+        All processes that have the same sequences call this."""
+        model = self.objective.model
+        inputs, layout = self._cut(inputs)
+        states = model.hidden(inputs, group=self.objective.group, layout=layout)
+        if layout is None:
+            return model.logits(states[asked]).argmax(-1)
+        place = self.world.place_in_context
+        numbers = (asked.flatten().cumsum(0) - 1).view_as(asked)
+        numbers, here = (layout.shard(x, place).to(states.device) for x in (numbers, asked))
+        all_asked = states.new_zeros(int(asked.sum()), states.shape[-1])
+        all_asked[numbers[here]] = states[here]
+        dist.all_reduce(all_asked, group=self.objective.group)
+        return model.logits(all_asked).argmax(-1)
+
+    def health(self, inputs: Tensor) -> list[Health]:
+        """The health of all layers on ``inputs`` [B, L].
+
+        All processes that have the same sequences call this."""
+        inputs, layout = self._cut(inputs)
+        layers = health(self.objective.model, inputs, self.objective.group, layout)
         if self.world.tensor == 1:
             return layers
         found: list[Any] = [None] * self.world.tensor
         dist.all_gather_object(found, layers, self.meshes.tensor.get_group())
         return [Health.of_parts(parts) for parts in zip(*found)]
 
+    def _cut(self, inputs: Tensor) -> tuple[Tensor, SequenceLayout | None]:
+        """This process's tokens of ``inputs`` [B, L], on its device."""
+        layout = self.world.layout(inputs.shape[1])
+        if layout is not None:
+            inputs = layout.shard(inputs, self.world.place_in_context)
+        return inputs.to(self.objective.model.embed.weight.device), layout
+
     def whole(self) -> dict[str, Tensor]:
         """The parameters by name, gathered in every process; all must call this."""
-        return {name: _gathered(p.detach()) for name, p in self.parameters.items()}
+        return {name: gathered(p.detach()) for name, p in self.parameters.items()}
 
 
-def _gathered(x: Tensor) -> Tensor:
+def gathered(x: Tensor) -> Tensor:
     """The whole of a parameter."""
     if not isinstance(x, DTensor):
         return x

@@ -355,6 +355,7 @@ class Trainer:
         if self.config.documents == "joined":
             shapes = [inputs.shape for inputs, _ in batch.groups]
             mfu = utilisation(self.model.config, shapes, seconds, device)
+            mfu = mfu and mfu / self.parallel.world.copies
         losses = [None if taken.skipped else loss for loss in taken.losses]
         row = {
             "step": self.step,

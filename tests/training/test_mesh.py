@@ -10,18 +10,17 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from safetensors.torch import load_file
-from tests.support.ranks import spawned
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
 import sisa_model as sm
 from sisa_model.models.linear import TENSOR
 from sisa_model.runs.config import TrainConfig
-from sisa_model.runs.log import read_rows
 from sisa_model.training.batches import Splitter
 from sisa_model.training.loss import Objective, linear_cross_entropy
 from sisa_model.training.parallel import Parallel, World, gathered
 from sisa_model.training.trainer import train
+from tests.support.ranks import spawned
 from tests.support.runs import BAND, rows_agree, weights_agree
 
 EOS = 0
@@ -115,7 +114,7 @@ def test_four_processes_have_the_gradients_of_one(four, case):
 
 def settings(corpus, out, **changes):
     fields = {"steps": 4, "seq_len": 65, "batch_size": 5, "micro_batch_size": 2, "warmup_steps": 2}
-    fields |= {"val_every": 2, "val_blocks": 5, "mix": ("recall",), "sample_tokens": 0}
+    fields |= {"val_every": 4, "val_blocks": 3, "sample_tokens": 0}
     return {"data": (corpus,), "out": out, **fields, **changes}
 
 
@@ -140,8 +139,6 @@ def test_a_run_goes_on_in_any_grid(four, corpus, tmp_path):
         for name in ("straight", "stopped")
     )
     assert all(torch.equal(second[name], x) for name, x in first.items())
-    straight, own = (read_rows(x / "val.jsonl")[-1] for x in (tmp_path / "straight", one))
-    assert straight["recall_accuracy"] == own["recall_accuracy"]
     assert sm.generate(sm.load(moved / "final"), torch.zeros(1, 1).long(), 3).shape == (1, 4)
 
 

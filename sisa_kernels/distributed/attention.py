@@ -227,7 +227,7 @@ class _Round:
 
 def _forward(x: _Round) -> tuple[Softmax, Softmax]:
     """(y, log-sum-exp) of one's own pieces and of all."""
-    fetched = x.exchange.fetch(x.message)
+    x.exchange.start(x.message)
     own = x.local.forward(x.x) if x.x.q.numel() else _nothing(x.x)
     sees = any(piece.head.start < piece.head.stop for piece in x.pieces)
     y, lse = (t.clone() for t in own) if sees else own
@@ -240,11 +240,13 @@ def _forward(x: _Round) -> tuple[Softmax, Softmax]:
             rows = piece.head
             y[:, rows], lse[..., rows] = merge((y[:, rows], lse[..., rows]), (out, part))
 
-    for key, keys in x.own_keys():
-        attend(key, keys)
-    for source, message in fetched:
+    def visit(source: int, message: Tensor) -> None:
         for key, keys in x.unpacked(source, x.place.rank, message):
             attend(key, keys)
+
+    for key, keys in x.own_keys():
+        attend(key, keys)
+    x.exchange.finish(visit)
     return own, (y, lse)
 
 
@@ -327,13 +329,15 @@ def _backward(x: _Round, dy: Tensor, own: Softmax, merged: Softmax) -> list[Tens
         parts = [grads.of_keys(key, keys) for key, keys in x.unpacked(source, rank, message)]
         return torch.cat([part.to(message.dtype).flatten() for part in parts])
 
-    replies = x.exchange.round_trip(x.message, reply)
+    def home(destination: int, message: Tensor) -> None:
+        for key, found in x.unpacked(rank, destination, message):
+            grads.at_home(key, found)
+
+    x.exchange.start(x.message)
     within = x.local.backward(x.x, dy, own, merged) if dy.numel() else None
     for key, keys in x.own_keys():
         grads.at_home(key, grads.of_keys(key, keys))
-    for source, message in replies:
-        for key, found in x.unpacked(rank, source, message):
-            grads.at_home(key, found)
+    x.exchange.finish(reply, home)
     across = grads.finish()
     given = x.x.given()
     sums = across if within is None else [a.to(w) + w for a, w in zip(across, within)]

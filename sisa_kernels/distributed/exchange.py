@@ -3,7 +3,7 @@
 Keys go point to point, a peer at a time, while the attention over the last peer's runs; or, where
 they are small, all at once. Either way only what causality and documents let a peer see is sent."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
@@ -29,10 +29,13 @@ def gather_rows(rows: Tensor, owners: tuple[int, ...], group: ProcessGroup) -> T
     return torch.stack([found[owner][place] for owner, place in zip(owners, places)])
 
 
-class Exchange:
-    """One round: a message from each rank to each other one, and with a backward its reply.
+Visit = Callable[[int, Tensor], Tensor | None]  # (source, its message) -> the reply to it
 
-    A reply has the size of its message. All ranks know all sizes."""
+
+class Exchange:
+    """One round: a message from each rank to each other one and, where asked for, a reply to it.
+
+    A reply has the size of its message. All ranks know all sizes, and nothing is sent of size 0."""
 
     def __init__(
         self, group: ProcessGroup, sizes: list[list[int]], dtype: torch.dtype, device: torch.device
@@ -45,119 +48,104 @@ class Exchange:
         self.from_others = [row[self.rank] for row in sizes]
         self.dtype = dtype
         self.device = device
-        most = max(map(sum, zip(*sizes)))
-        self.at_once = 0 < most * dtype.itemsize <= AT_ONCE
+        most = max(map(sum, zip(*sizes))) * dtype.itemsize
+        self.at_once = 0 < most <= AT_ONCE
 
-    def fetch(self, message: Callable[[int], Tensor]) -> Iterator[tuple[int, Tensor]]:
-        """(source, what it sent) of each source that sends; the first is under way on return.
-
-        ``message(destination)``: what goes there, flat."""
+    def start(self, message: Callable[[int], Tensor]) -> None:
+        """Let the first messages go; ``message(destination)``: what goes there, flat."""
+        self.message = message
         if self.at_once:
-            return self._fetch_at_once(self._start_at_once(message))
-        return self._fetch_by_step(message, self._start_step(1, message))
+            sent = [message(rank) for rank, size in enumerate(self.to_others) if size]
+            self.swapping = self._swap(sent, self.to_others, self.from_others)
+        else:
+            self.under_way = self._step(1)
+
+    def finish(self, visit: Visit, home: Callable[[int, Tensor], None] | None = None) -> None:
+        """``visit(source, message)`` each message to this rank, in an order that never varies.
+
+        ``home(destination, reply)``: takes the replies to its own; None: there are none."""
+        if self.at_once:
+            self._finish_at_once(visit, home)
+        else:
+            self._finish_by_step(visit, home)
 
     def _empty(self, size: int) -> Tensor:
         return torch.empty(size, dtype=self.dtype, device=self.device)
 
     def _swap(
-        self, sent: list[Tensor], received: list[int], given: list[int]
-    ) -> tuple[list[Tensor], dist.Work]:
-        """One all-to-all, under way: of the sizes ``given``, into tensors of ``received``."""
-        found = self._empty(sum(received))
+        self, sent: list[Tensor], to_others: list[int], from_others: list[int]
+    ) -> tuple[Tensor, dist.Work]:
+        """One all-to-all, under way."""
         out = torch.cat(sent) if sent else self._empty(0)
-        work = dist.all_to_all_single(found, out, received, given, self.group, async_op=True)
-        return list(found.split(received)), work
+        found = self._empty(sum(from_others))
+        work = dist.all_to_all_single(found, out, from_others, to_others, self.group, async_op=True)
+        return found, work
 
-    def _start_at_once(self, message: Callable[[int], Tensor]) -> tuple[list[Tensor], dist.Work]:
-        sent = [message(rank) for rank in range(self.ranks) if self.to_others[rank]]
-        return self._swap(sent, self.from_others, self.to_others)
-
-    def _fetch_at_once(
-        self, started: tuple[list[Tensor], dist.Work]
-    ) -> Iterator[tuple[int, Tensor]]:
-        found, work = started
+    def _finish_at_once(self, visit: Visit, home: Callable[[int, Tensor], None] | None) -> None:
+        found, work = self.swapping
         work.wait()
-        yield from ((rank, part) for rank, part in enumerate(found) if len(part))
+        parts = enumerate(found.split(self.from_others))
+        replies = [visit(source, part) for source, part in parts if len(part)]
+        if home is None:
+            return
+        sent = [reply for reply in replies if reply is not None]
+        found, work = self._swap(sent, self.from_others, self.to_others)
+        work.wait()
+        for destination, part in enumerate(found.split(self.to_others)):
+            if len(part):
+                home(destination, part)
 
-    def _start_step(self, step: int, message: Callable[[int], Tensor]) -> "_Transfer":
-        """To the rank ``step`` ahead, from the one ``step`` behind."""
+    def _step(self, step: int) -> "_Transfer":
+        """Messages to the rank ``step`` ahead, from the one ``step`` behind."""
         to = (self.rank + step) % self.ranks
         source = (self.rank - step) % self.ranks
-        sent = message(to) if self.to_others[to] else None
-        return _Transfer(self, to, sent, source, self.from_others[source])
+        sent = self.message(to) if self.to_others[to] else None
+        return _Transfer(self.group, to, sent, source, self._empty(self.from_others[source]))
 
-    def _fetch_by_step(
-        self, message: Callable[[int], Tensor], under_way: "_Transfer"
-    ) -> Iterator[tuple[int, Tensor]]:
+    def _finish_by_step(self, visit: Visit, home: Callable[[int, Tensor], None] | None) -> None:
+        replies: list[_Transfer] = []
         for step in range(1, self.ranks):
-            transfer = under_way
+            transfer = self.under_way
             found = transfer.wait()
             if step + 1 < self.ranks:
-                under_way = self._start_step(step + 1, message)
-            if found is not None:
-                yield transfer.source, found
-
-    def round_trip(
-        self, message: Callable[[int], Tensor], reply: Callable[[int, Tensor], Tensor]
-    ) -> Iterator[tuple[int, Tensor]]:
-        """(destination, its reply) of each destination, replies of ``reply(source, message)``.
-
-        The first messages are under way on return."""
-        if self.at_once:
-            return self._round_trip_at_once(self._start_at_once(message), reply)
-        return self._round_trip_by_step(message, self._start_step(1, message), reply)
-
-    def _round_trip_at_once(
-        self,
-        started: tuple[list[Tensor], dist.Work],
-        reply: Callable[[int, Tensor], Tensor],
-    ) -> Iterator[tuple[int, Tensor]]:
-        answers = [reply(*got) for got in self._fetch_at_once(started)]
-        found, work = self._swap(answers, self.to_others, self.from_others)
-        work.wait()
-        yield from ((rank, part) for rank, part in enumerate(found) if len(part))
-
-    def _round_trip_by_step(
-        self,
-        message: Callable[[int], Tensor],
-        under_way: "_Transfer",
-        reply: Callable[[int, Tensor], Tensor],
-    ) -> Iterator[tuple[int, Tensor]]:
-        answered: _Transfer | None = None
-        for step in range(1, self.ranks):
-            transfer = under_way
-            found = transfer.wait()
-            if step + 1 < self.ranks:
-                under_way = self._start_step(step + 1, message)
-            answer = None if found is None else reply(transfer.source, found)
-            expected = self.to_others[transfer.to]
-            answering = _Transfer(self, transfer.source, answer, transfer.to, expected)
-            if answered is not None and (back := answered.wait()) is not None:
-                yield answered.source, back
-            answered = answering
-        if answered is not None and (back := answered.wait()) is not None:
-            yield answered.source, back
+                self.under_way = self._step(step + 1)
+            reply = visit(transfer.source, found) if len(found) else None
+            if home is None:
+                continue
+            expected = self._empty(self.to_others[transfer.to])
+            replies.append(_Transfer(self.group, transfer.source, reply, transfer.to, expected))
+            if step > 1:  # the last step's has had this one's time
+                _bring_home(replies.pop(0), home)
+        for last in replies:
+            _bring_home(last, home)
 
 
 class _Transfer:
     """What goes to one rank and comes from another, under way from the start."""
 
     def __init__(
-        self, exchange: Exchange, to: int, sent: Tensor | None, source: int, received: int
+        self, group: ProcessGroup, to: int, sent: Tensor | None, source: int, received: Tensor
     ):
         self.to = to
         self.source = source
         self.sent = sent  # held until it is gone
-        self.received = exchange._empty(received) if received else None
+        self.received = received
         ops = []
-        for op, x, peer in ((dist.isend, sent, to), (dist.irecv, self.received, source)):
-            if x is not None:
-                ops.append(dist.P2POp(op, x, group=exchange.group, group_peer=peer))
+        if sent is not None:
+            ops.append(dist.P2POp(dist.isend, sent, group=group, group_peer=to))
+        if len(received):
+            ops.append(dist.P2POp(dist.irecv, received, group=group, group_peer=source))
         self.works = dist.batch_isend_irecv(ops) if ops else []
 
-    def wait(self) -> Tensor | None:
-        """What came, if anything was to."""
+    def wait(self) -> Tensor:
+        """What came; empty where nothing was to."""
         for work in self.works:
             work.wait()
         self.sent = None
         return self.received
+
+
+def _bring_home(reply: _Transfer, home: Callable[[int, Tensor], None] | None) -> None:
+    found = reply.wait()
+    if home is not None and len(found):
+        home(reply.source, found)

@@ -1,5 +1,6 @@
 """Groups of processes for tests: spawned once, over gloo, each then runs many functions."""
 
+import multiprocessing as mp
 import os
 import tempfile
 import traceback
@@ -10,12 +11,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
 TIMEOUT = timedelta(seconds=60)  # of a rank that waits for another
 # One process imports what takes seconds, and the ranks are its forks. (Forks of the tests' own
 # process could run no backward once that has.)
-PRELOADED = ["sisa_model.training.trainer"]
+PRELOADED = ["sisa_model.training.trainer", "tests.support.ranks"]
 
 
 class Ranks:

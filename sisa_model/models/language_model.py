@@ -14,7 +14,7 @@ from sisa_kernels.cache import check_lengths
 from sisa_kernels.checks import check_documents, readable
 from sisa_model.models.biased import AlibiAttention, ForgettingAttention
 from sisa_model.models.config import ModelConfig
-from sisa_model.models.context import Context, ModelCache, rotary_at, rotary_behind
+from sisa_model.models.context import Context, ModelCache, context_refusal, rotary_at, rotary_behind
 from sisa_model.models.hybrid import make_layer
 from sisa_model.models.linear import PackedLinear, is_split, local
 from sisa_model.models.mamba import MambaMixer
@@ -204,9 +204,10 @@ class LanguageModel(nn.Module):
     def _check_layout(
         self, layout: SequenceLayout, cu_seqlens: Tensor | None, cache: ModelCache | None
     ) -> None:
-        """Refuse a cache, and sequences (packed: documents) above ``max_seq_len``."""
-        if cache is not None:
-            raise ValueError("a cache cannot be combined with a layout: its rows are whole")
+        """Refuse what has no layout, and sequences (packed: documents) above ``max_seq_len``."""
+        why = "a cache's rows are whole" if cache is not None else context_refusal(self.config)
+        if why is not None:
+            raise ValueError(f"layout must be left out: {why}")
         bounds = torch.tensor(layout.documents or (0, layout.length))
         if layout.documents is None and cu_seqlens is not None:
             given = readable(cu_seqlens)

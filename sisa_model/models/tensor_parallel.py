@@ -84,13 +84,10 @@ class _SplitWidth(ParallelStyle):
     projections stay one product, and widths need not be multiples of the number of processes."""
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
-        return distribute_module(
-            module,
-            device_mesh,
-            self._split,
-            lambda module, args, mesh: (_gather(args[0]), *args[1:]),
-            lambda module, output, mesh: _scatter(output, mesh),
-        )
+        distribute_module(module, device_mesh, self._split)
+        module.register_forward_pre_hook(lambda module, args: (_gather(args[0]), *args[1:]))
+        module.register_forward_hook(lambda module, args, y: _scatter(y, device_mesh))
+        return module
 
     @staticmethod
     def _split(name: str, module: nn.Module, mesh: DeviceMesh) -> None:
@@ -106,7 +103,7 @@ class _SplitWidth(ParallelStyle):
 def _gather(x: DTensor) -> Tensor:
     """The whole of x [B, L, D], whose gradient here is this process's share of a sum."""
     if torch.is_autocast_enabled(x.device.type):  # as the products would cast it
-        x = x.to(torch.get_autocast_dtype(x.device.type))
+        return _whole(x.to(torch.get_autocast_dtype(x.device.type)))  # type: ignore[arg-type]
     return _whole(x)
 
 

@@ -21,6 +21,7 @@ from sisa_model.data.sources import AS_NAMED, Format, Reading
 from sisa_model.data.synthetic import LENGTHS, TASKS, RetrievalTask, find_task
 from sisa_model.models.checkpoint import CONFIG, read_config
 from sisa_model.models.config import ModelConfig
+from sisa_model.models.context import context_refusal
 from sisa_model.models.presets import AUTHORS_TRAINING, find_preset, preset_config
 from sisa_model.models.tensor_parallel import tensor_refusal
 from sisa_model.runs.log import LogTarget, check_logs
@@ -375,12 +376,15 @@ def _check_choices(config: ResolvedConfig) -> None:
 
 def _check_split(config: ResolvedConfig) -> None:
     """Of a model that several processes have parts of."""
-    model = preset_config(config.preset, **config.model)
-    why = tensor_refusal(model, config.tensor_parallel) if config.tensor_parallel > 1 else None
-    _require(config, "tensor_parallel", why is None, f"1, or what divides the model ({why})")
+    model = preset_config(config.preset, **config.model, mode=config.mode)
+    if config.tensor_parallel > 1:
+        why = tensor_refusal(model, config.tensor_parallel)
+        _require(config, "tensor_parallel", why is None, f"1, or what divides the model: {why}")
+        allowed = "left out with tensor_parallel, whose layers torch.compile does not take"
+        _require(config, "compile", not config.compile, allowed)
     if config.context_parallel > 1:
-        exact = config.mode == "exact"
-        _require(config, "mode", exact, "exact with context_parallel: the clamp needs the whole")
+        why = context_refusal(model)
+        _require(config, "context_parallel", why is None, f"1 for this model: {why}")
         least = 2 * config.context_parallel
         _require(config, "seq_len", config.seq_len >= least, f"at least {least}, to be cut so")
 

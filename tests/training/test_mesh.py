@@ -178,7 +178,9 @@ def test_the_loss_over_split_words_is_that_over_all(four, words):
         ({"tensor_parallel": 2, "preset": "mamba2-tiny"}, "in_proj is one matrix"),
         ({"tensor_parallel": 2, "preset": "hybrid-sisa-152m"}, "in_proj is one matrix"),
         ({"tensor_parallel": 2, "model": {"d_ff": 1}}, "d_ff = 1 leaves a process without a part"),
-        ({"context_parallel": 2, "mode": "clamped"}, "mode must be exact with context_parallel"),
+        ({"tensor_parallel": 2, "compile": True}, "compile must be left out with tensor_parallel"),
+        ({"context_parallel": 2, "mode": "clamped"}, "mode 'clamped' depends on the whole"),
+        ({"context_parallel": 2, "preset": "mamba3-tiny"}, "a Mamba mixer does not pass its state"),
         ({"context_parallel": 4, "seq_len": 7}, "seq_len must be at least 8"),
         (
             {"context_parallel": 2, "tensor_parallel": 2},

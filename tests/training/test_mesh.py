@@ -195,3 +195,19 @@ def test_what_cannot_be_shared_is_refused_before_any_work(tmp_path, fields, mess
         train(config)
     assert message in str(error.value)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_sixteen_thousand_tokens_over_four_processes_train_as_in_one(four, tmp_path):
+    words = "the quick brown fox jumps over a lazy dog and forgets what it has seen".split()
+    picked = torch.randint(len(words), (90_000,), generator=torch.Generator().manual_seed(0))
+    text = tmp_path / "text.txt"
+    text.write_text(" ".join(words[n] for n in picked))
+    fields = {"seq_len": 16384, "batch_size": 1, "micro_batch_size": 1, "steps": 2}
+    one = train(TrainConfig(**settings(text, tmp_path / "one", **fields))).folder
+    for context, tensor in ((4, 1), (2, 2)):
+        out = tmp_path / f"cp{context}-tp{tensor}"
+        split = {"context_parallel": context, "tensor_parallel": tensor}
+        four.run(train_here, settings(text, out, **fields, **split))
+        rows_agree(one, out, BAND)
+        weights_agree(one, out)

@@ -43,10 +43,12 @@ KERNELS = {
 PRODUCTS = ("wgmma", "tcgen05.mma", "mma.sync", "fma")  # as PTX calls them
 WIDTHS = [16, 32, 64, 128]
 TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
-FP32 = ("lam", "lse", "delta", "dc", "db", "d_diagonal")
-INT32 = ("level", "horizon_start", "horizon_end", "first", "last")
+FP32 = ("lam", "lse", "delta", "dc", "db", "d_diagonal", "far_lse")
+INT32 = ("level", "horizon_start", "horizon_end", "first", "last", "flags")
 IMPORTANCE = ("c", "b", "near_b", "near_c", "level", "lam", *INT32[1:3], "dc", "db", "d_diagonal")
-VARIANTS = ("plain", "packed", "odd v")
+FAR = ("far_y", "far_lse", "far_dq", "far_dk", "far_dv")
+VARIANTS = ("plain", "packed", "flagged", "band", "odd v")
+BAND = 256  # tokens
 # KiB a block may have (CUDA programming guide, compute capabilities).
 KIB = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
 SHARED_MEMORY = {arch: kib << 10 for arch, kib in KIB.items()}
@@ -99,7 +101,10 @@ def constants(job: Job) -> dict[str, Any]:
     sizes = {"BM": tile.m, "BN": tile.n, "BD": tile.diagonal}
     widths = {"DH": job.width, "DV": job.width, "DS": job.d_state}
     flags = {"IMPORTANCE": job.d_state > 0, "PACKED": packed, "REPEAT": 4 if packed else 1}
+    band = job.variant == "band"
+    flags |= {"WANTED": 0, "WINDOW": BAND if band else 0}
     absent = [*(() if packed else ("first", "last")), *(() if job.d_state else IMPORTANCE)]
+    absent += [*(() if band else FAR), *(() if band or job.variant == "flagged" else ("flags",))]
     return flags | blocks | sizes | widths | dict.fromkeys(absent)
 
 

@@ -58,6 +58,15 @@ def _store_rows(
 
 
 @triton.jit
+def _far_rows(x, start, stride, rows, WIDTH: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr):
+    """Rows start ... of one head of far attention's results, in fp32: zero before 0, past rows."""
+    o_r, o_d = start + tl.arange(0, ROWS), tl.arange(0, BLOCK)
+    p = x + tl.cast(o_r, tl.int64)[:, None] * stride + o_d[None, :]
+    seen = ((o_r >= 0) & (o_r < rows))[:, None] & (o_d < WIDTH)[None, :]
+    return tl.load(p, mask=seen, other=0.0).to(tl.float32)
+
+
+@triton.jit
 def _levels(level, o, L):
     """The levels of the tokens o; 0 past L, where the operands are 0."""
     return tl.load(level + o, mask=o < L, other=0)
@@ -110,6 +119,9 @@ def forward_kernel(
     first,
     y,
     lse,
+    flags,
+    far_y,
+    far_lse,
     q_b,
     q_l,
     q_h,
@@ -125,6 +137,8 @@ def forward_kernel(
     scale,
     IMPORTANCE: tl.constexpr,
     PACKED: tl.constexpr,
+    WANTED: tl.constexpr,
+    WINDOW: tl.constexpr,
     DH: tl.constexpr,
     DV: tl.constexpr,
     DS: tl.constexpr,
@@ -145,6 +159,9 @@ def forward_kernel(
     i_bh = tl.program_id(0) // tiles
     i_b, i_h = tl.cast(i_bh // H, tl.int64), tl.cast(i_bh % H, tl.int64)
     i_g, G = i_h // REPEAT, H // REPEAT
+    if flags is not None:  # noqa: SIM102  the first is the compiler's, the second the program's
+        if tl.load(flags + i_b * G + i_g) != WANTED:
+            return
     start_m = tile * BM
     o_m = start_m + tl.arange(0, BM)
     k += i_b * k_b + i_g * k_h
@@ -153,12 +170,22 @@ def forward_kernel(
     acc = tl.zeros([BM, BV], tl.float32)
     norm = tl.zeros([BM], tl.float32)
     top = tl.full([BM], float("-inf"), tl.float32)
+    if far_y is not None:  # the softmax is continued from that over the keys before the window
+        rows, row = L - WINDOW, start_m - WINDOW
+        acc = _far_rows(far_y + (i_b * rows * H + i_h) * DV, row, H * DV, rows, DV, BV, BM)
+        seen = (o_m >= WINDOW) & (o_m < L)
+        p_lse = far_lse + tl.cast(i_bh, tl.int64) * rows + (o_m - WINDOW)
+        top = tl.load(p_lse, mask=seen, other=float("-inf")) / LN2
+        norm = tl.where(seen, 1.0, 0.0)
     begin, first_m = 0, 0
     whole = start_m // BN * BN  # the keys before it are seen by every row
     horizon = whole
     if PACKED:
         first_m = tl.load(first + tl.minimum(o_m, L - 1))[:, None]
         begin = tl.load(first + start_m) // BN * BN
+    if WINDOW > 0:
+        first_m = (o_m - (WINDOW - 1))[:, None]
+        begin = tl.maximum(start_m - (WINDOW - 1), 0) // BN * BN
     if IMPORTANCE:
         b += (i_b * L * G + i_g) * DS
         near_b += (i_b * L * G + i_g) * DS
@@ -191,7 +218,7 @@ def forward_kernel(
                 weight = lam_h * _power_of_two(level_m[:, None] - level_n[None, :])
                 s = tl.dot(c_m, tl.trans(b_n), input_precision="ieee") * weight
             s = tl.dot(q_m, tl.trans(k_n), s, input_precision="ieee")
-            s = _visible_keys(s, start_n, o_m, first_m, phase == DIAGONAL, PACKED)
+            s = _visible_keys(s, start_n, o_m, first_m, phase == DIAGONAL, PACKED or WINDOW > 0)
             new_top = tl.maximum(top, tl.max(s, 1) * scale)
             # A row whose document begins in a later tile has no key yet: its maximum is -inf, and
             # -inf - -inf would be NaN.
@@ -224,6 +251,8 @@ def backward_query_kernel(
     dq,
     dc,
     d_diagonal,
+    flags,
+    far_dq,
     q_b,
     q_l,
     q_h,
@@ -239,6 +268,8 @@ def backward_query_kernel(
     scale,
     IMPORTANCE: tl.constexpr,
     PACKED: tl.constexpr,
+    WANTED: tl.constexpr,
+    WINDOW: tl.constexpr,
     DH: tl.constexpr,
     DV: tl.constexpr,
     DS: tl.constexpr,
@@ -260,6 +291,9 @@ def backward_query_kernel(
     i_bh = tl.program_id(0) // tiles
     i_b, i_h = tl.cast(i_bh // H, tl.int64), tl.cast(i_bh % H, tl.int64)
     i_g, G = i_h // REPEAT, H // REPEAT
+    if flags is not None:  # noqa: SIM102  the first is the compiler's, the second the program's
+        if tl.load(flags + i_b * G + i_g) != WANTED:
+            return
     start_m = tile * BM
     o_m = start_m + tl.arange(0, BM)
     k += i_b * k_b + i_g * k_h
@@ -270,12 +304,19 @@ def backward_query_kernel(
     lse_m = tl.load(lse + row, mask=o_m < L, other=0.0)
     delta_m = tl.load(delta + row, mask=o_m < L, other=0.0)
     dq_m = tl.zeros([BM, BH], tl.float32)
+    if far_dq is not None:
+        rows, first_row = L - WINDOW, start_m - WINDOW
+        dq_m = _far_rows(far_dq + (i_b * rows * H + i_h) * DH, first_row, H * DH, rows, DH, BH, BM)
+        dq_m = dq_m / (scale * LN2)
     begin, first_m = 0, 0
     whole = start_m // BN * BN
     horizon = whole
     if PACKED:
         first_m = tl.load(first + tl.minimum(o_m, L - 1))[:, None]
         begin = tl.load(first + start_m) // BN * BN
+    if WINDOW > 0:
+        first_m = (o_m - (WINDOW - 1))[:, None]
+        begin = tl.maximum(start_m - (WINDOW - 1), 0) // BN * BN
     if IMPORTANCE:
         b += (i_b * L * G + i_g) * DS
         near_b += (i_b * L * G + i_g) * DS
@@ -310,7 +351,7 @@ def backward_query_kernel(
                 weight = lam_h * _power_of_two(level_m[:, None] - level_n[None, :])
                 s = tl.dot(c_m, tl.trans(b_n), input_precision="ieee") * weight
             s = tl.dot(q_m, tl.trans(k_n), s, input_precision="ieee")
-            s = _visible_keys(s, start_n, o_m, first_m, phase == DIAGONAL, PACKED)
+            s = _visible_keys(s, start_n, o_m, first_m, phase == DIAGONAL, PACKED or WINDOW > 0)
             v_n = _rows(v, start_n, v_l, L, DV, BV, STEP[phase], phase != DIAGONAL)
             ds = tl.exp2(s * scale - lse_m[:, None]) * (
                 tl.dot(dy_m, tl.trans(v_n), input_precision="ieee") - delta_m[:, None]
@@ -352,6 +393,9 @@ def backward_key_kernel(
     dk,
     dv,
     db,
+    flags,
+    far_dk,
+    far_dv,
     q_b,
     q_l,
     q_h,
@@ -367,6 +411,8 @@ def backward_key_kernel(
     scale,
     IMPORTANCE: tl.constexpr,
     PACKED: tl.constexpr,
+    WANTED: tl.constexpr,
+    WINDOW: tl.constexpr,
     DH: tl.constexpr,
     DV: tl.constexpr,
     DS: tl.constexpr,
@@ -389,16 +435,26 @@ def backward_key_kernel(
     i_bg = tl.program_id(0) // tiles
     G = H // REPEAT
     i_b, i_g = tl.cast(i_bg // G, tl.int64), tl.cast(i_bg % G, tl.int64)
+    if flags is not None:  # noqa: SIM102  the first is the compiler's, the second the program's
+        if tl.load(flags + i_bg) != WANTED:
+            return
     start_n = tile * BN
     o_n = start_n + tl.arange(0, BN)
     k_n = _rows(k + i_b * k_b + i_g * k_h, start_n, k_l, L, DH, BH, BN, False)
     v_n = _rows(v + i_b * v_b + i_g * v_h, start_n, v_l, L, DV, BV, BN, False)
     dk_n = tl.zeros([BN, BH], tl.float32)
     dv_n = tl.zeros([BN, BV], tl.float32)
+    if far_dk is not None:
+        rows = L - WINDOW
+        dk_n = _far_rows(far_dk + (i_b * rows * G + i_g) * DH, start_n, G * DH, rows, DH, BH, BN)
+        dk_n = dk_n / (scale * LN2)
+        dv_n = _far_rows(far_dv + (i_b * rows * G + i_g) * DV, start_n, G * DV, rows, DV, BV, BN)
     below = tl.minimum(tl.cdiv(start_n + BN, BM) * BM, L)  # the queries from it on see every key
     end = L
     if PACKED:
         end = tl.load(last + tl.minimum(start_n + BN, L) - 1)
+    if WINDOW > 0:
+        end = tl.minimum(start_n + (BN - 1 + WINDOW), L)
     if IMPORTANCE:
         b_n = _rows(b + (i_b * L * G + i_g) * DS, start_n, G * DS, L, DS, BS, BN, False)
         db_n = tl.zeros([BN, BS], tl.float32)
@@ -446,7 +502,11 @@ def backward_key_kernel(
                 first_m = 0
                 if PACKED:
                     first_m = tl.load(first + tl.minimum(o_m, L - 1))[None, :]
-                s = _visible(s, o_n[:, None], first_m, o_m[None, :], phase == DIAGONAL, PACKED)
+                if WINDOW > 0:
+                    first_m = (o_m - (WINDOW - 1))[None, :]
+                s = _visible(
+                    s, o_n[:, None], first_m, o_m[None, :], phase == DIAGONAL, PACKED or WINDOW > 0
+                )
                 p = tl.exp2(s * scale - lse_m[None, :])
                 dv_n = tl.dot(p.to(dy_m.dtype), dy_m, dv_n, input_precision="ieee")
                 ds = p * (tl.dot(v_n, tl.trans(dy_m), input_precision="ieee") - delta_m[None, :])

@@ -6,17 +6,17 @@ With g = level + fraction, level an integer, the fractions are multiplied into c
 are rounded; powers of two cost no digit. In a tile off the diagonal b is lowered to the level of
 the key tile's last token, c to that of the query tile's first, and one number a tile is left for
 the product, ``lam 2^(level_I - level_J)``; every exponent is <= 0 whatever the length and the
-decay. On the diagonal ``2^(level_i - level_j)`` multiplies the product element by element. g is
-summed in fp64.
+decay. On the diagonal ``2^(level_i - level_j)`` multiplies the product element by element.
 
 Past the *horizon* the importance product of a tile is skipped (:func:`horizon_starts`). Without the
 importance operands the kernel is plain causal attention.
 
 Written for the GPU; ``TRITON_INTERPRET=1`` runs the same source on the CPU, for tests."""
 
+import copy
 import math
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -31,23 +31,15 @@ from sisa_kernels.checks import (
 )
 from sisa_kernels.inputs import Rotary, ScoreInputs, SisaInputs, as_rotary
 from sisa_kernels.ops import no_second_derivative, refuse_forward_mode, register, say_once
-from sisa_kernels.triton.horizon import horizon_ends, horizon_starts
+from sisa_kernels.triton.epilogue import importance_gradients, row_products
+from sisa_kernels.triton.horizon import horizon_starts, horizons
 from sisa_kernels.triton.kernels import (
     INTERPRETED,
     backward_key_kernel,
     backward_query_kernel,
     forward_kernel,
 )
-from sisa_kernels.triton.prologue import (
-    LOG2E,
-    Importance,
-    fused,
-    importance_gradients,
-    prologue,
-    rotate_qk,
-    row_products,
-    unrotate,
-)
+from sisa_kernels.triton.prologue import LOG2E, Importance, prologue, rotate_qk, unrotate
 from sisa_kernels.triton.tiles import Tile, Tiles, choose_tiles
 
 MAX_WIDTH = 128
@@ -109,9 +101,18 @@ class _Launcher:
         padded = {"BH": padded_width(Dh), "BV": padded_width(Dv), "BS": padded_width(Ds)}
         tensors = {"q": q, "k": k, "v": v, "first": first, **importance}
         sizes = {"L": self.L, "H": H, "REPEAT": H // G, "scale": LOG2E / math.sqrt(Dh)}
-        flags = {"IMPORTANCE": Ds > 0, "PACKED": cu_seqlens is not None}
+        kinds = {"IMPORTANCE": Ds > 0, "PACKED": cu_seqlens is not None}
+        whole = {"flags": None, "WANTED": 0, "WINDOW": 0}
         widths = {"DH": Dh, "DV": Dv, "DS": Ds, **padded}
-        self.shared: dict[str, Any] = {**tensors, **strides, **sizes, **flags, **widths}
+        self.shared: dict[str, Any] = {**tensors, **strides, **sizes, **kinds, **whole, **widths}
+
+    def only(self, flags: Tensor, wanted: int, window: int = 0) -> "_Launcher":
+        """The same of the key heads whose ``flags`` [B, G] int32 are ``wanted``; others return.
+
+        ``window``: of each query's last ``window`` keys alone, itself among them; 0: of all."""
+        part = copy.copy(self)
+        part.shared = {**self.shared, "flags": flags, "WANTED": wanted, "WINDOW": window}
+        return part
 
     def __call__(
         self, kernel: Any, tile: Tile, rows: int, heads: int, **tensors: Tensor | None
@@ -172,11 +173,148 @@ def _prepared(
     given = [x for x in terms if x is not None]
     if given:
         x = ScoreInputs._make((q, k, *given, rotary))
-        q, k, importance = fused(q.device, prologue)(x, keys, queries)
+        q, k, importance = prologue(x, keys, queries)
     else:
-        q, k = fused(q.device, rotate_qk)(q, k, rotary)
+        q, k = rotate_qk(q, k, rotary)
         importance = None
     return _readable(q, "q"), _readable(k, "k"), importance
+
+
+class Far(NamedTuple):
+    """Attention over the keys before the window, which launches with a window continue.
+
+    Contiguous; R = L - window rows: of y and q the last ones of the sequence, of k and v the first.
+    """
+
+    y: Tensor | None = None
+    """[B, R, H, Dv]."""
+    lse: Tensor | None = None
+    """[B, H, R] fp32, natural logarithm."""
+    dq: Tensor | None = None
+    """[B, R, H, Dh]."""
+    dk: Tensor | None = None
+    """[B, R, G, Dh]."""
+    dv: Tensor | None = None
+    """[B, R, G, Dv]."""
+
+
+NOTHING_FAR = Far()
+
+
+class Saved(NamedTuple):
+    """What both backward kernels read of the result, contiguous."""
+
+    dy: Tensor
+    """[B, L, H, Dv]."""
+    lse: Tensor
+    """[B, H, L] fp32, base 2."""
+    delta: Tensor
+    """<dy, y> of each row, [B, H, L] fp32."""
+
+
+class RawGradients(NamedTuple):
+    """What the backward kernels write, contiguous: gradients of the prologue's operands."""
+
+    dq: Tensor
+    dk: Tensor
+    dv: Tensor
+    dc: Tensor | None
+    """[B, L, H, Ds] fp32, without the pairs i = j; like the rest None for plain attention."""
+    db: Tensor | None
+    """[B, L, G, Ds] fp32, without the pairs i = j."""
+    d_diagonal: Tensor | None
+    """dL/ds_ii [B, H, L] fp32."""
+
+
+def run_forward(
+    launch: _Launcher,
+    x: Importance | None,
+    horizon: float | None,
+    y: Tensor,
+    lse: Tensor,
+    far: Far = NOTHING_FAR,
+) -> None:
+    """Write y [B, L, H, Dv] and the base-2 logarithm of each softmax's sum, lse [B, H, L] fp32."""
+    tile = launch.tiles.forward
+    launch(
+        forward_kernel,
+        tile,
+        rows=tile.m,
+        heads=launch.programs_of_queries,
+        near_b=None if x is None else x.near_b,
+        horizon_start=None if x is None else horizon_starts(x, tile, horizon),
+        far_y=far.y,
+        far_lse=far.lse,
+        y=y,
+        lse=lse,
+    )
+
+
+def run_backward(
+    launch: _Launcher,
+    x: Importance | None,
+    horizon: float | None,
+    saved: Saved,
+    into: RawGradients,
+    far: Far = NOTHING_FAR,
+) -> None:
+    """Write every gradient of the prologue's operands, ``into``."""
+    start = end = None
+    if x is not None:
+        start, end, _ = horizons(x, horizon, starts=launch.tiles.query, ends=launch.tiles.key)
+    tile = launch.tiles.query
+    launch(
+        backward_query_kernel,
+        tile,
+        rows=tile.m,
+        heads=launch.programs_of_queries,
+        near_b=None if x is None else x.near_b,
+        horizon_start=start,
+        far_dq=far.dq,
+        dq=into.dq,
+        dc=into.dc,
+        d_diagonal=into.d_diagonal,
+        **saved._asdict(),
+    )
+    tile = launch.tiles.key
+    launch(
+        backward_key_kernel,
+        tile,
+        rows=tile.n,
+        heads=launch.programs_of_keys,
+        near_c=None if x is None else x.near_c,
+        horizon_end=end,
+        last=launch.last,
+        far_dk=far.dk,
+        far_dv=far.dv,
+        dk=into.dk,
+        dv=into.dv,
+        db=into.db,
+        **saved._asdict(),
+    )
+
+
+def empty_gradients(q: Tensor, k: Tensor, v: Tensor, x: Importance | None) -> RawGradients:
+    """Of the prologue's operands, not yet written."""
+    dq, dk, dv = (_empty(t) for t in (q, k, v))
+    if x is None:
+        return RawGradients(dq, dk, dv, None, None, None)
+    B, L, H, _ = q.shape
+    d_diagonal = q.new_empty(B, H, L, dtype=torch.float32)
+    dc, db = (_empty(t, torch.float32) for t in (x.c, x.b))
+    return RawGradients(dq, dk, dv, dc, db, d_diagonal)
+
+
+def finished(
+    raw: RawGradients, x: Importance | None, rotary: Rotary | None, last: Tensor | None
+) -> list[Tensor]:
+    """Gradients of the inputs from those of the prologue's operands."""
+    dq, dk, dv, dc, db, d_diagonal = raw
+    if rotary is not None:
+        dq, dk = unrotate(dq, dk, *rotary)
+    if x is None or dc is None or db is None or d_diagonal is None:
+        return [dq, dk, dv]
+    return [dq, dk, dv, *importance_gradients(dc, db, d_diagonal, x, last)]
 
 
 def triton_exact_eager(
@@ -198,22 +336,12 @@ def triton_exact_eager(
     Without b: plain attention."""
     terms = (b, c, log_decay, theta, lam)
     tiles = _tiles(q, v, b)
-    tile = tiles.forward
-    q, k, x = _prepared(q, k, as_rotary(cos, sin), terms, tile.n)
+    q, k, x = _prepared(q, k, as_rotary(cos, sin), terms, tiles.forward.n)
     launch = _Launcher(q, k, _readable(v, "v"), x, cu_seqlens, tiles)
     B, L, H, _ = q.shape
     y = q.new_empty(B, L, H, v.shape[3])
     lse = q.new_empty(B, H, L, dtype=torch.float32)
-    launch(
-        forward_kernel,
-        tile,
-        rows=tile.m,
-        heads=launch.programs_of_queries,
-        near_b=None if x is None else x.near_b,
-        horizon_start=None if x is None else horizon_starts(x, tile, horizon),
-        y=y,
-        lse=lse,
-    )
+    run_forward(launch, x, horizon, y, lse)
     return y, lse
 
 
@@ -246,68 +374,10 @@ def triton_exact_backward_eager(
     q, k, x = _prepared(q, k, rotary, terms, tiles.query.n, tiles.key.m)
     launch = _Launcher(q, k, _readable(v, "v"), x, cu_seqlens, tiles)
     dy = dy.contiguous()
-    saved = {"dy": dy, "lse": lse, "delta": fused(q.device, row_products)(dy, y)}
-    dq, dc, d_diagonal = _backward_of_queries(launch, x, horizon, saved)
-    dk, dv, db = _backward_of_keys(launch, x, horizon, saved)
-    if rotary is not None:
-        dq, dk = fused(q.device, unrotate)(dq, dk, *rotary)
-    if x is None:
-        return [dq, dk, dv]
-    gradients = fused(q.device, importance_gradients)
-    return [dq, dk, dv, *gradients(dc, db, d_diagonal, x, launch.last)]
-
-
-def _backward_of_queries(
-    launch: _Launcher, x: Importance | None, horizon: float | None, saved: dict[str, Tensor]
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """(dq, dc without the pairs i = j, dL/ds_ii), the last two where there is importance."""
-    tile = launch.tiles.query
-    dq = _empty(launch.shared["q"])
-    dc = d_diagonal = horizon_start = None
-    if x is not None:
-        dc = _empty(x.c, torch.float32)
-        d_diagonal = torch.empty_like(saved["lse"])
-        horizon_start = horizon_starts(x, tile, horizon)
-    launch(
-        backward_query_kernel,
-        tile,
-        rows=tile.m,
-        heads=launch.programs_of_queries,
-        near_b=None if x is None else x.near_b,
-        horizon_start=horizon_start,
-        dq=dq,
-        dc=dc,
-        d_diagonal=d_diagonal,
-        **saved,
-    )
-    return dq, dc, d_diagonal
-
-
-def _backward_of_keys(
-    launch: _Launcher, x: Importance | None, horizon: float | None, saved: dict[str, Tensor]
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """(dk, dv, db without the pairs i = j), the last where there is importance."""
-    tile = launch.tiles.key
-    dk = _empty(launch.shared["k"])
-    dv = _empty(launch.shared["v"])
-    db = horizon_end = None
-    if x is not None:
-        db = _empty(x.b, torch.float32)
-        horizon_end = horizon_ends(x, tile, horizon)
-    launch(
-        backward_key_kernel,
-        tile,
-        rows=tile.n,
-        heads=launch.programs_of_keys,
-        near_c=None if x is None else x.near_c,
-        horizon_end=horizon_end,
-        last=launch.last,
-        dk=dk,
-        dv=dv,
-        db=db,
-        **saved,
-    )
-    return dk, dv, db
+    saved = Saved(dy, lse, row_products(dy, y))
+    raw = empty_gradients(q, k, v, x)
+    run_backward(launch, x, horizon, saved, raw)
+    return finished(raw, x, rotary, launch.last)
 
 
 def _empty(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:

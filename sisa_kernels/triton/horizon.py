@@ -64,3 +64,18 @@ def horizon_ends(x: Importance, tile: Tile, tolerance: float | None) -> Tensor:
     need, reach = bounds(x, tile, tolerance)
     least_behind = need.flip(2).cummin(2).values.flip(2)
     return (torch.searchsorted(least_behind, reach) * tile.m).int()
+
+
+def reach_tokens(x: Importance, tolerance: float) -> Tensor:
+    """Past how many tokens no product of a head moves a logit by more, [B, H] int32.
+
+    The least w such that all pairs with i - j >= w may go without theirs, by the bound of
+    :func:`bounds` on each pair."""
+    H = x.lam.shape[0]
+    G, L = x.g.shape[1:]
+    largest = x.norm_c.clamp(min=1).double() * x.lam.double().clamp(min=1)[:, None]
+    need = math.log2(tolerance) - largest.log2() - x.g.repeat_interleave(H // G, 1)
+    reach = (x.norm_b.clamp(min=1).double().log2() - x.g).cummax(2).values
+    first = torch.searchsorted(reach.repeat_interleave(H // G, 1), need, right=True)
+    tokens = torch.arange(1, L + 1, device=need.device)
+    return (tokens - first).amax(2).clamp(min=0).int()

@@ -182,12 +182,10 @@ def sisa_attention(
             stock kernels (in mode "clamped", which takes one call, as "one_call"); "one_call", a
             stock kernel on augmented operands, the first of a table that is legal and right (in
             exact mode an error once the range of g is too wide); "triton", exact in one kernel on a
-            GPU, its products past the horizon left out; "far_and_band", "wide" and "adaptive",
-            exact, in a form that gives stock kernels the heads that allow it and Triton's the
-            others (:mod:`sisa_kernels.paths.forms`), the last as :class:`sisa_kernels.Adaptive`
-            chooses, which a layer may have of its own; "reference", the dense fp64 oracle; "sdpa"
-            and "flash" are old names of "chunked" and "one_call". The environment's SISA_BACKEND
-            overrides it. A named backend that cannot run is an error, never a fallback.
+            GPU, its products past the horizon left out; "far_and_band", "wide" and "adaptive" (or
+            a :class:`sisa_kernels.Adaptive`), exact, with stock kernels for heads that allow it;
+            "reference", the dense fp64 oracle; "sdpa" and "flash", old names of "chunked" and
+            "one_call". SISA_BACKEND overrides it. A named one that cannot run is an error.
         cu_seqlens: [documents + 1] int32 or int64, rising from 0 to at most L: documents packed
             into one sequence (B = 1), where decay, phase and attention restart at each. A document
             may be empty; past the last bound y and the gradients are 0.

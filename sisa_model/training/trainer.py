@@ -45,10 +45,6 @@ from sisa_model.utils.progress import Progress
 log = logging.getLogger(__name__)
 
 
-class RunStopped(Exception):
-    """A signal ended one of several runs before its last step; the message says how to go on."""
-
-
 @dataclass
 class TrainResult:
     """How a run ended."""

@@ -13,6 +13,10 @@ log = logging.getLogger(__name__)
 EVERY = 30.0  # seconds between two lines, at least
 
 
+class RunStopped(Exception):
+    """A signal ended training before its last step; the message, if any, says how to go on."""
+
+
 class Progress:
     """Counts ``unit``s up to ``total`` (None: nobody knows), from ``done`` on.
 

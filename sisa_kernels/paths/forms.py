@@ -9,7 +9,7 @@ What heads learn leaves most of the work to plain attention, which stock kernels
   add to its gradients.
 - "wide", for long memories. While a head's range of g fits the exponents of the dtype, the decay
   can be in the operands, ``[q ; sqrt(Dh) lam 2^(g_i - m) c]`` and ``[k ; 2^(m - g_j) b]``: one
-  causal call of width Dh + Ds. m is an integer, as the levels of g are: only lam is rounded.
+  causal call of width Dh + Ds.
 - "exact": our kernels alone.
 
 Which heads a form cannot serve is a flag a sequence and key head, on the device: nothing waits for
@@ -17,7 +17,6 @@ it. Our kernels run always, but their programs return at once unless the head is
 they write is y, the log-sum-exp and every gradient of these heads."""
 
 import functools
-import math
 from typing import Any, NamedTuple
 
 import torch
@@ -28,11 +27,11 @@ from sisa_kernels.inputs import SisaInputs, as_rotary, is_grouped
 from sisa_kernels.ops import no_second_derivative, register
 from sisa_kernels.paths import stock
 from sisa_kernels.paths.choice import Form, flags, window_of
-from sisa_kernels.scans import to_query_heads
 from sisa_kernels.testing import ValueAndGrads, oracle, problem, value_and_grads
 from sisa_kernels.triton import op as exact
 from sisa_kernels.triton.horizon import reach_tokens
 from sisa_kernels.triton.prologue import LOG2E, Importance, fused, row_products
+from sisa_kernels.triton.wide import augmented, split_gradients
 
 LN2 = 1 / LOG2E
 
@@ -102,43 +101,17 @@ def _far_and_band_backward(
 # ---- Wide ----------------------------------------------------------------------------------------
 
 
-def _factors(x: Importance, Dh: int) -> tuple[Tensor, Tensor]:
-    """What c [B, L, H, 1] and b [B, L, G, 1] are multiplied by, in fp32."""
-    exponent = x.level - (x.level[..., :1] + x.level[..., -1:]) // 2
-    exponent = exponent.transpose(1, 2)[..., None].float()
-    weight = (math.sqrt(Dh) * x.lam)[:, None]
-    return to_query_heads(exponent.exp2(), x.c.shape[2]) * weight, (-exponent).exp2()
-
-
-def augmented(q: Tensor, k: Tensor, x: Importance) -> tuple[Tensor, Tensor]:
-    """Queries [B, L, H, Dh + Ds] and keys [B, L, G, Dh + Ds] whose product is the score."""
-    of_c, of_b = _factors(x, q.shape[3])
-    c = (x.c.float() * of_c).to(q.dtype)
-    b = (x.b.float() * of_b).to(q.dtype)
-    return torch.cat((q, c), 3), torch.cat((k, b), 3)
-
-
-def split_gradients(
-    dq_aug: Tensor, dk_aug: Tensor, x: Importance, Dh: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(dq, dk, dc, db) of the prologue's operands, the last two in fp32."""
-    of_c, of_b = _factors(x, Dh)
-    dc = dq_aug[..., Dh:].float() * of_c
-    db = dk_aug[..., Dh:].float() * of_b
-    return dq_aug[..., :Dh].contiguous(), dk_aug[..., :Dh].contiguous(), dc, db
-
-
 def _wide(p: Problem) -> tuple[Tensor, Tensor]:
-    q_aug, k_aug = fused(p.q.device, augmented)(p.q, p.k, p.x)
+    q_aug, k_aug = augmented(p.q, p.k, p.x)
     y, lse = stock.forward(q_aug, k_aug, p.v, p.q.shape[3] ** -0.5)
     return y, lse * LOG2E
 
 
 def _wide_backward(p: Problem, y: Tensor, saved: exact.Saved) -> exact.RawGradients:
     Dh = p.q.shape[3]
-    q_aug, k_aug = fused(p.q.device, augmented)(p.q, p.k, p.x)
+    q_aug, k_aug = augmented(p.q, p.k, p.x)
     dq_aug, dk_aug, dv = stock.backward(saved.dy, y, saved.lse * LN2, q_aug, k_aug, p.v, Dh**-0.5)
-    dq, dk, dc, db = fused(p.q.device, split_gradients)(dq_aug, dk_aug, p.x, Dh)
+    dq, dk, dc, db = split_gradients(dq_aug, dk_aug, p.x, Dh)
     # The pairs i = j are in dc and db.
     return exact.RawGradients(dq, dk, dv, dc, db, torch.zeros_like(saved.lse))
 

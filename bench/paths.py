@@ -23,12 +23,11 @@ from bench import authors
 from bench.authors import eager_chain, sdpa
 from bench.roofline import Shape
 from sisa_kernels import testing
-from sisa_kernels.inputs import NAMES, SisaInputs
+from sisa_kernels.inputs import NAMES, Rotary, SisaInputs
 from sisa_kernels.rotation import rotate
 from sisa_kernels.scans import cumulative_phase
 from sisa_kernels.testing import ValueAndGrads
 from sisa_kernels.triton.op import causal_attention, exact_attention
-from sisa_kernels.triton.prologue import fused, rotate_qk
 from sisa_kernels.triton.tune import CHECK_LENGTH
 from sisa_model.models.context import rotary_tables
 
@@ -85,9 +84,21 @@ def softmax_attention(score: Tensor, v: Tensor) -> Tensor:
     return (weight @ v.transpose(1, 2)).transpose(1, 2)
 
 
+def rotated(q: Tensor, k: Tensor, rotary: Rotary | None) -> tuple[Tensor, Tensor]:
+    """q and k with RoPE, where given, as a user would write it, in their dtype."""
+    if rotary is None:
+        return q, k
+    cos, sin = (table[:, None] for table in rotary)
+    q, k = (rotate(x.float(), cos, sin).to(x.dtype) for x in (q, k))
+    return q, k
+
+
+rotated_compiled = torch.compile(rotated)
+
+
 def dense(x: SisaInputs) -> Tensor:
     """Eq. 2 as a user would write it: products in the operands' dtype, scores in fp32."""
-    q, k = rotate_qk(x.q, x.k, x.rotary)
+    q, k = rotated(x.q, x.k, x.rotary)
     cos, sin = cumulative_phase(x.theta, torch.float32)
     b, c = (rotate(t.float(), cos, sin).to(t.dtype) for t in (x.b, x.c))
     g = x.log_decay.double().cumsum(1).transpose(1, 2)
@@ -110,10 +121,8 @@ def stock(backend: SDPBackend) -> Attend:
     It is the fastest that a user gets without a kernel."""
 
     def call(x: SisaInputs) -> Tensor:
-        q = x.q
-        k = x.k
-        if x.rotary is not None:
-            q, k = fused(q.device, rotate_qk)(q, k, x.rotary)
+        turn = rotated_compiled if x.q.device.type == "cuda" else rotated
+        q, k = turn(x.q, x.k, x.rotary)
         with sdpa_kernel(backend):
             return sdpa(q, k, x.v)
 

@@ -29,8 +29,9 @@ from sisa_kernels.paths import stock
 from sisa_kernels.paths.choice import Form, flags, window_of
 from sisa_kernels.testing import ValueAndGrads, oracle, problem, value_and_grads
 from sisa_kernels.triton import op as exact
-from sisa_kernels.triton.horizon import reach_tokens
-from sisa_kernels.triton.prologue import LOG2E, Importance, fused, row_products
+from sisa_kernels.triton.epilogue import row_products
+from sisa_kernels.triton.horizon import Horizon
+from sisa_kernels.triton.prologue import LOG2E, Importance
 from sisa_kernels.triton.wide import augmented, split_gradients
 
 LN2 = 1 / LOG2E
@@ -58,12 +59,11 @@ def _problem(inputs: SisaInputs, backward: bool) -> Problem:
     return Problem(q, k, v, x, exact._Launcher(q, k, v, x, None, tiles))
 
 
-def needs(x: Importance, tolerance: float) -> Tensor:
+def needs(x: Importance, reach: Tensor) -> Tensor:
     """What each key head needs, [B, G, 2] int32: a window in tokens, and the range of its g.
 
-    The window is the largest of its query heads'; the range is in base 2."""
-    G = x.level.shape[1]
-    reach = reach_tokens(x, tolerance).unflatten(1, (G, -1)).amax(2)
+    The window is the largest ``reach`` [B, H] of its query heads; the range is in base 2."""
+    reach = reach.unflatten(1, (x.level.shape[1], -1)).amax(2)
     return torch.stack((reach, x.level[..., 0] - x.level[..., -1]), 2).int()
 
 
@@ -76,17 +76,15 @@ def _far(p: Problem, window: int) -> tuple[Tensor, Tensor, Tensor]:
     return p.q.narrow(1, window, rows), p.k.narrow(1, 0, rows), p.v.narrow(1, 0, rows)
 
 
-def _far_and_band(
-    p: Problem, horizon: float, window: int, flagged: Tensor
-) -> tuple[Tensor, Tensor]:
+def _far_and_band(p: Problem, past: Horizon, window: int, flagged: Tensor) -> tuple[Tensor, Tensor]:
     far = exact.Far(*stock.forward(*_far(p, window), p.q.shape[3] ** -0.5))
     y, lse = _results(p)
-    exact.run_forward(p.launch.only(flagged, 0, window), p.x, horizon, y, lse, far)
+    exact.run_forward(p.launch.only(flagged, 0, window), p.x, past, y, lse, far)
     return y, lse
 
 
 def _far_and_band_backward(
-    p: Problem, y: Tensor, saved: exact.Saved, horizon: float, window: int, flagged: Tensor
+    p: Problem, y: Tensor, saved: exact.Saved, past: Horizon, window: int, flagged: Tensor
 ) -> exact.RawGradients:
     rows = y.shape[1] - window
     dy, y = (t.narrow(1, window, rows) for t in (saved.dy, y))
@@ -94,7 +92,7 @@ def _far_and_band_backward(
     grads = stock.backward(dy, y, lse, *_far(p, window), p.q.shape[3] ** -0.5)
     far = exact.Far(None, None, *grads)
     raw = exact.empty_gradients(p.q, p.k, p.v, p.x)
-    exact.run_backward(p.launch.only(flagged, 0, window), p.x, horizon, saved, raw, far)
+    exact.run_backward(p.launch.only(flagged, 0, window), p.x, past, saved, raw, far)
     return raw
 
 
@@ -144,17 +142,19 @@ def form_eager(
 
     ``window`` < L is of the form "far_and_band"."""
     p = _problem(SisaInputs(q, k, v, b, c, log_decay, theta, lam, as_rotary(cos, sin)), False)
-    needed = needs(p.x, horizon)
+    past = exact.forward_horizon(p.x, p.launch.tiles, horizon, reach=True)
+    assert past.reach is not None
+    needed = needs(p.x, past.reach)
     if form == "exact":
         y, lse = _results(p)
-        exact.run_forward(p.launch, p.x, horizon, y, lse)
+        exact.run_forward(p.launch, p.x, past, y, lse)
         return y, lse, needed
     flagged = flags(needed, form, window, q.dtype)
     if form == "far_and_band":
-        y, lse = _far_and_band(p, horizon, window, flagged)
+        y, lse = _far_and_band(p, past, window, flagged)
     else:
         y, lse = _wide(p)
-    exact.run_forward(p.launch.only(flagged, 1), p.x, horizon, y, lse)
+    exact.run_forward(p.launch.only(flagged, 1), p.x, past, y, lse)
     return y, lse, needed
 
 
@@ -188,17 +188,18 @@ def form_backward_eager(
     rotary = as_rotary(cos, sin)
     p = _problem(SisaInputs(q, k, v, b, c, log_decay, theta, lam, rotary), True)
     dy = dy.contiguous()
-    saved = exact.Saved(dy, lse, fused(q.device, row_products)(dy, y))
+    saved = exact.Saved(dy, lse, row_products(dy, y))
+    past = exact.backward_horizon(p.x, p.launch.tiles, horizon)
     if form == "exact":
         raw = exact.empty_gradients(p.q, p.k, p.v, p.x)
-        exact.run_backward(p.launch, p.x, horizon, saved, raw)
+        exact.run_backward(p.launch, p.x, past, saved, raw)
         return exact.finished(raw, p.x, rotary, None)
     flagged = flags(needed, form, window, q.dtype)
     if form == "far_and_band":
-        raw = _far_and_band_backward(p, y, saved, horizon, window, flagged)
+        raw = _far_and_band_backward(p, y, saved, past, window, flagged)
     else:
         raw = _wide_backward(p, y, saved)
-    exact.run_backward(p.launch.only(flagged, 1), p.x, horizon, saved, raw)
+    exact.run_backward(p.launch.only(flagged, 1), p.x, past, saved, raw)
     return exact.finished(raw, p.x, rotary, None)
 
 

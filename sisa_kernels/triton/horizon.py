@@ -1,81 +1,94 @@
 """The horizon: the tile past which no importance product moves a logit by more than a tolerance."""
 
 import math
+from typing import NamedTuple
 
-import torch
-import torch.nn.functional as F
+import triton
 from torch import Tensor
 
-from sisa_kernels.triton.prologue import Importance
+from sisa_kernels.triton.horizon_kernels import TILES, UNIT, horizon_kernel
+from sisa_kernels.triton.prologue import Importance, launch
 from sisa_kernels.triton.tiles import Tile
 
+# log2, added to a bound for what fp32 rounds in it: sums of squares, logarithms, fractions.
+SLACK = 2.0**-17
+NEVER = -(2**60)  # the logarithm of no tolerance
 
-def _tile_maxima(x: Tensor, size: int) -> Tensor:
-    """[B, heads, L] >= 0 -> the largest of each tile of ``size`` tokens, [B, heads, tiles]."""
-    return F.pad(x, (0, -x.shape[2] % size)).unflatten(2, (-1, size)).amax(-1)
+
+class Horizon(NamedTuple):
+    """What is past the horizon, for each kernel's tiles; what was not asked for is None."""
+
+    starts: Tensor | None
+    """[B, H, query tiles] int32: the first key that needs the product, a multiple of tile.n.
+
+    At the latest that of the tile's own first token."""
+    ends: Tensor | None
+    """[B, H, key tiles] int32: the query from which on none does, a multiple of tile.m.
+
+    At the soonest that of the tile's own first token."""
+    reach: Tensor | None
+    """[B, H] int32: pairs i - j >= it do without, whatever their tile."""
 
 
-def bounds(x: Importance, tile: Tile, tolerance: float) -> tuple[Tensor, Tensor]:
-    """need [B, H, query tiles] and reach [B, H, key tiles], which say what is past the horizon.
+def horizons(
+    x: Importance,
+    tolerance: float | None,
+    *,
+    starts: Tile | None = None,
+    ends: Tile | None = None,
+    reach: bool = False,
+) -> Horizon:
+    """What of the importance product may be left out, by one kernel.
 
-    The tiles I and J < I are past it where reach_J <= need_I. By Cauchy-Schwarz
-    ``|lam exp(g_i - g_j) c_i.b_j| <= lam exp(g_I - g_J) max|c_I| max|b_J|`` for every i in I and j
-    in J, with g_I at I's first token and g_J at J's last. With lam and both norms taken as at least
-    1, where that is <= tolerance no logit moves by more, and neither does its derivative in lam, or
-    in c_i or b_j over lam: operands that are small, or 0 as at the start of training, keep their
-    gradients. In base-2 logarithms:
-    ``log2 |b_J| - g_J <= log2 tolerance - log2 lam - log2 |c_I| - g_I``."""
-    H = x.lam.shape[0]
-    g = x.g
-    _, G, L = g.shape
-    last = (torch.arange(tile.n, L + tile.n, tile.n, device=g.device) - 1).clamp(max=L - 1)
-    largest_b = _tile_maxima(x.norm_b, tile.n).clamp(min=1).double()
-    reach = largest_b.log2() - g[:, :, last]
-    largest_c = _tile_maxima(x.norm_c, tile.m).clamp(min=1).double()
-    largest = largest_c * x.lam.double().clamp(min=1)[:, None]
-    first = g[:, :, :: tile.m].repeat_interleave(H // G, 1)
-    need = math.log2(tolerance) - largest.log2() - first
-    return need, reach.repeat_interleave(H // G, 1)
+    Leaving it out changes no logit by more than ``tolerance`` (natural logarithm). Kernels of other
+    tiles may leave out other pairs: each stays within it. None: there is no horizon.
+
+    Args:
+        starts: the tile of a kernel that walks key tiles: :attr:`Horizon.starts` for it.
+        ends: the tile of one that walks query tiles: :attr:`Horizon.ends`.
+        reach: whether to make :attr:`Horizon.reach`.
+    """
+    B, H, L = x.square_c.shape
+    new = x.level.new_empty
+    found = Horizon(
+        None if starts is None else new(B, H, -(-L // starts.m)),
+        None if ends is None else new(B, H, -(-L // ends.n)),
+        new(B, H) if reach else None,
+    )
+    allowed = NEVER if tolerance is None else _fixed_log2(tolerance)
+    programs = sum(triton.cdiv(x.shape[2], TILES.value) for x in found[:2] if x is not None)
+    launch(
+        horizon_kernel,
+        B * H * (programs + reach),
+        x.square_b,
+        x.square_c,
+        x.level,
+        x.fraction,
+        x.lam,
+        *found,
+        allowed,
+        L,
+        H,
+        H // x.level.shape[1],
+        *((0, 0) if starts is None else (starts.m, starts.n)),
+        *((0, 0) if ends is None else (ends.m, ends.n)),
+    )
+    return found
+
+
+def _fixed_log2(tolerance: float) -> int:
+    return math.floor((math.log2(tolerance) - SLACK) * 2**UNIT.value)
 
 
 def horizon_starts(x: Importance, tile: Tile, tolerance: float | None) -> Tensor:
-    """For each query tile the first key that needs the importance product, [B, H, tiles] int32.
-
-    A multiple of ``tile.n``. All key tiles before it are past the horizon: leaving their product
-    out changes no logit by more than ``tolerance`` (:func:`bounds`). None: there is no horizon."""
-    B, H, L = x.norm_c.shape
-    if tolerance is None:
-        return torch.zeros(B, H, -(-L // tile.m), dtype=torch.int32, device=x.lam.device)
-    need, reach = bounds(x, tile, tolerance)
-    tiles = torch.searchsorted(reach.cummax(2).values, need, right=True)
-    return (tiles * tile.n).int()
+    """:attr:`Horizon.starts` alone."""
+    found = horizons(x, tolerance, starts=tile).starts
+    assert found is not None
+    return found
 
 
 def horizon_ends(x: Importance, tile: Tile, tolerance: float | None) -> Tensor:
-    """For each key tile the query from which on none needs the product, [B, H, tiles] int32.
-
-    A multiple of ``tile.m``. Otherwise as :func:`horizon_starts`. Kernels of other tiles may leave
-    out other pairs: each stays within the tolerance."""
-    B, H, L = x.norm_c.shape
-    if tolerance is None:
-        end = -(-L // tile.m) * tile.m
-        shape = (B, H, -(-L // tile.n))
-        return torch.full(shape, end, dtype=torch.int32, device=x.lam.device)
-    need, reach = bounds(x, tile, tolerance)
-    least_behind = need.flip(2).cummin(2).values.flip(2)
-    return (torch.searchsorted(least_behind, reach) * tile.m).int()
-
-
-def reach_tokens(x: Importance, tolerance: float) -> Tensor:
-    """Past how many tokens no product of a head moves a logit by more, [B, H] int32.
-
-    The least w such that all pairs with i - j >= w may go without theirs, by the bound of
-    :func:`bounds` on each pair."""
-    H = x.lam.shape[0]
-    G, L = x.g.shape[1:]
-    largest = x.norm_c.clamp(min=1).double() * x.lam.double().clamp(min=1)[:, None]
-    need = math.log2(tolerance) - largest.log2() - x.g.repeat_interleave(H // G, 1)
-    reach = (x.norm_b.clamp(min=1).double().log2() - x.g).cummax(2).values
-    first = torch.searchsorted(reach.repeat_interleave(H // G, 1), need, right=True)
-    tokens = torch.arange(1, L + 1, device=need.device)
-    return (tokens - first).amax(2).clamp(min=0).int()
+    """:attr:`Horizon.ends` alone."""
+    found = horizons(x, tolerance, ends=tile).ends
+    assert found is not None
+    return found

@@ -6,8 +6,7 @@ With g = level + fraction, level an integer, the fractions are multiplied into c
 are rounded; powers of two cost no digit. In a tile off the diagonal b is lowered to the level of
 the key tile's last token, c to that of the query tile's first, and one number a tile is left for
 the product, ``lam 2^(level_I - level_J)``; every exponent is <= 0 whatever the length and the
-decay. On the diagonal ``2^(level_i - level_j)`` multiplies the product element by element. g is
-summed in fp64.
+decay. On the diagonal ``2^(level_i - level_j)`` multiplies the product element by element.
 
 Past the *horizon* the importance product of a tile is skipped (:func:`horizon_starts`). Without the
 importance operands the kernel is plain causal attention.
@@ -32,23 +31,15 @@ from sisa_kernels.checks import (
 )
 from sisa_kernels.inputs import Rotary, ScoreInputs, SisaInputs, as_rotary
 from sisa_kernels.ops import no_second_derivative, refuse_forward_mode, register, say_once
-from sisa_kernels.triton.horizon import horizon_ends, horizon_starts
+from sisa_kernels.triton.epilogue import importance_gradients, row_products
+from sisa_kernels.triton.horizon import Horizon, horizons
 from sisa_kernels.triton.kernels import (
     INTERPRETED,
     backward_key_kernel,
     backward_query_kernel,
     forward_kernel,
 )
-from sisa_kernels.triton.prologue import (
-    LOG2E,
-    Importance,
-    fused,
-    importance_gradients,
-    prologue,
-    rotate_qk,
-    row_products,
-    unrotate,
-)
+from sisa_kernels.triton.prologue import LOG2E, Importance, prologue, rotate_qk, unrotate
 from sisa_kernels.triton.tiles import Tile, Tiles, choose_tiles
 
 MAX_WIDTH = 128
@@ -182,9 +173,9 @@ def _prepared(
     given = [x for x in terms if x is not None]
     if given:
         x = ScoreInputs._make((q, k, *given, rotary))
-        q, k, importance = fused(q.device, prologue)(x, keys, queries)
+        q, k, importance = prologue(x, keys, queries)
     else:
-        q, k = fused(q.device, rotate_qk)(q, k, rotary)
+        q, k = rotate_qk(q, k, rotary)
         importance = None
     return _readable(q, "q"), _readable(k, "k"), importance
 
@@ -235,15 +226,33 @@ class RawGradients(NamedTuple):
     """dL/ds_ii [B, H, L] fp32."""
 
 
+def forward_horizon(
+    x: Importance | None, tiles: Tiles, tolerance: float | None, reach: bool = False
+) -> Horizon:
+    """What the forward may leave out; with ``reach`` that of each head, too."""
+    if x is None:
+        return Horizon(None, None, None)
+    return horizons(x, tolerance, starts=tiles.forward, reach=reach)
+
+
+def backward_horizon(x: Importance | None, tiles: Tiles, tolerance: float | None) -> Horizon:
+    """What the two backward kernels may leave out."""
+    if x is None:
+        return Horizon(None, None, None)
+    return horizons(x, tolerance, starts=tiles.query, ends=tiles.key)
+
+
 def run_forward(
     launch: _Launcher,
     x: Importance | None,
-    horizon: float | None,
+    past: Horizon,
     y: Tensor,
     lse: Tensor,
     far: Far = NOTHING_FAR,
 ) -> None:
-    """Write y [B, L, H, Dv] and the base-2 logarithm of each softmax's sum, lse [B, H, L] fp32."""
+    """Write y [B, L, H, Dv] and the base-2 logarithm of each softmax's sum, lse [B, H, L] fp32.
+
+    ``past``: :func:`forward_horizon`."""
     tile = launch.tiles.forward
     launch(
         forward_kernel,
@@ -251,7 +260,7 @@ def run_forward(
         rows=tile.m,
         heads=launch.programs_of_queries,
         near_b=None if x is None else x.near_b,
-        horizon_start=None if x is None else horizon_starts(x, tile, horizon),
+        horizon_start=past.starts,
         far_y=far.y,
         far_lse=far.lse,
         y=y,
@@ -262,12 +271,14 @@ def run_forward(
 def run_backward(
     launch: _Launcher,
     x: Importance | None,
-    horizon: float | None,
+    past: Horizon,
     saved: Saved,
     into: RawGradients,
     far: Far = NOTHING_FAR,
 ) -> None:
-    """Write every gradient of the prologue's operands, ``into``."""
+    """Write every gradient of the prologue's operands, ``into``.
+
+    ``past``: :func:`backward_horizon`."""
     tile = launch.tiles.query
     launch(
         backward_query_kernel,
@@ -275,7 +286,7 @@ def run_backward(
         rows=tile.m,
         heads=launch.programs_of_queries,
         near_b=None if x is None else x.near_b,
-        horizon_start=None if x is None else horizon_starts(x, tile, horizon),
+        horizon_start=past.starts,
         far_dq=far.dq,
         dq=into.dq,
         dc=into.dc,
@@ -289,7 +300,7 @@ def run_backward(
         rows=tile.n,
         heads=launch.programs_of_keys,
         near_c=None if x is None else x.near_c,
-        horizon_end=None if x is None else horizon_ends(x, tile, horizon),
+        horizon_end=past.ends,
         last=launch.last,
         far_dk=far.dk,
         far_dv=far.dv,
@@ -317,11 +328,10 @@ def finished(
     """Gradients of the inputs from those of the prologue's operands."""
     dq, dk, dv, dc, db, d_diagonal = raw
     if rotary is not None:
-        dq, dk = fused(dq.device, unrotate)(dq, dk, *rotary)
-    if x is None:
+        dq, dk = unrotate(dq, dk, *rotary)
+    if x is None or dc is None or db is None or d_diagonal is None:
         return [dq, dk, dv]
-    gradients = fused(dq.device, importance_gradients)
-    return [dq, dk, dv, *gradients(dc, db, d_diagonal, x, last)]
+    return [dq, dk, dv, *importance_gradients(dc, db, d_diagonal, x, last)]
 
 
 def triton_exact_eager(
@@ -348,7 +358,7 @@ def triton_exact_eager(
     B, L, H, _ = q.shape
     y = q.new_empty(B, L, H, v.shape[3])
     lse = q.new_empty(B, H, L, dtype=torch.float32)
-    run_forward(launch, x, horizon, y, lse)
+    run_forward(launch, x, forward_horizon(x, tiles, horizon), y, lse)
     return y, lse
 
 
@@ -381,9 +391,9 @@ def triton_exact_backward_eager(
     q, k, x = _prepared(q, k, rotary, terms, tiles.query.n, tiles.key.m)
     launch = _Launcher(q, k, _readable(v, "v"), x, cu_seqlens, tiles)
     dy = dy.contiguous()
-    saved = Saved(dy, lse, fused(q.device, row_products)(dy, y))
+    saved = Saved(dy, lse, row_products(dy, y))
     raw = empty_gradients(q, k, v, x)
-    run_backward(launch, x, horizon, saved, raw)
+    run_backward(launch, x, backward_horizon(x, tiles, horizon), saved, raw)
     return finished(raw, x, rotary, launch.last)
 
 

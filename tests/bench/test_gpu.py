@@ -102,8 +102,7 @@ def test_dry_run_lists_every_section_path_and_bound(capsys):
         )
         assert bounds["sisa"] == f"{near:.3f}"
         assert bounds["cudnn"] == f"{bound_ms('plain', shape, h200, backward=passes != 'fwd'):.3f}"
-    assert "compiled" in sections["prologue"]
-    assert "eager" in sections["prologue"]
+    assert "kernels" in sections["prologue"]
     assert "extension" in sections["augment"]
     assert "8x2048 eager step: transformer-152m, sisa-152m-ds16" in sections["model"]
     assert "16x2048 fwd+bwd: transformer-152m, sisa-152m-ds16" in sections["layer"]
@@ -343,7 +342,7 @@ def test_the_other_sections(run, section, monkeypatch):
     rows = run.rows(section)
     assert {row["path"] for row in rows if row["status"] == "ok"} == {
         "stock": {"flash"},
-        "prologue": {"compiled", "eager", "copy"},
+        "prologue": {"kernels", "copy"},
         "augment": {"extension", "chain", "copy"},
     }.get(section, {"transformer-tiny", "sisa-tiny-ds16"})
     assert all(float(row["rate"]) > 0 for row in rows if row["status"] == "ok")
@@ -354,11 +353,11 @@ def test_the_other_sections(run, section, monkeypatch):
 def test_a_wrong_prologue_is_not_timed(run, monkeypatch):
     def wrong(*args):
         q, k, x = prologue(*args)
-        return q, k, x._replace(g=x.g * (1 + 1e-5))
+        return q, k, x._replace(fraction=x.fraction + 1e-5 * (x.level + x.fraction))
 
     monkeypatch.setattr(cases, "prologue", wrong)
     gpu.run_section("prologue", run)
-    assert [row["status"][:20] for row in run.rows("prologue") if row["path"] == "compiled"] == [
+    assert [row["status"][:20] for row in run.rows("prologue") if row["path"] == "kernels"] == [
         "wrong: g is off by 1"
     ] * 2
 

@@ -4,6 +4,7 @@ Stock kernels are the CPU's, Triton's are interpreted where there is no GPU."""
 
 import copy
 import dataclasses
+import functools
 import math
 import pickle
 import warnings
@@ -33,7 +34,6 @@ from tests.support.attention import check_sisa, first_use
 
 forms = pytest.importorskip("sisa_kernels.paths.forms", reason="needs the package triton")
 exact = pytest.importorskip("sisa_kernels.triton.op", reason="needs the package triton")
-horizon = pytest.importorskip("sisa_kernels.triton.horizon", reason="needs the package triton")
 
 DEVICE = torch.device("cpu" if exact.INTERPRETED else "cuda")
 # Small enough that 130 tokens make several, one taller than wide and others wider.
@@ -112,13 +112,13 @@ def check(form, L, *, window=None, **kwargs):
 def check_errors(form, found, inputs, dy):
     """y, its worst row and every gradient err at most twice as much as others'; theirs.
 
-    As those of the exact kernels, which come back; or, of the wide form in half precision, of its
-    own formula in that dtype: what it makes of dL/dg are differences of rounded numbers."""
+    As those of the exact kernels, which come back; or, of the wide form, of its own formula in the
+    same dtype: what it makes of dL/dg and dL/dPhi are differences of rounded numbers."""
     right = oracle(inputs, dy, rotary=inputs.rotary)
     kernels = value_and_grads(exact.exact_attention, inputs, dy, rotary=inputs.rotary)
     rivals = [kernels]
     half = dy.dtype != torch.float32
-    if form == "wide" and half:
+    if form == "wide":
         rivals.append(value_and_grads(densely_augmented, inputs, dy, rotary=inputs.rotary))
     allowed = [errors(rival, right, inputs) for rival in rivals]
     floor = 1e-4 if half else 4e-7
@@ -153,7 +153,7 @@ def same_as_exact(found, kernels, flagged):
     ("L", "window", "dtype"),
     [
         (63, 16, torch.bfloat16),
-        (130, 48, torch.float32),
+        (100, 40, torch.float32),
         *(
             pytest.param(*case, marks=pytest.mark.slow)
             for case in (
@@ -173,7 +173,7 @@ def test_far_and_band(L, window, dtype, monkeypatch):
 
 
 def test_far_and_band_of_shared_key_heads_and_narrow_values():
-    check("far_and_band", 100, window=40, H=4, Dh=16, Dv=24, Ds=6)
+    check("far_and_band", 70, window=30, H=4, Dh=16, Dv=24, Ds=6)
 
 
 @pytest.mark.slow
@@ -188,7 +188,7 @@ def test_far_and_band_at_other_decays(decay):
     check("far_and_band", 257, window=96, decay=decay, Dh=32)
 
 
-@pytest.mark.parametrize("window", [200, 64, 37, 1])
+@pytest.mark.parametrize("window", [200, 37, 1])
 def test_any_window_is_exact(window):
     """Also narrower than a tile, and one that no tile divides."""
     inputs, dy = mixed("far_and_band", 70, decay=30.0, serve=(True,), H=1, Dh=16)
@@ -202,8 +202,7 @@ def test_any_window_is_exact(window):
 @pytest.mark.parametrize(
     ("L", "dtype"),
     [
-        (63, torch.float32),
-        (130, torch.bfloat16),
+        (70, torch.bfloat16),
         *(
             pytest.param(*case, marks=pytest.mark.slow)
             for case in ((257, torch.float32), (257, torch.bfloat16), (257, torch.float16))
@@ -219,17 +218,17 @@ def test_wide(L, dtype):
 )
 def test_wide_up_to_the_range_that_it_takes(dtype):
     """g falls evenly by 199 in base 2: operands of up to 2^100."""
-    inputs, dy = problem(L=200, Dh=32, dtype=dtype, device=DEVICE)
+    inputs, dy = problem(L=200, H=1, Dh=32, dtype=dtype, device=DEVICE)
     inputs = inputs._replace(log_decay=torch.full_like(inputs.log_decay, -math.log(2)))
     needed = []
     found = value_and_grads(in_form("wide", None, needed), inputs, dy)
-    assert needed[0].select(2, 1).tolist() == [[199, 199]]
+    assert needed[0].select(2, 1).tolist() == [[199]]
     check_errors("wide", found, inputs, dy)
 
 
 def test_heads_that_no_exponent_holds_are_overwritten():
     """Their augmented operands are infinite or no numbers; the other heads' are not touched."""
-    inputs, dy = mixed("wide", 130, H=4, Dh=32, dtype=torch.float16)
+    inputs, dy = mixed("wide", 70, H=4, Dh=16, dtype=torch.float16)
     log_decay = inputs.log_decay.detach().clone()
     log_decay[:, 3::7, 1] = -math.inf
     inputs = inputs._replace(log_decay=log_decay.requires_grad_())
@@ -244,32 +243,32 @@ def test_heads_that_no_exponent_holds_are_overwritten():
 
 
 @pytest.mark.parametrize("tolerance", [1e-3, 2.0**-24])
-def test_the_reach_is_that_of_the_bound_on_each_pair(tolerance):
-    """Of no pair further apart does the bound pass the tolerance, and of one so far it may."""
+def test_the_reach_is_that_of_the_bound_by_the_heads_largest_norms(tolerance):
+    """No pair so far apart passes it, not by its own norms either, and one a token nearer does."""
     inputs, _ = problem(B=2, L=100, H=4, G=2, decay=0.0, lam=None, device=DEVICE)
-    _, _, x = exact.prologue(inputs.scores(), 32)
-    found = horizon.reach_tokens(x, tolerance)
+    x = exact.prologue(inputs.scores(), 32)[2]
+    found = exact.forward_horizon(x, SMALL, tolerance, reach=True).reach
     exactly = in_fp64(inputs)
     g = exactly["log_decay"].cumsum(1).transpose(1, 2).repeat_interleave(2, 1)
-    size_b = exactly["b"].norm(dim=3).clamp(min=1).transpose(1, 2).repeat_interleave(2, 1)
-    size_c = exactly["c"].norm(dim=3).clamp(min=1).transpose(1, 2)
-    size_c = size_c * exactly["lam"].clamp(min=1)[:, None]
-    bound = (g[..., :, None] - g[..., None, :]).exp() * size_c[..., :, None] * size_b[..., None, :]
+    size_b = exactly["b"].norm(dim=3).amax(1).clamp(min=1).repeat_interleave(2, 1)
+    size = exactly["c"].norm(dim=3).amax(1).clamp(min=1) * exactly["lam"].clamp(min=1) * size_b
+    bound = (g[..., :, None] - g[..., None, :]).exp() * size[..., None, None]
     token = torch.arange(100, device=DEVICE)
-    distance = token[:, None] - token
-    beyond = (distance[None, None] >= found[..., None, None]) & (distance >= 0)
-    assert bound[beyond].max() <= tolerance * (1 + 1e-5)
-    furthest = (bound > tolerance * (1 + 1e-5)) & (distance >= 0)
-    assert torch.equal(found, (distance * furthest).amax((2, 3)).int() + 1)
+    distance = (token[:, None] - token).clamp(min=-1)
+    least, most = (
+        (distance * (bound > tolerance * factor)).amax((2, 3)).int() + 1
+        for factor in (1.001, 0.999)
+    )
+    assert (least <= found).all()
+    assert (found <= most).all()
     assert found.unique().numel() > 1
 
 
 def test_a_head_that_forgets_nothing_reaches_back_to_the_start():
     inputs, _ = problem(L=40, H=1, device=DEVICE)
     inputs = inputs._replace(log_decay=torch.zeros_like(inputs.log_decay))
-    _, _, x = exact.prologue(inputs.scores(), 32)
-    assert horizon.reach_tokens(x, 1e-3).tolist() == [[40]]
-    assert forms.needs(x, 1e-3).tolist() == [[[40, 0]]]
+    _, needed = forms.attend_and_needs(inputs, "exact")
+    assert needed.tolist() == [[[40, 0]]]
 
 
 # ---- Stock kernels -------------------------------------------------------------------------------
@@ -332,10 +331,14 @@ def test_opcheck(form):
 
 
 @pytest.mark.parametrize(
-    "backend", ["far_and_band", "adaptive", pytest.param("wide", marks=pytest.mark.slow)]
+    "backend",
+    [
+        "adaptive",
+        *(pytest.param(form, marks=pytest.mark.slow) for form in ("far_and_band", "wide")),
+    ],
 )
 def test_compiles_in_one_graph(backend):
-    inputs, dy = mixed("far_and_band", 63, Dh=16)
+    inputs, dy = mixed("far_and_band", 40, Dh=16)
 
     def attend(**kwargs):
         return 2 * sk.sisa_attention(**kwargs, backend=backend)
@@ -460,7 +463,8 @@ def unchecked(monkeypatch):
         yield
 
 
-def test_a_layer_follows_its_heads_a_call_behind(unchecked):
+def test_a_layer_follows_its_heads_a_call_behind(unchecked, monkeypatch):
+    monkeypatch.setattr(forms, "fault", lambda form, inputs: None)
     backend = sk.Adaptive()
     seen = []
     for step in (FAST, FAST, SLOW, SLOW):
@@ -477,6 +481,7 @@ def test_a_layer_follows_its_heads_a_call_behind(unchecked):
 def test_a_form_that_is_wrong_is_left_out_and_said_once(unchecked, monkeypatch):
     backward = stock.backward
     monkeypatch.setattr(stock, "backward", lambda *x: tuple(1.1 * grad for grad in backward(*x)))
+    monkeypatch.setattr(forms, "problem", functools.partial(problem, L=70))
     backend = sk.Adaptive()
     inputs, _ = problem(L=70, H=1, Dh=16, decay=3.0, device=DEVICE)
     sk.sisa_attention(**inputs._asdict(), backend=backend)

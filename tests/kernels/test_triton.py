@@ -33,9 +33,12 @@ from sisa_kernels.triton.tiles import Tile, Tiles
 from tests.support import ROOT
 from tests.support.attention import Call, exactly
 from tests.support.problems import problem
+from tests.support.prologue import first_and_last, horizon_bounds
 
 ta = pytest.importorskip("sisa_kernels.triton.op", reason="needs the package triton")
-horizon = pytest.importorskip("sisa_kernels.triton.horizon", reason="needs the package triton")
+prologue_kernels = pytest.importorskip(
+    "sisa_kernels.triton.prologue_kernels", reason="needs the package triton"
+)
 tune = pytest.importorskip("sisa_kernels.triton.tune", reason="needs the package triton")
 
 # The interpreter runs on the CPU; a GPU runs the kernels themselves.
@@ -53,8 +56,11 @@ DTYPES = [
 
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch):
-    """Tiles so small that 257 tokens make several, one taller than wide and another wider."""
+    """Tiles so small that 257 tokens make several, one taller than wide and another wider.
+
+    The kernels around take them all at a time, as the interpreter likes it."""
     monkeypatch.setattr(ta, "choose_tiles", lambda *_: SMALL)
+    monkeypatch.setattr(prologue_kernels, "CHUNK", 512)
 
 
 @pytest.fixture(autouse=True)
@@ -351,12 +357,12 @@ def test_no_product_past_the_horizon_exceeds_the_bound(tile, decay):
     exact = in_fp64(inputs)
     tolerance = 1e-3
     _, _, x = ta.prologue(SisaInputs(**inputs).scores(), 32)
-    starts, ends = (f(x, tile, tolerance) for f in (ta.horizon_starts, ta.horizon_ends))
+    starts, ends, _ = ta.horizons(x, tolerance, starts=tile, ends=tile)
     size = importance(**exact).abs()
     for left_out in skipped(starts, ends, tile, 500):
         assert left_out.any()
         assert size[left_out].max() <= tolerance * (1 + 1e-5)
-    need, reach = horizon.bounds(x, tile, tolerance)
+    need, reach = horizon_bounds(SisaInputs(**inputs), tile, tolerance)
     past = reach[..., None, :] <= need[..., :, None]
     g = exact["log_decay"].cumsum(1).transpose(1, 2)
     for i, j in ((3, 0), (4, 1), (5, 3)):
@@ -366,10 +372,9 @@ def test_no_product_past_the_horizon_exceeds_the_bound(tile, decay):
         bound *= exact["b"].norm(dim=-1)[:, cols].amax(1)
         at_the_edge = ((bound / tolerance - 1).abs() < 1e-5).any()
         assert at_the_edge or torch.equal(past[:, :, i, j], bound <= tolerance)
-    by_query = past.int().cumprod(3).sum(3) * tile.n
-    assert torch.equal(starts, by_query.int())
-    by_key = (past.shape[2] - past.flip(2).int().cumprod(2).sum(2)) * tile.m
-    assert torch.equal(ends, by_key.int())
+    by_query, by_key = first_and_last(past, tile)
+    assert torch.equal(starts, by_query)
+    assert torch.equal(ends, by_key)
 
 
 @pytest.mark.parametrize(("factor", "left_out"), [(1 - 1e-3, True), (1 + 1e-3, False)])
@@ -382,8 +387,10 @@ def test_the_bound_is_tight(factor, left_out):
     aligned = {**inputs, **still, "b": ones, "c": ones, "lam": torch.ones_like(inputs["lam"])}
     _, _, x = ta.prologue(SisaInputs(**aligned).scores(), 64)
     tile = Tile(64, 64, 4, 2)
-    assert bool((ta.horizon_starts(x, tile, tolerance) > 0).all()) is left_out
-    assert bool((ta.horizon_ends(x, tile, tolerance) == 0).all()) is left_out
+    starts, ends, _ = ta.horizons(x, tolerance, starts=tile, ends=tile)
+    own = torch.arange(4, device=DEVICE).expand_as(starts) * 64
+    assert torch.equal(starts, own if left_out else 0 * own)
+    assert torch.equal(ends, own if left_out else 0 * own + 256)
 
 
 def test_products_past_the_horizon_are_not_made_and_no_others():
@@ -392,7 +399,7 @@ def test_products_past_the_horizon_are_not_made_and_no_others():
     exact = in_fp64(inputs)
     tolerance = 2.0
     _, _, x = ta.prologue(SisaInputs(**inputs).scores(), 32)
-    starts = ta.horizon_starts(x, SMALL.forward, tolerance)
+    starts = ta.horizons(x, tolerance, starts=SMALL.forward).starts
     left_out, _ = skipped(starts, starts.new_zeros(1, 2, 9), SMALL.forward, 257)
     assert 0.1 < left_out.double().mean() < 0.5
     score = torch.einsum("bihd,bjhd->bhij", exact["q"], exact["k"]) / 8
@@ -475,41 +482,6 @@ def test_compiles_in_one_graph():
     y_compiled, grads_compiled = value_and_grads(torch.compile(scaled, fullgraph=True), inputs, dy)
     torch.testing.assert_close(y_compiled, y, rtol=0, atol=0)
     torch.testing.assert_close(grads_compiled, grads, rtol=0, atol=0)
-
-
-@pytest.mark.parametrize(
-    ("dtype", "rtol"),
-    [
-        (torch.float32, 1e-5),
-        # Its unit in the last place: what is rounded to it may fall to either side.
-        pytest.param(torch.float16, torch.finfo(torch.float16).eps, marks=pytest.mark.slow),
-    ],
-)
-def test_inductor_compiles_prologue_and_epilogue(dtype, rtol):
-    """On a GPU they run compiled; here for the CPU, in one graph each, to the same result."""
-    inputs, _ = on_device(*problem(L=63, H=4, G=2, dtype=dtype))
-    angle = torch.rand(63, 32, device=DEVICE) * 6
-    rotary = angle.cos(), angle.sin()
-    record = SisaInputs(**{name: x.detach() for name, x in inputs.items()}, rotary=rotary)
-    operands = record.scores()
-
-    def compare(function, *args):
-        results = function(*args)
-        found = torch.compile(function, fullgraph=True)(*args)
-        torch.testing.assert_close(found, results, rtol=rtol, atol=1e-6)
-        return results
-
-    _, _, x = compare(ta.prologue, operands, 32, 16)
-    g = operands.log_decay.double().cumsum(1).transpose(1, 2) / math.log(2)
-    compiled = torch.compile(ta.prologue)(operands, 32, 16)[2]
-    assert all((y.g - g).abs().max() < 1e-12 for y in (x, compiled))
-    compare(ta.rotate_qk, operands.q, operands.k, rotary)
-    compare(ta.unrotate, operands.q, operands.k, *rotary)
-    compare(ta.row_products, operands.q, operands.q.flip(1))
-    _, last = ta._documents(63, torch.tensor([0, 20, 63], dtype=torch.int32, device=DEVICE), DEVICE)
-    d_diagonal = torch.randn(1, 4, 63, device=DEVICE)
-    for documents in (last, None):
-        compare(ta.importance_gradients, x.c.float(), x.b.float(), d_diagonal, x, documents)
 
 
 @pytest.mark.gpu

@@ -18,7 +18,10 @@ can undercut it. Paths (bf16 operands, fp32 vectors, a key head for each query h
 
 FLOPs are those of matrix products, 2 a MAC. Not counted: element-wise work (softmax, rotations, the
 decay factor of the importance term and its share of the backward), the bytes of the rotary tables
-and of the few scalars a block."""
+and of the few scalars a block.
+
+The last table, of instructions.py, takes the kernels as they were compiled. All of it is on
+paper."""
 
 import argparse
 import math
@@ -44,14 +47,21 @@ def check_positive(**values: float) -> None:
 class Device:
     tflops: float  # dense bf16 matrix products, 1e12 FLOP/s
     terabytes: float  # memory bandwidth, 1e12 bytes/s
+    arch: int = 0  # its compute capability, times ten
+    multiprocessors: int = 0
 
     def __post_init__(self) -> None:
         check_positive(tflops=self.tflops, terabytes=self.terabytes)
 
 
 # NVIDIA's data sheets: A100 80GB SXM, H100 SXM, H200 SXM, HGX B200 (a GPU of it).
-TERABYTES = {"A100": 2.04, "H100": 3.35, "H200": 4.8, "B200": 8.0}
-DEVICES = {name: Device(PEAK_TFLOPS[name], terabytes) for name, terabytes in TERABYTES.items()}
+SHEETS = {
+    "A100": (2.04, 80, 108),
+    "H100": (3.35, 90, 132),
+    "H200": (4.8, 90, 132),
+    "B200": (8.0, 100, 148),
+}
+DEVICES = {name: Device(PEAK_TFLOPS[name], *sheet) for name, sheet in SHEETS.items()}
 
 
 @dataclass(frozen=True)
@@ -142,11 +152,13 @@ def prologue_bytes(path: str, shape: Shape) -> tuple[int, int]:
     if path == "eager":
         # Tensors that the ops of authors.eager_chain and of its autograd read and write, summed.
         return 112 * Dh + 164 * Ds + 80, 136 * Dh + 350 * Ds + 152
-    # Out with the operands of "exact": b lowered to its tiles, g in fp64 and its level, norms of b
-    # and c. Back: dc, db, dL/ds_ii, g, its level and the phases' tables in fp32.
+    # Out with the operands of "exact": b lowered to its tiles, g's level and fraction, norms of b
+    # and c; the steps of decay and phase in a second time. Back: dc, db, dL/ds_ii, the fraction and
+    # the phase in fp32 or int32; the products of decay and phase, out, in and summed out.
+    steps = 1 + Ds // 2
     return (
-        fused + BF16 * Ds + FP32 * 5,
-        BF16 * 4 * (Dh + Ds) + FP32 * (5 + Ds // 2 + 3 * Ds),
+        fused + BF16 * Ds + FP32 * (4 + steps),
+        BF16 * 4 * (Dh + Ds) + FP32 * (2 * Ds + 2 + Ds // 2 + 3 * steps),
     )
 
 
@@ -167,8 +179,8 @@ def two_product_kernels(
     dkdv_macs = 2 * macs  # S, dP, dV, dK
     dq_macs = (2 * Dh + Dv) * scores + 2 * Ds * within  # S, dP, dQ
     common = operands + 3 * FP32
-    # The prologue is recomputed, not saved; with the phases' tables and c lowered to its tiles.
-    again = Stage("prologue again", 0, rows * (prologue + FP32 * Ds + BF16 * Ds))
+    # The prologue is recomputed, not saved; with the phases and c lowered to its tiles.
+    again = Stage("prologue again", 0, rows * (prologue + FP32 * (Ds // 2) + BF16 * Ds))
     dkdv = Stage("dK/dV", 2 * dkdv_macs, rows * (common + BF16 * (Dh + Dv) + FP32 * Ds))
     dq = Stage("dQ", 2 * dq_macs, rows * (common + BF16 * Dh + FP32 * (Ds + 1)))
     return forward, [again, dkdv, dq]
@@ -295,6 +307,22 @@ def print_shares(args: argparse.Namespace) -> None:
             print(f"{half_life:9g} {d_state:4} {horizon:8.0f} |   {cells}")
 
 
+def print_compiled(args: argparse.Namespace) -> None:
+    """The third table: the kernels as compiled, at two half-lives and the one that is asked for."""
+    from bench import instructions  # which takes its bytes from here
+
+    shape = Shape(1, args.tokens, args.heads, args.head_dim, 2, args.head_dim)
+    half_lives = sorted({3.0, 20.0, args.half_life})
+    print("\nas compiled, on paper")
+    try:
+        for line in instructions.lines(
+            args.lengths, args.d_states, shape, DEVICES[args.device], half_lives, args.tolerance
+        ):
+            print(line)
+    except ValueError as error:
+        print(f"none: {error}")
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m bench roofline",
@@ -320,4 +348,5 @@ def main(arguments: list[str] | None = None) -> int:
         )
     print_bounds(args)
     print_shares(args)
+    print_compiled(args)
     return 0

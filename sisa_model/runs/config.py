@@ -1,10 +1,7 @@
 """TrainConfig, what a training run may be told, and ResolvedConfig, all that it then goes by."""
 
-import ast
 import dataclasses
 import functools
-import inspect
-import itertools
 import math
 import typing
 from dataclasses import dataclass, field
@@ -24,6 +21,7 @@ from sisa_model.models.config import ModelConfig
 from sisa_model.models.presets import AUTHORS_TRAINING, find_preset, preset_config
 from sisa_model.runs.log import LogTarget, check_logs
 from sisa_model.runs.weights import find_weights
+from sisa_model.utils.flags import field_docs
 
 Recipe = Literal["ours", "paper"]
 Schedule = Literal["cosine", "wsd", "constant"]
@@ -33,27 +31,14 @@ Documents = Literal["joined", "packed"]
 Sharing = Literal["auto", "ddp", "fsdp"]
 
 
-def _field_docs(record: type) -> dict[str, str]:
-    """The docstrings under a dataclass's fields, by field."""
-    (definition,) = ast.parse(inspect.getsource(record)).body
-    assert isinstance(definition, ast.ClassDef)
-    found = {}
-    for item, below in itertools.pairwise(definition.body):
-        if isinstance(item, ast.AnnAssign) and isinstance(below, ast.Expr):
-            assert isinstance(item.target, ast.Name)
-            assert isinstance(below.value, ast.Constant)
-            found[item.target.id] = " ".join(str(below.value.value).split())
-    return found
-
-
 @functools.cache
 def _model_flags() -> dict[str, Any]:
     """ModelConfig's fields as flags; others are --preset, --mode, --backend and --precision."""
-    docs = _field_docs(ModelConfig)
+    docs = field_docs(ModelConfig)
     hints = typing.get_type_hints(ModelConfig)
     elsewhere = ("family", "mode", "backend", "weights")
     return {
-        name: Annotated[hints[name], tyro.conf.arg(help=doc, help_behavior_hint="(the preset's)")]
+        name: Annotated[hints[name], tyro.conf.arg(help=doc)]
         for name, doc in docs.items()
         if name not in elsewhere
     }
@@ -67,10 +52,10 @@ else:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """Train a model.
+    """Train a model on text or on a task, into a run folder that resumes, bit for bit on a CPU.
 
-    What is left at None takes the preset's value: the paper's, or for tiny presets a few minutes'
-    worth."""
+    What is left out takes the preset's value: the paper's, or for tiny presets a few minutes'
+    worth. `sisa train --preset NAME --help` shows those of a preset."""
 
     preset: str = "sisa-tiny-ds16"
     """Model to train; `sisa info` lists them."""
@@ -261,7 +246,7 @@ def resolve(config: TrainConfig) -> ResolvedConfig:
     if config.init_from is not None and not config.resume:
         config = _with_initial_model(config, config.init_from)
     config = _with_precision(config)
-    training = _preset_training(config)
+    training = preset_defaults(config)
     preset_values = {name: x for name, x in training.items() if getattr(config, name) is None}
     mode = preset_values.get("mode", config.mode)
     preset_config(config.preset, **config.model, mode=mode, backend=config.backend)
@@ -276,7 +261,7 @@ def resolve(config: TrainConfig) -> ResolvedConfig:
     return resolved
 
 
-def _preset_training(config: TrainConfig) -> dict[str, Any]:
+def preset_defaults(config: TrainConfig) -> dict[str, Any]:
     """What the preset trains with by the recipe, and its mode.
 
     A run that is too short for its warm-up warms up for a tenth."""

@@ -1,6 +1,7 @@
 """Processes launched by torchrun: what they agree on, how they share gradients (DDP, FSDP2)."""
 
 import contextlib
+import dataclasses
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -21,7 +22,6 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from sisa_model.models.language_model import LanguageModel
-from sisa_model.models.linear import Fp32Parameters
 from sisa_model.runs.config import Sharing
 from sisa_model.training.loss import Objective
 
@@ -97,36 +97,33 @@ def world() -> Iterator[World]:
 
 
 def replicated(model: nn.Module) -> list[nn.Parameter]:
-    """What FSDP leaves whole and fp32: what modules declare so, and vectors but norms' weights."""
-    declared = set()
-    norms = set()
-    for module in model.modules():
-        if isinstance(module, Fp32Parameters):
-            declared |= {id(getattr(module, name)) for name in module.fp32}
-        if isinstance(module, nn.RMSNorm):
-            norms.add(id(module.weight))
-    return [
-        parameter
-        for parameter in model.parameters()
-        if id(parameter) in declared or (parameter.ndim < 2 and id(parameter) not in norms)
-    ]
+    """What FSDP leaves whole and fp32: all but the matrices of linear layers and embeddings.
+
+    It is little, and what autocast, too, leaves in fp32: norms, convolutions, gates, lambda."""
+    matrices = {
+        id(module.weight)
+        for module in model.modules()
+        if isinstance(module, (nn.Linear, nn.Embedding))
+    }
+    return [parameter for parameter in model.parameters() if id(parameter) not in matrices]
 
 
-def _shard(model: LanguageModel, size: int, whole: list[nn.Parameter], bf16: bool) -> None:
-    """Let FSDP share ``model``, but for the parameters ``whole``, among ``size`` processes."""
-    dtypes: dict[str, Any] = {}
-    if bf16:
-        dtypes = {"param_dtype": torch.bfloat16, "reduce_dtype": torch.float32}
+def shard(model: LanguageModel, size: int, whole: list[nn.Parameter], bf16: bool) -> None:
+    """Let FSDP share ``model``, but for the parameters ``whole``, among ``size`` processes.
+
+    With ``bf16`` the layers' matrices are gathered as autocast would cast them. The embedding is
+    gathered in fp32: its rows are the residual stream's first term."""
+    fp32 = MixedPrecisionPolicy(cast_forward_inputs=False, reduce_dtype=torch.float32)
+    half = dataclasses.replace(fp32, param_dtype=torch.bfloat16)
     settings: dict[str, Any] = {
         "mesh": init_device_mesh(model.embed.weight.device.type, (size,)),
-        "mp_policy": MixedPrecisionPolicy(cast_forward_inputs=False, **dtypes),
         "ignored_params": set(whole),
     }
     for layer in model.layers:
-        fully_shard(layer, **settings)
+        fully_shard(layer, mp_policy=half if bf16 else fp32, **settings)
     # The embedding is used again by the loss, after hidden() has returned: the root stays gathered
     # until the backward.
-    fully_shard(model, reshard_after_forward=False, **settings)
+    fully_shard(model, reshard_after_forward=False, mp_policy=fp32, **settings)
     register_fsdp_forward_method(model, "hidden")
 
 
@@ -139,7 +136,8 @@ class Parallel:
         objective: on its device, with the same weights in every process. FSDP shards its model in
             place.
         kind: ddp, fsdp, or auto: ddp.
-        bf16: FSDP gathers weights in bf16 and reduces gradients in fp32; sharded weights stay fp32.
+        bf16: FSDP gathers the layers' matrices in bf16 and reduces gradients in fp32; sharded
+            weights stay fp32.
 
     ``parameters`` are the leaves that the optimizer steps, by name. FSDP neither shards nor casts
     those of :func:`replicated`."""
@@ -154,7 +152,7 @@ class Parallel:
             self._call = DistributedDataParallel(objective, gradient_as_bucket_view=True)
         elif self.kind == "fsdp":
             self._replicated = replicated(objective.model)
-            _shard(objective.model, world.size, self._replicated, bf16)
+            shard(objective.model, world.size, self._replicated, bf16)
         self.parameters = dict(objective.model.named_parameters())
 
     def backward(
@@ -179,15 +177,20 @@ class Parallel:
         if self.kind != "fsdp":
             return torch.nn.utils.clip_grad_norm_(self.parameters.values(), limit).item()
         whole = [p.grad for p in self._replicated if p.grad is not None]
-        for grad in whole:
-            dist.all_reduce(grad)
-            grad /= self.world.size
+        self._average(whole)
         grads = [p.grad for p in self.parameters.values()]
         shards = [grad.to_local() for grad in grads if isinstance(grad, DTensor)]
         (sharded,) = self.world.sum([torch.nn.utils.get_total_norm(shards).item() ** 2])
         norm = (sharded + torch.nn.utils.get_total_norm(whole).item() ** 2) ** 0.5
         torch._foreach_mul_([*shards, *whole], min(1.0, limit / (norm + 1e-6)))
         return norm
+
+    def _average(self, grads: list[Tensor]) -> None:
+        """Average fp32 ``grads`` over the processes, all in one reduction."""
+        summed = torch.cat([grad.flatten() for grad in grads])
+        dist.all_reduce(summed)
+        parts = summed.div_(self.world.size).split([grad.numel() for grad in grads])
+        torch._foreach_copy_(grads, [part.view_as(grad) for part, grad in zip(parts, grads)])
 
     def whole(self) -> dict[str, Tensor]:
         """The parameters by name, gathered in every process; all must call this."""

@@ -14,8 +14,6 @@ from sisa_kernels.triton import prologue_kernels
 from sisa_kernels.triton.prologue_kernels import PAIRS, fold_kernel, rotary_kernel, sums_kernel
 
 LOG2E = 1 / math.log(2)
-ROWS = 128  # of a program that goes row by row, at most
-ELEMENTS = 4096  # the same
 
 
 class Importance(NamedTuple):
@@ -58,6 +56,11 @@ def block_of(width: int) -> int:
     return triton.next_power_of_2(width)
 
 
+def rows_of_program(width: int) -> int:
+    """Tokens of a program that goes row by row, of ``width`` channels."""
+    return min(128, 4096 // block_of(width))
+
+
 def rotate_qk(q: Tensor, k: Tensor, rotary: Rotary | None) -> tuple[Tensor, Tensor]:
     """q [B, L, H, Dh] and k [B, L, G, Dh] with RoPE, where given, in their dtype."""
     if rotary is None:
@@ -77,7 +80,7 @@ def _turn(
     B, L, H, Dh = q.shape
     G = k.shape[2]
     block = block_of(Dh // 2)
-    rows = min(ROWS, ELEMENTS // (2 * block))
+    rows = rows_of_program(2 * block)
     programs = B * triton.cdiv(L, rows) * (H + G)
     strides = (stride for x in (q, k, *rotary) for stride in x.stride())
     sizes = L, H, G, Dh // 2, block, rows

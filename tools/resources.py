@@ -41,14 +41,14 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from sisa_kernels.triton import epilogue_kernels, horizon_kernels, kernels, prologue_kernels
-from sisa_kernels.triton.prologue import block_of, rows_of_program
+from sisa_kernels.triton.prologue import TOKENS, block_of, rows_of_program
 from sisa_kernels.triton.tiles import SAFE, Tile, Tiles, table_tiles
 
 PRODUCTS = ("wgmma", "tcgen05.mma", "mma.sync", "fma")  # as PTX calls them
 WIDTHS = [16, 32, 64, 128]
 TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 FP32 = ("lam", "lse", "delta", "dc", "db", "d_diagonal", "far_lse")
-SIZES = ("L", "H", "G", "terms", "tolerance")
+SIZES = ("L", "H", "G", "count", "terms", "tolerance")
 INT32 = ("level", "horizon_start", "horizon_end", "first", "last", "flags")
 IMPORTANCE = ("c", "b", "near_b", "near_c", "level", "lam", *INT32[1:3], "dc", "db", "d_diagonal")
 FAR = ("far_y", "far_lse", "far_dq", "far_dk", "far_dv")  # what a band continues
@@ -167,6 +167,12 @@ def around(
 
 
 AROUND = {
+    "documents": around(
+        prologue_kernels.documents_kernel,
+        {"TOKENS": TOKENS},
+        {"bounds": "*i64", "first": "*i32", "last": "*i32"},
+        importance=False,
+    ),
     "rotary": around(
         prologue_kernels.rotary_kernel, ROPE | {"INVERSE": False}, TABLES, importance=False
     ),
@@ -253,7 +259,7 @@ def constants(job: Job) -> dict[str, Any]:
     widths = {"DH": job.width, "DV": job.width, "DS": job.d_state}
     flags = {"IMPORTANCE": job.d_state > 0, "PACKED": variant.packed, "REPEAT": variant.repeat}
     flags |= {"WANTED": 0, "WINDOW": BAND if variant.band else 0}
-    absent = [] if variant.packed else ["first", "last"]
+    absent = [] if variant.packed or job.kernel == "documents" else ["first", "last"]
     absent += [] if job.d_state else IMPORTANCE
     absent += [] if variant.band else FAR
     absent += [] if variant.flagged else ["flags"]

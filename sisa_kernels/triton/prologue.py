@@ -11,9 +11,16 @@ from torch import Tensor
 
 from sisa_kernels.inputs import Rotary, ScoreInputs
 from sisa_kernels.triton import prologue_kernels
-from sisa_kernels.triton.prologue_kernels import PAIRS, fold_kernel, rotary_kernel, sums_kernel
+from sisa_kernels.triton.prologue_kernels import (
+    PAIRS,
+    documents_kernel,
+    fold_kernel,
+    rotary_kernel,
+    sums_kernel,
+)
 
 LOG2E = 1 / math.log(2)
+TOKENS = 1024  # of a program that has one number a token
 
 
 class Importance(NamedTuple):
@@ -86,6 +93,18 @@ def _turn(
     sizes = L, H, G, Dh // 2, block, rows
     launch(rotary_kernel, programs, q, k, *rotary, q_out, k_out, *strides, *sizes, inverse)
     return q_out, k_out
+
+
+def documents(cu_seqlens: Tensor, length: int) -> tuple[Tensor, Tensor]:
+    """Each token's document of those between the bounds: its first token and its end, [L] int32.
+
+    Nothing waits for the bounds: the call may be captured in a CUDA graph. What is past the last
+    bound is one more document."""
+    bounds = cu_seqlens.contiguous()
+    first, last = (bounds.new_empty(length, dtype=torch.int32) for _ in range(2))
+    programs = triton.cdiv(length, TOKENS)
+    launch(documents_kernel, programs, bounds, first, last, bounds.shape[0], length, TOKENS)
+    return first, last
 
 
 def prologue(

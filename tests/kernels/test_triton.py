@@ -665,7 +665,7 @@ def test_compiled_ahead_of_time_the_kernels_around():
     kernels = "sums", "fold", "refold", "horizon", "horizons", "products", "reverse"
     widths = "--d-states", "16", "128", "--arch", "80", "90"
     assert len(resources(*widths, kernels=kernels)) == 2 * 2 * 2 * 7
-    assert len(resources("--arch", "90", kernels=("rotary", "delta"))) == 2
+    assert len(resources("--arch", "90", kernels=("documents", "rotary", "delta"))) == 3
 
 
 @pytest.mark.parametrize(

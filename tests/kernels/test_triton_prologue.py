@@ -167,6 +167,20 @@ def test_row_products_of_any_strides():
     assert relative(op.row_products(dy, y), right) <= 2e-7
 
 
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+@pytest.mark.parametrize(
+    "bounds", [[0, 1500], [0, 0, 1, 1, 1, 5, 1024, 1500], [0, 7, 300, 300], [0, 0], [*range(1501)]]
+)
+def test_documents(bounds, dtype):
+    """Empty ones have no token; what is past the last bound is one more."""
+    first, last = before.documents(torch.tensor(bounds, dtype=dtype, device=DEVICE), 1500)
+    ends = torch.tensor([*bounds, 1500], device=DEVICE)
+    starts = torch.tensor([*bounds], device=DEVICE)
+    lengths = ends.diff()
+    assert torch.equal(first, starts.repeat_interleave(lengths).int())
+    assert torch.equal(last, ends[1:].repeat_interleave(lengths).int())
+
+
 # ---- The horizon ---------------------------------------------------------------------------------
 
 
@@ -337,3 +351,14 @@ def test_launches_of_a_layer(monkeypatch, Ds):
     assert beyond == [*ours, *ours, "products_kernel", "reverse_sums_kernel"]
     assert len(found["sisa"]) - len(found["plain"]) == len(beyond) <= 12
     assert len(found["plain"]) == 7
+
+
+def test_packed_documents_cost_one_launch_more(monkeypatch):
+    monkeypatch.undo()
+    x, dy = random_inputs(L=300, H=2, Dh=16, Ds=16)
+    bounds = torch.tensor([0, 40, 300], device=DEVICE)
+    with launches(monkeypatch) as names:
+        _, lse = op.triton_exact_eager(*x[:8], None, None, bounds, None)
+        op.triton_exact_backward_eager(dy, dy, lse, *x[:8], None, None, bounds, None)
+    assert names.count("documents_kernel") == 2
+    assert all(name.endswith("_kernel") for name in names)

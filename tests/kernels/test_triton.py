@@ -663,8 +663,8 @@ def test_compiled_ahead_of_time_at_the_other_widths(arch):
 def test_compiled_ahead_of_time_the_kernels_around():
     """No number is loaded alone, nothing spills that is not in the table."""
     kernels = "sums", "fold", "refold", "horizon", "horizons", "products", "reverse"
-    widths = "--d-states", "16", "128", "--arch", "80", "90"
-    assert len(resources(*widths, kernels=kernels)) == 2 * 2 * 2 * 7
+    widths = "--d-states", "16", "128", "--arch", "90"
+    assert len(resources(*widths, kernels=kernels)) == 2 * 2 * 7
     assert len(resources("--arch", "90", kernels=("documents", "rotary", "delta"))) == 3
 
 

@@ -193,19 +193,17 @@ def test_the_horizon_keeps_every_pair_that_fp64_keeps():
         if seed == 1:
             x.log_decay[:, 1:80] = -1e3
         found = before.folded(x.scores(), 32)
-        shift = 2**25  # as after as many tokens more
-        for importance in (found, found._replace(level=found.level - shift)):
-            for tile in (Tile(64, 32, 4, 2), Tile(16, 128, 4, 2, 16)):
-                starts, ends, _ = op.horizons(importance, 2.0**-8, starts=tile, ends=tile)
-                need, reach = spec.horizon_bounds(x, tile, 2.0**-8)
-                past = reach[:, :, None, :] <= need[..., None]
-                first, last = spec.first_and_last(past, tile)
-                assert (starts <= first).all()
-                assert (ends >= last).all()
-                past = reach[:, :, None, :] <= need[..., None] - 2.0**-15
-                first, last = spec.first_and_last(past, tile)
-                assert (starts >= first).all()
-                assert (ends <= last).all()
+        found = found._replace(level=found.level - seed * 2**25)  # as after as many tokens more
+        for tile in (Tile(64, 32, 4, 2), Tile(16, 128, 4, 2, 16)):
+            starts, ends, _ = op.horizons(found, 2.0**-8, starts=tile, ends=tile)
+            need, reach = spec.horizon_bounds(x, tile, 2.0**-8)
+            first, last = spec.first_and_last(reach[:, :, None] <= need[..., None], tile)
+            assert (starts <= first).all()
+            assert (ends >= last).all()
+            need -= 2.0**-15
+            first, last = spec.first_and_last(reach[:, :, None] <= need[..., None], tile)
+            assert (starts >= first).all()
+            assert (ends <= last).all()
     assert first.any()
 
 
@@ -219,7 +217,7 @@ def test_without_a_tolerance_nothing_is_left_out():
     assert (reach == 100).all()
 
 
-@pytest.mark.parametrize("decay", [-4.0, 0.0, 6.0])
+@pytest.mark.parametrize("decay", [-4.0, 0.0])
 def test_the_reach_in_tokens(decay):
     """No pair that far apart is kept, whatever its rows' norms; and it is as near as they allow."""
     x, _ = random_inputs(B=2, L=400, H=4, G=2, Dh=16, Ds=8, decay=decay)
@@ -255,9 +253,13 @@ def of_the_operands(x, dtype, documents):
 
 
 @pytest.mark.parametrize(
-    "documents", [[0, 300], [0, 1, 5, 128, 129, 250, 256, 300], [0, 10, 290, 300]]
+    ("documents", "Ds", "H", "G"),
+    [
+        ([0, 300], 18, 1, 1),
+        ([0, 1, 5, 128, 129, 250, 256, 300], 6, 4, 2),
+        ([0, 10, 290, 300], 18, 1, 1),
+    ],
 )
-@pytest.mark.parametrize(("Ds", "H", "G"), [(6, 4, 2), (18, 1, 1)])
 def test_gradients(documents, Ds, H, G):
     x, _ = random_inputs(L=300, H=H, G=G, Dh=16, Ds=Ds, decay=-1.0)
     grads, right = of_the_operands(x, torch.float32, documents)

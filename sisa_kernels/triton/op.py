@@ -39,7 +39,14 @@ from sisa_kernels.triton.kernels import (
     backward_query_kernel,
     forward_kernel,
 )
-from sisa_kernels.triton.prologue import LOG2E, Importance, prologue, rotate_qk, unrotate
+from sisa_kernels.triton.prologue import (
+    LOG2E,
+    Importance,
+    documents,
+    prologue,
+    rotate_qk,
+    unrotate,
+)
 from sisa_kernels.triton.tiles import Tile, Tiles, choose_tiles
 
 MAX_WIDTH = 128
@@ -52,22 +59,6 @@ INTERPRETED_DTYPES = DTYPES[:2]
 def padded_width(width: int) -> int:
     """The width a kernel computes at: the next power of two, at least Triton's least, 16."""
     return max(16, triton.next_power_of_2(width))
-
-
-def _documents(
-    L: int, cu_seqlens: Tensor | None, device: torch.device
-) -> tuple[Tensor | None, Tensor | None]:
-    """Each token's document, where packed: its first token and its end, each [L] int32.
-
-    With ``cu_seqlens`` on the device nothing waits for it: the call may be captured in a CUDA
-    graph."""
-    if cu_seqlens is None:
-        return None, None
-    bounds = cu_seqlens.to(device)
-    lengths = bounds.diff()
-    first = bounds[:-1].repeat_interleave(lengths, output_size=L)
-    last = bounds[1:].repeat_interleave(lengths, output_size=L)
-    return first, last
 
 
 class _Launcher:
@@ -89,7 +80,9 @@ class _Launcher:
         Ds = 0 if x is None else x.b.shape[3]
         self.programs_of_queries = B * H
         self.programs_of_keys = B * G
-        first, self.last = _documents(self.L, cu_seqlens, q.device)
+        first = self.last = None
+        if cu_seqlens is not None:
+            first, self.last = documents(cu_seqlens.to(q.device), self.L)
         importance = dict.fromkeys(("c", "b", "level", "lam"))
         if x is not None:
             importance = {name: getattr(x, name) for name in importance}

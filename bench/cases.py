@@ -123,7 +123,9 @@ def attention_bound(
     path: Path, shape: Shape, s: Setting, backward: bool, rope: bool, half_life: float
 ) -> float:
     """The roofline's, in ms; without RoPE there is no prologue."""
-    horizon = horizon_tokens(shape.d_state, half_life) if path is EXACT else math.inf
+    horizon = math.inf
+    if path.near_only and path.cost == "exact":
+        horizon = horizon_tokens(shape.d_state, half_life)
     kernels = stages(path.cost, shape, backward=backward, horizon=horizon)
     if not rope:
         kernels = [kernel for kernel in kernels if not kernel.name.startswith("prologue")]
@@ -133,7 +135,7 @@ def attention_bound(
 def attention_work(path: Path, shape: Shape, backward: bool, half_life: float) -> Work:
     """FLOPs of the causal scores."""
     B, L, H, Dh, Ds, Dv = astuple(shape)
-    horizon = horizon_tokens(Ds, half_life) if path is EXACT else math.inf
+    horizon = horizon_tokens(Ds, half_life) if path.near_only else math.inf
     width = Dh
     width_formula = "Dh"
     if path.mode != "plain":

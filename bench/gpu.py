@@ -38,7 +38,7 @@ from bench.cases import CUDA, Setting
 from bench.paths import problem, reason
 from bench.plan import ON_REQUEST, PROCESS, SECTIONS, Step, estimates, missing_forms, plan
 from bench.roofline import DEVICES
-from bench.rows import PYTEST, RESULTS, ROOT, now, provenance
+from bench.rows import PYTEST, ROOT, add_destination, now, provenance
 from bench.timing import COMPILE_SHARE, Budget, Run, gpu_milliseconds, measure
 
 BUILD = {"extension": ["setup.py", "build_ext", "--inplace"], "self-check": ["-m", "sisa_kernels"]}
@@ -492,7 +492,7 @@ def arguments_parser() -> argparse.ArgumentParser:
     add("--lengths", type=int, nargs="+", default=[], help=lengths)
     add("--d-states", type=int, nargs="+", default=Setting.d_states, help="the first goes first")
     add("--tokens", type=int, default=Setting.tokens, help="of a batch")
-    add("--out", type=Path, default=RESULTS, help="folder of the CSV files")
+    add_destination(parser)
     device = "data sheet of the bounds; default: the GPU's own, H200 in a dry run"
     add("--device", choices=DEVICES, help=device)
     dry_run = "print the plan with its estimated minutes, and stop"

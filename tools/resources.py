@@ -539,7 +539,7 @@ def parse() -> tuple[argparse.Namespace, list[str]]:
     add("--d-states", type=int, nargs="+", default=[0, 16, 64], choices=[0, *WIDTHS])
     add("--dtype", default="bf16", choices=sorted(TYPES.values()))
     add("--kernels", nargs="+", default=list(KERNELS), choices=KERNELS)
-    add("--variants", nargs="+", default=["plain", "packed+gqa", "band"], choices=VARIANTS)
+    add("--variants", nargs="+", default=["plain", "packed+gqa"], choices=VARIANTS)
     add("--all", action="store_true", help="every width and variant: an hour of a core")
     add("--jobs", type=int, default=os.cpu_count(), help="compiled at a time")
     return parser.parse_args(), output.parse_known_args()[1]

@@ -216,11 +216,14 @@ def test_a_form_that_is_missing_is_said(monkeypatch, capsys, run):
 
 
 def test_a_form_that_is_there_is_timed_beside_both(monkeypatch):
-    form = replace(FLASH, name="wide", mode="exact")
-    monkeypatch.setattr(plan, "STOCK_FORMS", [form])
-    steps = plan.plan(Setting(), ["forms"])
-    assert [one.path for one in steps[0].cases] == ["sisa", "wide", "cudnn", "flash"] * 2
+    monkeypatch.setattr(plan, "STOCK_FORMS", list(paths.FORMS.values()))
+    s = Setting(datasheet=DEVICES["H200"])
+    steps = plan.plan(s, ["forms"])
+    names = ["sisa", "far_and_band", "wide", "cudnn", "flash"]
+    assert [one.path for one in steps[0].cases] == names * 2
     assert len(steps) == 4
+    exact, band, wide, stock, _ = (one.bound for one in steps[0].cases[5:])
+    assert band == stock < wide < exact
 
 
 # ---- The minutes ---------------------------------------------------------------------------------

@@ -440,14 +440,14 @@ def needed_by(*heads):
 @pytest.mark.parametrize(
     ("heads", "layer", "form"),
     [
-        (((100, 500),), (2048, 16), "far_and_band"),
-        (((256, 500),), (1024, 128), "far_and_band"),
-        (((257, 200),), (2048, 16), "wide"),
-        (((257, 201),), (2048, 16), "exact"),
-        (((900, 20),), (2048, 64), "exact"),  # so wide that it costs more than it saves
-        (((100, 500),) * 14 + ((900, 500),) * 2, (2048, 16), "far_and_band"),
-        (((100, 500),) * 13 + ((900, 500),) * 3, (2048, 16), "exact"),
-        (((60, 500),), (200, 16), "exact"),  # the window is 16 there
+        (((100, 500),), (4096, 16), "far_and_band"),
+        (((256, 500),), (16384, 128), "far_and_band"),
+        (((100, 500),), (2048, 16), "exact"),  # so short that most of it is the band
+        (((257, 200),), (4096, 16), "wide"),
+        (((257, 201),), (4096, 16), "exact"),
+        (((900, 20),), (2048, 32), "exact"),  # so wide that it costs more than it saves
+        (((100, 500),) * 14 + ((900, 500),) * 2, (4096, 16), "far_and_band"),
+        (((100, 500),) * 13 + ((900, 500),) * 3, (4096, 16), "exact"),
     ],
 )
 def test_the_choice_is_the_first_row_that_suits_and_serves(heads, layer, form):
@@ -457,7 +457,7 @@ def test_the_choice_is_the_first_row_that_suits_and_serves(heads, layer, form):
 @pytest.fixture
 def unchecked(monkeypatch):
     """No form has been used or checked yet; small problems count as long ones."""
-    monkeypatch.setattr(choice, "window_of", lambda length: 16)
+    monkeypatch.setattr(choice, "window_of", lambda length: 4)
     monkeypatch.setattr(forms, "window_of", lambda length: 16)
     with first_use(monkeypatch):
         yield
@@ -468,7 +468,7 @@ def test_a_layer_follows_its_heads_a_call_behind(unchecked, monkeypatch):
     backend = sk.Adaptive()
     seen = []
     for step in (FAST, FAST, SLOW, SLOW):
-        inputs, _ = problem(L=70, H=1, Dh=16, decay=3.0, device=DEVICE)
+        inputs, _ = problem(L=70, H=1, Dh=16, decay=30.0, device=DEVICE)
         inputs = inputs._replace(log_decay=step * inputs.log_decay.detach())
         with torch.no_grad():
             y = sk.sisa_attention(**inputs._asdict(), backend=backend)
@@ -483,7 +483,7 @@ def test_a_form_that_is_wrong_is_left_out_and_said_once(unchecked, monkeypatch):
     monkeypatch.setattr(stock, "backward", lambda *x: tuple(1.1 * grad for grad in backward(*x)))
     monkeypatch.setattr(forms, "problem", functools.partial(problem, L=70))
     backend = sk.Adaptive()
-    inputs, _ = problem(L=70, H=1, Dh=16, decay=3.0, device=DEVICE)
+    inputs, _ = problem(L=70, H=1, Dh=16, decay=30.0, device=DEVICE)
     sk.sisa_attention(**inputs._asdict(), backend=backend)
     with pytest.warns(UserWarning, match="leaves the form 'far_and_band' out: .* wrong"):
         sk.sisa_attention(**inputs._asdict(), backend=backend)

@@ -711,9 +711,10 @@ def test_a_whole_run_ends_with_its_table_and_its_verdict(monkeypatch, capsys, tm
     command = ["--out", str(tmp_path), "--minutes", "3", "--sections", "model", "stock"]
     assert gpu.main(command) == 0
     assert seen == [("model", DEVICES["H100"], 180), ("stock", DEVICES["H100"], 180)]
-    first, *_, minutes, _, _, _, _, _, last = capsys.readouterr().out.splitlines()
+    first, *_, minutes, legend, _, _, _, last = capsys.readouterr().out.splitlines()
     assert first.startswith("device NVIDIA H100 80GB HBM3, threads ")
     assert minutes.startswith("minutes: timing 0.0, compiling, in all of it, 0.0 of at most 1.0")
+    assert legend == gpu.LEGEND
     assert last.split() == ["1x2x3", "fwd", "1.5"]
     for outcome[0], code in (
         ("RuntimeError: refused", 0),

@@ -42,7 +42,7 @@ from sisa_kernels.triton.tune import CHECK_LENGTH, autotune
 from sisa_model.models.context import Context, rotary_at, rotary_tables
 from sisa_model.models.presets import preset_config
 from sisa_model.runs.config import TrainConfig, resolve
-from sisa_model.training.loss import Objective
+from sisa_model.training.loss import Objective, Piece
 from sisa_model.training.optimizer import make_optimizer
 from sisa_model.training.parallel import Parallel, World
 
@@ -123,7 +123,9 @@ def attention_bound(
     path: Path, shape: Shape, s: Setting, backward: bool, rope: bool, half_life: float
 ) -> float:
     """The roofline's, in ms; without RoPE there is no prologue."""
-    horizon = horizon_tokens(shape.d_state, half_life) if path is EXACT else math.inf
+    horizon = math.inf
+    if path.near_only and path.cost == "exact":
+        horizon = horizon_tokens(shape.d_state, half_life)
     kernels = stages(path.cost, shape, backward=backward, horizon=horizon)
     if not rope:
         kernels = [kernel for kernel in kernels if not kernel.name.startswith("prologue")]
@@ -133,7 +135,7 @@ def attention_bound(
 def attention_work(path: Path, shape: Shape, backward: bool, half_life: float) -> Work:
     """FLOPs of the causal scores."""
     B, L, H, Dh, Ds, Dv = astuple(shape)
-    horizon = horizon_tokens(Ds, half_life) if path is EXACT else math.inf
+    horizon = horizon_tokens(Ds, half_life) if path.near_only else math.inf
     width = Dh
     width_formula = "Dh"
     if path.mode != "plain":
@@ -628,9 +630,10 @@ def trainers_step(
     objective = Objective(model, contextlib.nullcontext())
     parallel = Parallel(objective, World(), config.parallel, bf16=False)
     ids = torch.randint(model.config.vocab_size, (batch, length + 1), device=device)
+    piece = Piece(ids[:, :-1], ids[:, 1:])
 
     def call() -> None:
-        parallel.backward(ids[:, :-1], ids[:, 1:], None, 1 / (batch * length), last=True)
+        parallel.backward(piece, 1 / (batch * length), last=True)
         parallel.clip(config.clip)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)

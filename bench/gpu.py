@@ -55,6 +55,7 @@ NO_FORM = "bench/paths.py has no such path here"
 TABLE_LIMIT = 11_800  # characters
 NOTES = 12  # lines of reasons in the table
 NOTE_LIMIT = 150  # characters of a reason
+LEGEND = "ms, over the baseline, over the bound; both: fwd+bwd"
 CELL = {"ms_p50": 3, "ratio": 3, "over_bound": 2}  # significant digits in the table
 
 spawn = multiprocessing.get_context("spawn")
@@ -451,14 +452,12 @@ def numbers(op: str, rows: Sequence[dict[str, str]]) -> list[str]:
     paths = list(dict.fromkeys(row["path"] for row in measured))
     problems: dict[str, dict[str, str]] = {}
     for row in measured:
-        problems.setdefault(f"{row['shape']} {row['pass']}", {})[row["path"]] = cell(row)
+        passes = "both" if row["pass"] == "fwd+bwd" else row["pass"]
+        problems.setdefault(f"{row['shape']} {passes}", {})[row["path"]] = cell(row)
     texts = [text for cells in problems.values() for text in (*cells, *cells.values())]
-    left = max(map(len, problems))
+    left = max(map(len, (op, *problems)))
     width = 1 + max(map(len, texts))
-    lines = [
-        f"{op}: ms, over the fastest baseline, over the bound",
-        " " * left + "".join(f"{path:>{width}}" for path in paths),
-    ]
+    lines = [f"{op:{left}}" + "".join(f"{path:>{width}}" for path in paths)]
     for label, cells in problems.items():
         lines.append(f"{label:{left}}" + "".join(f"{cells.get(p, ''):>{width}}" for p in paths))
     return lines
@@ -467,6 +466,8 @@ def numbers(op: str, rows: Sequence[dict[str, str]]) -> list[str]:
 def table(rows: Sequence[dict[str, str]]) -> str:
     """What has no number and why, then every section's numbers, within ``TABLE_LIMIT``."""
     lines = notes(rows)
+    if any(row["pass"] for row in rows):
+        lines.append(LEGEND)
     for op in dict.fromkeys(row["op"] for row in rows):
         lines += numbers(op, [row for row in rows if row["op"] == op])
     text = "\n".join(line.rstrip() for line in lines)

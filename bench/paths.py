@@ -49,6 +49,7 @@ class Path:
     formula: Attend  # the same, densely in the operands' dtype
     proofs: str = ""  # pattern of the tests (with {ds}) whose failure keeps it from being timed
     trains: bool = True  # has a backward
+    near_only: bool = False  # it makes no importance product past the horizon
 
     @property
     def uses(self) -> int:
@@ -188,15 +189,16 @@ def plain_native(x: SisaInputs) -> Tensor:
 EXACT_TESTS = r"test_exact_in_bf16.*\[\d+-{ds}-|test_two_runs_give_the_same_bits"
 PLAIN_TESTS = "test_without_the_importance_term|test_addresses_past_32_bits"
 FLASH_TESTS = "test_every_legal_row_on_the_gpu"
-EXACT = Path("sisa", "exact", "exact", exact, dense, EXACT_TESTS + "|past_the_horizon")
-# Exact attention through a stock kernel, by the backend's name, and its name in the roofline: those
-# that this checkout has.
-FORMS = {"far_and_band": "far and band", "wide": "wide"}
-STOCK_FORMS = [
-    Path(name, "exact", cost, ours("exact", name), dense)
-    for name, cost in FORMS.items()
-    if name in BACKENDS
-]
+EXACT = Path(
+    "sisa", "exact", "exact", exact, dense, EXACT_TESTS + "|past_the_horizon", near_only=True
+)
+# Exact attention through a stock kernel, by the name of its backend. Of far and band the floor is
+# plain attention's.
+FORMS = {
+    name: Path(name, "exact", cost, ours("exact", name), dense, near_only=name == "far_and_band")
+    for name, cost in (("far_and_band", "plain"), ("wide", "augmented"))
+}
+STOCK_FORMS = [path for name, path in FORMS.items() if name in BACKENDS]
 STOCK = [
     Path(name, "plain", "plain", stock(getattr(SDPBackend, f"{name.upper()}_ATTENTION")), dense)
     for name in ("cudnn", "flash", "efficient")

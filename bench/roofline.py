@@ -152,11 +152,13 @@ def prologue_bytes(path: str, shape: Shape) -> tuple[int, int]:
     if path == "eager":
         # Tensors that the ops of authors.eager_chain and of its autograd read and write, summed.
         return 112 * Dh + 164 * Ds + 80, 136 * Dh + 350 * Ds + 152
-    # Out with the operands of "exact": b lowered to its tiles, g in fp64 and its level, norms of b
-    # and c. Back: dc, db, dL/ds_ii, g, its level and the phases' tables in fp32.
+    # Out with the operands of "exact": b lowered to its tiles, g's level and fraction, norms of b
+    # and c; the steps of decay and phase in a second time. Back: dc, db, dL/ds_ii, the fraction and
+    # the phase in fp32 or int32; the products of decay and phase, out, in and summed out.
+    steps = 1 + Ds // 2
     return (
-        fused + BF16 * Ds + FP32 * 5,
-        BF16 * 4 * (Dh + Ds) + FP32 * (5 + Ds // 2 + 3 * Ds),
+        fused + BF16 * Ds + FP32 * (4 + steps),
+        BF16 * 4 * (Dh + Ds) + FP32 * (2 * Ds + 2 + Ds // 2 + 3 * steps),
     )
 
 
@@ -177,8 +179,8 @@ def two_product_kernels(
     dkdv_macs = 2 * macs  # S, dP, dV, dK
     dq_macs = (2 * Dh + Dv) * scores + 2 * Ds * within  # S, dP, dQ
     common = operands + 3 * FP32
-    # The prologue is recomputed, not saved; with the phases' tables and c lowered to its tiles.
-    again = Stage("prologue again", 0, rows * (prologue + FP32 * Ds + BF16 * Ds))
+    # The prologue is recomputed, not saved; with the phases and c lowered to its tiles.
+    again = Stage("prologue again", 0, rows * (prologue + FP32 * (Ds // 2) + BF16 * Ds))
     dkdv = Stage("dK/dV", 2 * dkdv_macs, rows * (common + BF16 * (Dh + Dv) + FP32 * Ds))
     dq = Stage("dQ", 2 * dq_macs, rows * (common + BF16 * Dh + FP32 * (Ds + 1)))
     return forward, [again, dkdv, dq]

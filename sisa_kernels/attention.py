@@ -1,6 +1,7 @@
 """sisa_attention: the argument checks, the choice of a path, and the dispatch to it."""
 
 import os
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -16,17 +17,21 @@ from sisa_kernels.inputs import BACKENDS, Backend, Mode, Rotary, SisaInputs
 from sisa_kernels.ops import of_one_dtype, refuse_forward_mode, say_once, without_autocast
 from sisa_kernels.paths import native, one_call
 from sisa_kernels.paths.augment import guard_compiled
+from sisa_kernels.paths.choice import Adaptive, Form
 from sisa_kernels.paths.chunked import chunked
 
 try:
+    from sisa_kernels.paths import forms
     from sisa_kernels.triton import op as triton_op
 except ImportError as error:
-    triton_op = None  # type: ignore[assignment]
+    forms = triton_op = None  # type: ignore[assignment]
     _NO_TRITON = f"needs the package triton ({error})"
 
 # What the paths are called, by the names that they have had.
 ALIASES = {"flash": "one_call", "sdpa": "chunked"}
 FUSED = ("native", "triton")  # exact in one kernel, checked on their first use
+FORMS = ("far_and_band", "wide", "adaptive")  # on stock kernels beside Triton's
+_adaptive = Adaptive()  # of all calls that ask for it by name
 # Those that return a log-sum-exp: what runs on a rank's own pieces.
 OVER_RANKS: dict[str, type[Pieces]] = {"native": Native, "triton": Triton, "chunked": Chunked}
 
@@ -73,13 +78,15 @@ def _widths(inputs: SisaInputs) -> tuple[int, int, int]:
 
 
 def _refusal(path: str, inputs: SisaInputs) -> str | None:
-    """Why "native" or "triton" cannot run on these operands, or None."""
+    """Why "native", "triton" or a form cannot run on these operands, or None."""
     q = inputs.q
     if path == "native":
         return native.refusal(q.device, q.dtype, *_widths(inputs))
     state = _triton_state()
     if state != "available":
         return f"it {state}"
+    if path in ("far_and_band", "wide") and inputs.cu_seqlens is not None:
+        return "it takes one document a row, not packed ones (cu_seqlens)"
     return triton_op.refusal(q, inputs.v, inputs.b)
 
 
@@ -98,19 +105,21 @@ def _preferred(mode: str, q: Tensor) -> str:
     return "chunked" if q.device.type in ("cpu", "meta") else "triton"
 
 
-def asked_backend(backend: str) -> tuple[str, str]:
+def asked_backend(backend: str | Adaptive) -> tuple[str, str]:
     """SISA_BACKEND if set, else ``backend``, an old name resolved; and which of the two counts.
 
     Raises ValueError where it is no backend."""
     forced = os.environ.get("SISA_BACKEND")  # empty counts as unset
     source = "SISA_BACKEND" if forced else "backend"
+    if isinstance(backend, Adaptive):
+        backend = "adaptive"
     backend = forced or backend
     if backend not in BACKENDS:
         raise ValueError(f"{source} must be one of {', '.join(BACKENDS)}, got {backend!r}")
     return ALIASES.get(backend, backend), source
 
 
-def _choose(backend: str, mode: str, inputs: SisaInputs) -> str:
+def _choose(backend: str | Adaptive, mode: str, inputs: SisaInputs) -> str:
     """The path that runs: what is asked for, with "auto" resolved by mode, device and operands."""
     backend, source = asked_backend(backend)
     if backend == "auto":
@@ -125,14 +134,14 @@ def _choose(backend: str, mode: str, inputs: SisaInputs) -> str:
             f"{backend!r}: {why}"
         )
         return "chunked"
-    if backend in FUSED:
+    if backend in FUSED + FORMS:
         why = "it computes mode 'exact' only" if mode != "exact" else _refusal(backend, inputs)
         if why is not None:
             raise ValueError(f"{source} {backend!r} cannot run here: {why}")
     return backend
 
 
-def runs_native(inputs: SisaInputs, backend: str) -> bool:
+def runs_native(inputs: SisaInputs, backend: str | Adaptive) -> bool:
     """Whether :func:`sisa_attention` of such operands in mode "exact" runs the "native" path."""
     return _choose(backend, "exact", inputs) == "native"
 
@@ -149,7 +158,7 @@ def sisa_attention(
     *,
     rotary: Rotary | None = None,
     mode: Mode = "exact",
-    backend: Backend = "auto",
+    backend: Backend | Adaptive = "auto",
     cu_seqlens: Tensor | None = None,
     group: ProcessGroup | None = None,
     layout: SequenceLayout | None = None,
@@ -179,9 +188,10 @@ def sisa_attention(
             "chunked", exact by query chunks on stock kernels (auto's in fp64); "one_call", a stock
             kernel on augmented operands, the first of a table that is legal and right (in exact
             mode an error once the range of g is too wide); "triton", exact in one kernel on a GPU,
-            its products past the horizon left out; "reference", the dense fp64 oracle; "sdpa" and
-            "flash" are old names of "chunked" and "one_call". The environment's SISA_BACKEND
-            overrides it. A named backend that cannot run is an error.
+            its products past the horizon left out; "far_and_band", "wide", "adaptive" or a
+            :class:`sisa_kernels.Adaptive`, exact, stock kernels taking what is plain; "reference",
+            the dense fp64 oracle; "sdpa" and "flash", old names of "chunked" and "one_call". The
+            environment's SISA_BACKEND overrides it. A named one that cannot run is an error.
         cu_seqlens: [documents + 1] int32 or int64, rising from 0 to at most L: documents packed
             into one sequence (B = 1), where decay, phase and attention restart at each. Some may be
             empty; past the last bound y and the gradients are 0.
@@ -198,7 +208,9 @@ def sisa_attention(
     return _attend(inputs, mode, backend, find_place(group, layout, q, cu_seqlens))
 
 
-def _attend_over_ranks(inputs: SisaInputs, place: Place, mode: Mode, backend: str) -> Tensor:
+def _attend_over_ranks(
+    inputs: SisaInputs, place: Place, mode: Mode, backend: str | Adaptive
+) -> Tensor:
     inputs = inputs._replace(cu_seqlens=None)
     check_attention(inputs, mode, empty=True)
     if mode != "exact":
@@ -218,7 +230,7 @@ def _attend_over_ranks(inputs: SisaInputs, place: Place, mode: Mode, backend: st
         return attend_over_ranks(x, place, OVER_RANKS[path])
 
 
-def _attend(inputs: SisaInputs, mode: Mode, backend: str, place: Place | None) -> Tensor:
+def _attend(inputs: SisaInputs, mode: Mode, backend: str | Adaptive, place: Place | None) -> Tensor:
     if place is not None:
         return _attend_over_ranks(inputs, place, mode, backend)
     check_attention(inputs, mode)
@@ -231,6 +243,10 @@ def _attend(inputs: SisaInputs, mode: Mode, backend: str, place: Place | None) -
             return native.attend(inputs)
         if path == "triton":
             return _by_triton(inputs)
+        if path in ("far_and_band", "wide"):
+            return forms.attend(inputs, cast(Form, path))
+        if path == "adaptive":
+            return _by_form(inputs, backend if isinstance(backend, Adaptive) else _adaptive)
         guard_compiled(inputs.scores())
         if path == "chunked" and mode == "exact":
             return chunked(inputs)
@@ -247,3 +263,18 @@ def _by_triton(inputs: SisaInputs) -> Tensor:
     past = torch.arange(length, device=bounds.device) >= bounds[-1]
     y = triton_op.attend(inputs._replace(cu_seqlens=covering))
     return y.masked_fill(past.to(y.device)[:, None, None], 0)
+
+
+def _by_form(inputs: SisaInputs, adaptive: Adaptive) -> Tensor:
+    """By the form that is chosen; packed documents by the kernels alone."""
+    if inputs.cu_seqlens is not None:
+        return _by_triton(inputs)
+    return adaptive.attend(inputs, forms.attend_and_needs, _fault_of_form)
+
+
+def _fault_of_form(form: Form, inputs: SisaInputs) -> str | None:
+    """What is known to be wrong with a form on such operands, said once."""
+    found = None if form == "exact" else forms.fault(form, inputs)
+    if found is not None:
+        say_once(f"backend 'adaptive' leaves the form {form!r} out: {found}")
+    return found

@@ -9,6 +9,7 @@ from sisa_kernels.cache import TokenCache, last, refuse_gradients
 from sisa_kernels.checks import check_attention, check_rotary
 from sisa_kernels.inputs import Backend, Rotary, SisaInputs
 from sisa_kernels.ops import of_one_dtype, without_autocast
+from sisa_kernels.paths.choice import Adaptive
 from sisa_kernels.scans import cumulative_decay
 from sisa_kernels.step import (
     Held,
@@ -88,7 +89,7 @@ def sisa_decode(
     *,
     rotary: Rotary | None = None,
     lengths: list[int] | None = None,
-    backend: Backend = "auto",
+    backend: Backend | Adaptive = "auto",
 ) -> Tensor:
     """Append T new tokens to ``cache`` and return their attention over all it then holds.
 
@@ -128,7 +129,7 @@ def sisa_decode(
 
 
 def _check_decode(
-    inputs: SisaInputs, cache: SisaCache, lengths: list[int] | None, backend: str
+    inputs: SisaInputs, cache: SisaCache, lengths: list[int] | None, backend: Backend | Adaptive
 ) -> None:
     if not isinstance(cache, SisaCache):
         raise TypeError(f"cache must be a sisa_kernels.SisaCache, got {type(cache).__name__}")
@@ -145,7 +146,7 @@ def _to_cache(inputs: SisaInputs) -> dict[str, Tensor]:
 
 
 def _prefill(
-    inputs: SisaInputs, cache: SisaCache, lengths: list[int] | None, backend: Backend
+    inputs: SisaInputs, cache: SisaCache, lengths: list[int] | None, backend: Backend | Adaptive
 ) -> Tensor:
     """The first tokens of an empty cache."""
     y = sisa_attention(**inputs._asdict(), backend=backend)
@@ -161,7 +162,7 @@ def _prefill(
     return y
 
 
-def _extend(inputs: SisaInputs, cache: SisaCache, backend: Backend) -> Tensor:
+def _extend(inputs: SisaInputs, cache: SisaCache, backend: Backend | Adaptive) -> Tensor:
     """Tokens behind those that a cache holds."""
     T = inputs.q.shape[1]
     cache.reserve(_to_cache(inputs))

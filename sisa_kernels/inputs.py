@@ -9,7 +9,19 @@ from torch import Tensor
 
 Rotary = tuple[Tensor, Tensor]
 Mode = Literal["exact", "clamped"]
-Backend = Literal["auto", "native", "triton", "one_call", "chunked", "reference", "flash", "sdpa"]
+Backend = Literal[
+    "auto",
+    "native",
+    "triton",
+    "far_and_band",
+    "wide",
+    "adaptive",
+    "one_call",
+    "chunked",
+    "reference",
+    "flash",
+    "sdpa",
+]
 # Of attention without an importance term.
 PlainBackend = Literal["auto", "native", "sdpa"]
 MODES: tuple[str, ...] = get_args(Mode)

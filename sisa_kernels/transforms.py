@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 # The axis of the heads of an argument or result, 2 ([B, L, H, ...]) where it is not named here.
-HEADS = {"lam": 0, "lse": 1, "dlse": 1}
+HEADS = {"lam": 0, "lse": 1, "dlse": 1, "needed": 1}
 SHARED = frozenset(("cos", "sin", "bounds", "cu_seqlens"))  # what all heads have in common
 OPERANDS = ("q", "k", "v", "b", "c", "log_decay", "theta", "lam", "log_forget")
 

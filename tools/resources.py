@@ -1,12 +1,13 @@
 """What the Triton kernels take of a GPU, compiled ahead of time for GPUs that are not there.
 
-It compiles ``KERNELS`` for every architecture, width, importance width and variant, with the tiles
-of sisa_kernels/triton/tiles.py, and prints a row each: registers, spilled bytes, shared memory,
-instructions of a step of each loop (near, diagonal, far), and global loads in the program, 16 bytes
-at a time into shared memory ahead of their use, and 2 bytes at a time. Variants: packed documents,
-four query heads a key head (gqa), both; launches of flagged heads, of a band, for the forms on
-stock kernels; and, of the first widths, a v of an odd token stride, which shows the cost: the
-wrapper copies such a v.
+It compiles ``KERNELS``, those of attention and those before and after it, for every architecture,
+width, importance width and variant, with the tiles of sisa_kernels/triton/tiles.py, and prints a
+row each: registers, spilled bytes, shared memory, instructions of a step of each loop (near,
+diagonal, far; of the kernels around attention as they come), and global loads in the program, 16
+bytes at a time into shared memory ahead of their use, and 2 bytes at a time. Variants: packed
+documents, four query heads a key head (gqa), both; launches of flagged heads, of a band, for the
+forms on stock kernels; and, of the first widths, a v of an odd token stride, which shows the cost:
+the wrapper copies such a v.
 
 It fails if a kernel needs more shared memory than its chip has, spills within a loop or, outside,
 more than tools/spills.csv holds for it and this Triton (the safe rows of the tiles, which fp32
@@ -39,13 +40,15 @@ from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from sisa_kernels.triton import kernels
+from sisa_kernels.triton import epilogue_kernels, horizon_kernels, kernels, prologue_kernels
+from sisa_kernels.triton.prologue import TOKENS, block_of, rows_of_program
 from sisa_kernels.triton.tiles import SAFE, Tile, Tiles, table_tiles
 
 PRODUCTS = ("wgmma", "tcgen05.mma", "mma.sync", "fma")  # as PTX calls them
 WIDTHS = [16, 32, 64, 128]
 TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 FP32 = ("lam", "lse", "delta", "dc", "db", "d_diagonal", "far_lse")
+SIZES = ("L", "H", "G", "count", "terms", "tolerance")
 INT32 = ("level", "horizon_start", "horizon_end", "first", "last", "flags")
 IMPORTANCE = ("c", "b", "near_b", "near_c", "level", "lam", *INT32[1:3], "dc", "db", "d_diagonal")
 FAR = ("far_y", "far_lse", "far_dq", "far_dk", "far_dv")  # what a band continues
@@ -68,6 +71,7 @@ VARIANTS = {
     "packed+gqa": Variant(packed=True, repeat=4),
     "flagged": Variant(flagged=True),
     "band": Variant(flagged=True, band=True),
+    "band+gqa": Variant(repeat=4, flagged=True, band=True),
     "odd v": Variant(),
 }
 # KiB a block may have (CUDA programming guide, compute capabilities).
@@ -85,7 +89,7 @@ class Kernel:
     """A kernel to compile: a line in ``KERNELS``.
 
     What its arguments' names say need not be given: ``constants`` and ``types`` are for names of
-    its own, and override the others'."""
+    its own, and override the others'. A constant may be a function of the job."""
 
     function: Any
     tile: str = ""  # whose tile of sisa_kernels.triton.tiles.Tiles it runs on
@@ -99,11 +103,99 @@ class Kernel:
         return self.fixed or getattr(tiles, self.tile)
 
 
-KERNELS = {
+ATTENTION = {
     "forward": Kernel(kernels.forward_kernel, "forward"),
     "query": Kernel(kernels.backward_query_kernel, "query"),
     "key": Kernel(kernels.backward_key_kernel, "key"),
 }
+
+# What runs before and after them: 4 warps a chunk of tokens, strides of one channel.
+CHUNK = Tile(prologue_kernels.CHUNK, 2 * prologue_kernels.PAIRS, warps=4, stages=3, diagonal=16)
+ONE = dict.fromkeys([f"{name}_d" for name in ("q", "k", "b", "c", "t", "x", "y", "cos", "sin")], 1)
+ROPE = {
+    "C": lambda job: job.width // 2,
+    "BLOCK": lambda job: block_of(job.width // 2),
+    "ROWS": lambda job: rows_of_program(job.width),
+}
+CHANNELS = {
+    "C": lambda job: job.d_state // 2,
+    "BLOCK": lambda job: min(prologue_kernels.PAIRS, block_of(job.d_state // 2)),
+    "CHUNK": CHUNK.m,
+    "UNIT": 4,
+    "a_h": 1,
+    "lam_h": 1,
+}
+FOLD = {
+    "KEYS": lambda job: job.tiles.forward.n,
+    "QUERIES": lambda job: job.tiles.forward.n,
+    "BACKWARD": False,
+    "near_c": None,
+    "phase": None,
+}
+REFOLD = {
+    "KEYS": lambda job: job.tiles.query.n,
+    "QUERIES": lambda job: job.tiles.key.m,
+    "BACKWARD": True,
+}
+STARTS = {
+    "START_M": lambda job: job.tiles.forward.m,
+    "START_N": lambda job: job.tiles.forward.n,
+    "END_M": 0,
+    "END_N": 0,
+    "ends": None,
+}
+BOTH = {
+    "START_M": lambda job: job.tiles.query.m,
+    "START_N": lambda job: job.tiles.query.n,
+    "END_M": lambda job: job.tiles.key.m,
+    "END_N": lambda job: job.tiles.key.n,
+    "reach": None,
+}
+FP32_STEPS = dict.fromkeys(("log_decay", "theta", "fraction", "square_b", "square_c"), "*fp32")
+FP32_SUMS = dict.fromkeys(("decay_sums", "phase_sums", "lam_sums"), "*fp32")
+STEPS = FP32_STEPS | {"decay_sums": "*i64", "phase_sums": "*i64", "phase": "*i32"}
+STEPS |= {"lam_out": "*fp32", "starts": "*i32", "ends": "*i32", "reach": "*i32"}
+BACK = FP32_STEPS | FP32_SUMS | dict.fromkeys(("dlog_decay", "dtheta", "dlam"), "*fp32")
+TABLES = {"cos": "*fp32", "sin": "*fp32", "cos_l": "i32", "sin_l": "i32"}
+
+
+def around(
+    function: Any, constants: Mapping[str, Any], types: Mapping[str, str], importance: bool = True
+) -> Kernel:
+    """One of the kernels before or after attention."""
+    constants = ONE | dict(constants)
+    return Kernel(function, "", CHUNK, constants, types, importance, loops=())
+
+
+AROUND = {
+    "documents": around(
+        prologue_kernels.documents_kernel,
+        {"TOKENS": TOKENS},
+        {"bounds": "*i64", "first": "*i32", "last": "*i32"},
+        importance=False,
+    ),
+    "rotary": around(
+        prologue_kernels.rotary_kernel, ROPE | {"INVERSE": False}, TABLES, importance=False
+    ),
+    "sums": around(prologue_kernels.sums_kernel, CHANNELS, STEPS),
+    "fold": around(prologue_kernels.fold_kernel, CHANNELS | FOLD, STEPS),
+    "refold": around(prologue_kernels.fold_kernel, CHANNELS | REFOLD, STEPS),
+    "horizon": around(horizon_kernels.horizon_kernel, STARTS, STEPS),
+    "horizons": around(horizon_kernels.horizon_kernel, BOTH, STEPS),
+    "delta": around(
+        epilogue_kernels.row_products_kernel,
+        {
+            "WIDTH": lambda job: job.width,
+            "BLOCK": lambda job: job.width,
+            "ROWS": lambda job: rows_of_program(job.width),
+        },
+        {"out": "*fp32"},
+        importance=False,
+    ),
+    "products": around(epilogue_kernels.products_kernel, CHANNELS, BACK | {"phase": "*i32"}),
+    "reverse": around(epilogue_kernels.reverse_sums_kernel, CHANNELS, BACK),
+}
+KERNELS = ATTENTION | AROUND
 
 
 @dataclass(frozen=True)
@@ -168,19 +260,20 @@ def constants(job: Job) -> dict[str, Any]:
     widths = {"DH": job.width, "DV": job.width, "DS": job.d_state}
     flags = {"IMPORTANCE": job.d_state > 0, "PACKED": variant.packed, "REPEAT": variant.repeat}
     flags |= {"WANTED": 0, "WINDOW": BAND if variant.band else 0}
-    absent = [] if variant.packed else ["first", "last"]
+    absent = [] if variant.packed or job.kernel == "documents" else ["first", "last"]
     absent += [] if job.d_state else IMPORTANCE
     absent += [] if variant.band else FAR
     absent += [] if variant.flagged else ["flags"]
     known = flags | blocks | sizes | widths | dict.fromkeys(absent)
-    return known | dict(KERNELS[job.kernel].constants)
+    own = KERNELS[job.kernel].constants.items()
+    return known | {name: value(job) if callable(value) else value for name, value in own}
 
 
 def argument_type(name: str, dtype: torch.dtype) -> str:
     """Of a kernel's argument by its name, as Triton writes types."""
     if name == "scale":
         return "fp32"
-    if name in ("L", "H") or re.fullmatch("[a-z]_[blh]", name):
+    if name in SIZES or re.fullmatch("[a-z]_[blh]", name):
         return "i32"
     if name in INT32:
         return "*i32"
@@ -191,7 +284,7 @@ def compiled(job: Job) -> tuple[Any, str]:
     """The kernel as a launch would specialise it, and what ptxas says of it."""
     kernel = KERNELS[job.kernel]
     known = constants(job)
-    unaligned = {"scale", "L", "H"} | ({"v_l"} if job.variant == "odd v" else set())
+    unaligned = {"scale", *SIZES} | ({"v_l"} if job.variant == "odd v" else set())
     signature, constexprs, attributes = {}, {}, {}
     for i, argument in enumerate(kernel.function.arg_names):
         if argument in known:
@@ -452,6 +545,15 @@ def parse() -> tuple[argparse.Namespace, list[str]]:
     return parser.parse_args(), output.parse_known_args()[1]
 
 
+def makes_sense(kernel: str, variant: str, d_state: int, first: tuple[int, str]) -> bool:
+    """Whether a kernel is another for this variant and d_state, ``first`` the first of both."""
+    if kernel in ATTENTION:
+        return d_state > 0 or not VARIANTS[variant].flagged
+    if not KERNELS[kernel].importance:
+        return (d_state, variant) == first
+    return d_state > 0 and not VARIANTS[variant].flagged
+
+
 def chosen_jobs(args: argparse.Namespace) -> Iterator[Job]:
     """What the flags choose to compile."""
     dtype = next(dtype for dtype, name in TYPES.items() if name == args.dtype)
@@ -461,7 +563,7 @@ def chosen_jobs(args: argparse.Namespace) -> Iterator[Job]:
     for arch, width, d_state, kernel, variant in product(
         args.arch, widths, d_states, args.kernels, variants
     ):
-        if d_state or not (KERNELS[kernel].importance or VARIANTS[variant].flagged):
+        if makes_sense(kernel, variant, d_state, first=(d_states[0], variants[0])):
             yield Job(arch, dtype, width, d_state, kernel, variant)
     if "odd v" not in variants and "forward" in args.kernels and not args.loops:
         for arch in args.arch:

@@ -12,7 +12,7 @@ from sisa_kernels.triton.epilogue_kernels import (
     reverse_sums_kernel,
     row_products_kernel,
 )
-from sisa_kernels.triton.prologue import ELEMENTS, ROWS, Importance, block_of, launch
+from sisa_kernels.triton.prologue import Importance, block_of, launch, rows_of_program
 from sisa_kernels.triton.prologue_kernels import PAIRS
 
 
@@ -21,7 +21,7 @@ def row_products(dy: Tensor, y: Tensor) -> Tensor:
     B, L, H, Dv = y.shape
     out = y.new_empty(B, H, L, dtype=torch.float32)
     block = block_of(Dv)
-    rows = min(ROWS, ELEMENTS // block)
+    rows = rows_of_program(Dv)
     programs = B * triton.cdiv(L, rows) * H
     strides = *dy.stride(), *y.stride()
     launch(row_products_kernel, programs, dy, y, out, *strides, L, H, Dv, block, rows)

@@ -32,14 +32,21 @@ from sisa_kernels.checks import (
 from sisa_kernels.inputs import Rotary, ScoreInputs, SisaInputs, as_rotary
 from sisa_kernels.ops import no_second_derivative, refuse_forward_mode, register, say_once
 from sisa_kernels.triton.epilogue import importance_gradients, row_products
-from sisa_kernels.triton.horizon import horizon_starts, horizons
+from sisa_kernels.triton.horizon import Horizon, horizons
 from sisa_kernels.triton.kernels import (
     INTERPRETED,
     backward_key_kernel,
     backward_query_kernel,
     forward_kernel,
 )
-from sisa_kernels.triton.prologue import LOG2E, Importance, prologue, rotate_qk, unrotate
+from sisa_kernels.triton.prologue import (
+    LOG2E,
+    Importance,
+    documents,
+    prologue,
+    rotate_qk,
+    unrotate,
+)
 from sisa_kernels.triton.tiles import Tile, Tiles, choose_tiles
 
 MAX_WIDTH = 128
@@ -52,22 +59,6 @@ INTERPRETED_DTYPES = DTYPES[:2]
 def padded_width(width: int) -> int:
     """The width a kernel computes at: the next power of two, at least Triton's least, 16."""
     return max(16, triton.next_power_of_2(width))
-
-
-def _documents(
-    L: int, cu_seqlens: Tensor | None, device: torch.device
-) -> tuple[Tensor | None, Tensor | None]:
-    """Each token's document, where packed: its first token and its end, each [L] int32.
-
-    With ``cu_seqlens`` on the device nothing waits for it: the call may be captured in a CUDA
-    graph."""
-    if cu_seqlens is None:
-        return None, None
-    bounds = cu_seqlens.to(device)
-    lengths = bounds.diff()
-    first = bounds[:-1].repeat_interleave(lengths, output_size=L)
-    last = bounds[1:].repeat_interleave(lengths, output_size=L)
-    return first, last
 
 
 class _Launcher:
@@ -89,7 +80,9 @@ class _Launcher:
         Ds = 0 if x is None else x.b.shape[3]
         self.programs_of_queries = B * H
         self.programs_of_keys = B * G
-        first, self.last = _documents(self.L, cu_seqlens, q.device)
+        first = self.last = None
+        if cu_seqlens is not None:
+            first, self.last = documents(cu_seqlens.to(q.device), self.L)
         importance = dict.fromkeys(("c", "b", "level", "lam"))
         if x is not None:
             importance = {name: getattr(x, name) for name in importance}
@@ -226,15 +219,33 @@ class RawGradients(NamedTuple):
     """dL/ds_ii [B, H, L] fp32."""
 
 
+def forward_horizon(
+    x: Importance | None, tiles: Tiles, tolerance: float | None, reach: bool = False
+) -> Horizon:
+    """What the forward may leave out; with ``reach`` that of each head, too."""
+    if x is None:
+        return Horizon(None, None, None)
+    return horizons(x, tolerance, starts=tiles.forward, reach=reach)
+
+
+def backward_horizon(x: Importance | None, tiles: Tiles, tolerance: float | None) -> Horizon:
+    """What the two backward kernels may leave out."""
+    if x is None:
+        return Horizon(None, None, None)
+    return horizons(x, tolerance, starts=tiles.query, ends=tiles.key)
+
+
 def run_forward(
     launch: _Launcher,
     x: Importance | None,
-    horizon: float | None,
+    past: Horizon,
     y: Tensor,
     lse: Tensor,
     far: Far = NOTHING_FAR,
 ) -> None:
-    """Write y [B, L, H, Dv] and the base-2 logarithm of each softmax's sum, lse [B, H, L] fp32."""
+    """Write y [B, L, H, Dv] and the base-2 logarithm of each softmax's sum, lse [B, H, L] fp32.
+
+    ``past``: :func:`forward_horizon`."""
     tile = launch.tiles.forward
     launch(
         forward_kernel,
@@ -242,7 +253,7 @@ def run_forward(
         rows=tile.m,
         heads=launch.programs_of_queries,
         near_b=None if x is None else x.near_b,
-        horizon_start=None if x is None else horizon_starts(x, tile, horizon),
+        horizon_start=past.starts,
         far_y=far.y,
         far_lse=far.lse,
         y=y,
@@ -253,15 +264,14 @@ def run_forward(
 def run_backward(
     launch: _Launcher,
     x: Importance | None,
-    horizon: float | None,
+    past: Horizon,
     saved: Saved,
     into: RawGradients,
     far: Far = NOTHING_FAR,
 ) -> None:
-    """Write every gradient of the prologue's operands, ``into``."""
-    start = end = None
-    if x is not None:
-        start, end, _ = horizons(x, horizon, starts=launch.tiles.query, ends=launch.tiles.key)
+    """Write every gradient of the prologue's operands, ``into``.
+
+    ``past``: :func:`backward_horizon`."""
     tile = launch.tiles.query
     launch(
         backward_query_kernel,
@@ -269,7 +279,7 @@ def run_backward(
         rows=tile.m,
         heads=launch.programs_of_queries,
         near_b=None if x is None else x.near_b,
-        horizon_start=start,
+        horizon_start=past.starts,
         far_dq=far.dq,
         dq=into.dq,
         dc=into.dc,
@@ -283,7 +293,7 @@ def run_backward(
         rows=tile.n,
         heads=launch.programs_of_keys,
         near_c=None if x is None else x.near_c,
-        horizon_end=end,
+        horizon_end=past.ends,
         last=launch.last,
         far_dk=far.dk,
         far_dv=far.dv,
@@ -341,7 +351,7 @@ def triton_exact_eager(
     B, L, H, _ = q.shape
     y = q.new_empty(B, L, H, v.shape[3])
     lse = q.new_empty(B, H, L, dtype=torch.float32)
-    run_forward(launch, x, horizon, y, lse)
+    run_forward(launch, x, forward_horizon(x, tiles, horizon), y, lse)
     return y, lse
 
 
@@ -376,7 +386,7 @@ def triton_exact_backward_eager(
     dy = dy.contiguous()
     saved = Saved(dy, lse, row_products(dy, y))
     raw = empty_gradients(q, k, v, x)
-    run_backward(launch, x, horizon, saved, raw)
+    run_backward(launch, x, backward_horizon(x, tiles, horizon), saved, raw)
     return finished(raw, x, rotary, launch.last)
 
 

@@ -11,11 +11,16 @@ from torch import Tensor
 
 from sisa_kernels.inputs import Rotary, ScoreInputs
 from sisa_kernels.triton import prologue_kernels
-from sisa_kernels.triton.prologue_kernels import PAIRS, fold_kernel, rotary_kernel, sums_kernel
+from sisa_kernels.triton.prologue_kernels import (
+    PAIRS,
+    documents_kernel,
+    fold_kernel,
+    rotary_kernel,
+    sums_kernel,
+)
 
 LOG2E = 1 / math.log(2)
-ROWS = 128  # of a program that goes row by row, at most
-ELEMENTS = 4096  # the same
+TOKENS = 1024  # of a program that has one number a token
 
 
 class Importance(NamedTuple):
@@ -58,6 +63,11 @@ def block_of(width: int) -> int:
     return triton.next_power_of_2(width)
 
 
+def rows_of_program(width: int) -> int:
+    """Tokens of a program that goes row by row, of ``width`` channels."""
+    return min(128, 4096 // block_of(width))
+
+
 def rotate_qk(q: Tensor, k: Tensor, rotary: Rotary | None) -> tuple[Tensor, Tensor]:
     """q [B, L, H, Dh] and k [B, L, G, Dh] with RoPE, where given, in their dtype."""
     if rotary is None:
@@ -77,12 +87,24 @@ def _turn(
     B, L, H, Dh = q.shape
     G = k.shape[2]
     block = block_of(Dh // 2)
-    rows = min(ROWS, ELEMENTS // (2 * block))
+    rows = rows_of_program(2 * block)
     programs = B * triton.cdiv(L, rows) * (H + G)
     strides = (stride for x in (q, k, *rotary) for stride in x.stride())
     sizes = L, H, G, Dh // 2, block, rows
     launch(rotary_kernel, programs, q, k, *rotary, q_out, k_out, *strides, *sizes, inverse)
     return q_out, k_out
+
+
+def documents(cu_seqlens: Tensor, length: int) -> tuple[Tensor, Tensor]:
+    """Each token's document of those between the bounds: its first token and its end, [L] int32.
+
+    Nothing waits for the bounds: the call may be captured in a CUDA graph. What is past the last
+    bound is one more document."""
+    bounds = cu_seqlens.contiguous()
+    first, last = (bounds.new_empty(length, dtype=torch.int32) for _ in range(2))
+    programs = triton.cdiv(length, TOKENS)
+    launch(documents_kernel, programs, bounds, first, last, bounds.shape[0], length, TOKENS)
+    return first, last
 
 
 def prologue(

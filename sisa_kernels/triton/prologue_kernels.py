@@ -148,6 +148,26 @@ def cos_sin(phase):
 
 
 @triton.jit
+def documents_kernel(bounds, first, last, count, L, TOKENS: tl.constexpr):
+    """The first token and the end of each token's document, first and last [L].
+
+    bounds [count], rising from 0, are searched by halving. One program for TOKENS tokens."""
+    o_t = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
+    low = tl.zeros([TOKENS], tl.int32)  # the last bound that is not behind the token lies from it
+    high = low + count  # to before it
+    size = count
+    while size > 0:
+        middle = (low + high) // 2
+        reached = tl.load(bounds + middle) <= o_t
+        low = tl.where(reached, middle, low)
+        high = tl.where(reached, high, middle)
+        size = size // 2
+    tl.store(first + o_t, tl.load(bounds + low).to(tl.int32), o_t < L)
+    end = tl.load(bounds + low + 1, low + 1 < count, L)
+    tl.store(last + o_t, end.to(tl.int32), o_t < L)
+
+
+@triton.jit
 def _turned(x, cos, sin, y, o_t, stride, step, y_stride, L, C: tl.constexpr, BLOCK: tl.constexpr):
     x0, x1 = load_pairs(x, o_t, stride, step, L, 0, C, BLOCK)
     store_pairs(y, x0 * cos - x1 * sin, x0 * sin + x1 * cos, o_t, y_stride, L, 0, C, BLOCK)

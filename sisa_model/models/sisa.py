@@ -66,7 +66,8 @@ class SisaAttention(Fp32Parameters):
         self.head_dim = E = config.head_dim
         self.d_state = Ds = config.d_state
         self.mode = config.mode
-        self.backend = config.backend
+        chosen = config.backend == "adaptive"  # by this layer's own heads
+        self.backend = sk.Adaptive() if chosen else config.backend
         self.decay = config.decay
         self.rotation = config.rotation
         self.weights = config.weights

@@ -116,7 +116,7 @@ def test_dry_run_lists_every_block_path_and_bound(capsys):
         )
         assert bounds["sisa"] == f"{near:.3f}"
         assert bounds["cudnn"] == f"{bound_ms('plain', shape, h200, backward=passes != 'fwd'):.3f}"
-    assert any("kernels" in line for line in blocks["prologue"])
+    assert any("copy" in line for line in blocks["prologue"])
     assert any("extension" in line for line in blocks["augment"])
     models = "transformer-152m, sisa-152m-ds16, mamba2-152m"
     assert f"  8x2048 eager step: {models}" in blocks["training"]
@@ -216,11 +216,14 @@ def test_a_form_that_is_missing_is_said(monkeypatch, capsys, run):
 
 
 def test_a_form_that_is_there_is_timed_beside_both(monkeypatch):
-    form = replace(FLASH, name="wide", mode="exact")
-    monkeypatch.setattr(plan, "STOCK_FORMS", [form])
-    steps = plan.plan(Setting(), ["forms"])
-    assert [one.path for one in steps[0].cases] == ["sisa", "wide", "cudnn", "flash"] * 2
+    monkeypatch.setattr(plan, "STOCK_FORMS", list(paths.FORMS.values()))
+    s = Setting(datasheet=DEVICES["H200"])
+    steps = plan.plan(s, ["forms"])
+    names = ["sisa", "far_and_band", "wide", "cudnn", "flash"]
+    assert [one.path for one in steps[0].cases] == names * 2
     assert len(steps) == 4
+    exact, band, wide, stock, _ = (one.bound for one in steps[0].cases[5:])
+    assert band == stock < wide < exact
 
 
 # ---- The minutes ---------------------------------------------------------------------------------
@@ -708,9 +711,10 @@ def test_a_whole_run_ends_with_its_table_and_its_verdict(monkeypatch, capsys, tm
     command = ["--out", str(tmp_path), "--minutes", "3", "--sections", "model", "stock"]
     assert gpu.main(command) == 0
     assert seen == [("model", DEVICES["H100"], 180), ("stock", DEVICES["H100"], 180)]
-    first, *_, minutes, _, _, _, _, _, last = capsys.readouterr().out.splitlines()
+    first, *_, minutes, legend, _, _, _, last = capsys.readouterr().out.splitlines()
     assert first.startswith("device NVIDIA H100 80GB HBM3, threads ")
     assert minutes.startswith("minutes: timing 0.0, compiling, in all of it, 0.0 of at most 1.0")
+    assert legend == gpu.LEGEND
     assert last.split() == ["1x2x3", "fwd", "1.5"]
     for outcome[0], code in (
         ("RuntimeError: refused", 0),

@@ -83,16 +83,16 @@ def test_bytes_a_token_and_head():
         7 * 160 + 8,
         fused_back + pad,
     ]
-    prologue = fused + 32 + 20  # b a second time, g in fp64, its level, two norms
+    prologue = fused + 32 + 16 + 36  # b and the steps a second time, level, fraction, two norms
     read = 4 * 128 + 3 * 32 + 3 * 4  # q, k, v, dy, c, b, one lowered, level, log-sum-exp, delta
     dkdv, dq = read + 2 * 128 + 64, read + 128 + 64 + 4
-    back = 4 * 128 + 4 * 32 + 4 + 12 + 3 * 64 + 36
+    back = 4 * 128 + 4 * 32 + 2 * 64 + 8 + 32 + 3 * 36
     forward = 4 * 128 + 3 * 32 + 8
     assert per_row("exact") == [
         prologue,
         forward,
         2 * 128 + 4,
-        prologue + 64 + 32,
+        prologue + 32 + 32,
         dkdv,
         dq,
         back,

@@ -399,7 +399,7 @@ def test_products_past_the_horizon_are_not_made_and_no_others():
     exact = in_fp64(inputs)
     tolerance = 2.0
     _, _, x = ta.prologue(SisaInputs(**inputs).scores(), 32)
-    starts = ta.horizon_starts(x, SMALL.forward, tolerance)
+    starts = ta.horizons(x, tolerance, starts=SMALL.forward).starts
     left_out, _ = skipped(starts, starts.new_zeros(1, 2, 9), SMALL.forward, 257)
     assert 0.1 < left_out.double().mean() < 0.5
     score = torch.einsum("bihd,bjhd->bhij", exact["q"], exact["k"]) / 8
@@ -633,9 +633,9 @@ def test_a_kernel_that_fails_is_out_and_said(preferred, monkeypatch):
 # ---- Tiles ---------------------------------------------------------------------------------------
 
 
-def resources(*arguments):
+def resources(*arguments, kernels=("forward", "query", "key")):
     """The report of tools/resources.py, which compiles for GPUs that are not there."""
-    command = [sys.executable, "tools/resources.py", *arguments]
+    command = [sys.executable, "tools/resources.py", "--kernels", *kernels, *arguments]
     env = {**os.environ, "TRITON_INTERPRET": "0", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
     print(done.stdout)
@@ -657,6 +657,15 @@ def test_compiled_ahead_of_time_nothing_spills_and_hopper_runs_wgmma():
 def test_compiled_ahead_of_time_at_the_other_widths(arch):
     widths = "--widths", "16", "128", "--d-states", "0", "16", "128", "--variants", "packed+gqa"
     assert len(resources("--arch", arch, *widths)) == 2 * 3 * 3 + 1
+
+
+@pytest.mark.slow
+def test_compiled_ahead_of_time_the_kernels_around():
+    """No number is loaded alone, nothing spills that is not in the table."""
+    kernels = "sums", "fold", "refold", "horizon", "horizons", "products", "reverse"
+    widths = "--d-states", "16", "128", "--arch", "90"
+    assert len(resources(*widths, kernels=kernels)) == 2 * 2 * 7
+    assert len(resources("--arch", "90", kernels=("documents", "rotary", "delta"))) == 3
 
 
 @pytest.mark.parametrize(

@@ -172,10 +172,11 @@ def sisa_attention(
             ``torch.set_float32_matmul_precision("medium")``; "chunked", exact by query chunks on
             stock kernels (in mode "clamped", which takes one call, as "one_call"); "one_call", a
             stock kernel on augmented operands, the first of a table that is legal and right (in
-            exact mode an error once the range of g is too wide); "triton", exact in one kernel on a
-            GPU, its products past the horizon left out; "reference", the dense fp64 oracle; "sdpa"
-            and "flash" are old names of "chunked" and "one_call". The environment's SISA_BACKEND
-            overrides it. A named backend that cannot run is an error, never a fallback.
+            exact mode an error once the range of g is too wide, on a GPU an assertion there);
+            "triton", exact in one kernel on a GPU, its products past the horizon left out;
+            "reference", the dense fp64 oracle; "sdpa" and "flash" are old names of "chunked" and
+            "one_call". The environment's SISA_BACKEND overrides it. A named backend that cannot run
+            is an error, never a fallback.
         cu_seqlens: [documents + 1] int32 or int64, rising from 0 to at most L: documents packed
             into one sequence (B = 1), where decay, phase and attention restart at each. A document
             may be empty; past the last bound y and the gradients are 0.

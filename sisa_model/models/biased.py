@@ -28,7 +28,7 @@ class BiasedAttention(QKVAttention):
         log_forget = self.log_forget(q, *gates)
         if cache is None:
             y = sk.forgetting_attention(
-                q, k, v, log_forget, cu_seqlens=context.cu_seqlens, backend=self.backend
+                q, k, v, log_forget, cu_seqlens=context.on_cpu(), backend=self.backend
             )
         else:
             y = sk.forgetting_decode(

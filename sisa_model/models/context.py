@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from sisa_kernels.cache import TokenCache, uniform
+from sisa_model.utils.buffers import to_device
 
 
 @dataclass
@@ -20,22 +21,45 @@ class Context:
     """
     cu_seqlens: Tensor | None = None
     """[documents + 1] int32 or int64, rising from 0 to at most L: documents packed into one
-    sequence (B = 1) that do not see each other.
+    sequence (B = 1) that do not see each other. On the tokens' device.
     """
     lengths: list[int] | None = None
     """Of the first tokens of a cache: how many of each row are real, the rest being padding on the
     right (None: all).
     """
+    bounds: Tensor | None = None
+    """cu_seqlens on the CPU, where they came from there; :meth:`on_cpu` has them in any case."""
     _documents: list[int] | None = field(default=None, init=False, repr=False)
+
+    @classmethod
+    def of(
+        cls,
+        rotary: tuple[Tensor, Tensor],
+        cu_seqlens: Tensor | None,
+        lengths: list[int] | None = None,
+    ) -> "Context":
+        """Of tokens on the device of ``rotary``; bounds on the CPU are copied to it, unawaited."""
+        device = rotary[0].device
+        if cu_seqlens is None or cu_seqlens.device.type != "cpu" or device.type == "cpu":
+            return cls(rotary, cu_seqlens, lengths)
+        return cls(rotary, to_device(cu_seqlens, device), lengths, bounds=cu_seqlens)
+
+    def on_cpu(self) -> Tensor | None:
+        """cu_seqlens on the CPU, for what runs document by document: read only once."""
+        if self.bounds is None and self.cu_seqlens is not None:
+            held = self.cu_seqlens
+            self.bounds = held.cpu() if held.is_cuda else held
+        return self.bounds
 
     def documents(self, length: int) -> list[int]:
         """Tokens of each packed document that has any, or ``length``; what is past them is another.
 
-        Read from the device only once."""
-        if self.cu_seqlens is None:
+        As :meth:`on_cpu`."""
+        bounds_on_cpu = self.on_cpu()
+        if bounds_on_cpu is None:
             return [length]
         if self._documents is None:
-            bounds = [*self.cu_seqlens.tolist(), length]
+            bounds = [*bounds_on_cpu.tolist(), length]
             counts = [end - start for start, end in itertools.pairwise(bounds)]
             self._documents = [count for count in counts if count]
         return self._documents

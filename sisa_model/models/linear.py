@@ -11,6 +11,7 @@ from sisa_model.utils.buffers import CACHE_LINE, empty_aligned
 
 ALIGNED = CACHE_LINE // 4  # fp32 numbers in a line
 HALF = (torch.bfloat16, torch.float16)
+PLAIN = (nn.Parameter,)  # types of weights that may be copied: not sharded, not quantised
 PADDED = 64  # to a multiple of this: a tile of any kernel's, and 16 bytes many times over
 # Copying weights pays for many rows, or where they are so few that the calls count (measured: for
 # one row the copy of the 2.1 million of a 152M layer takes 4 times as long as its products).
@@ -87,7 +88,7 @@ class Linear(nn.Linear):
         if self.bias is not None:  # given to it later
             return super().forward(x)
         weight = self.weight
-        if alignment(x.device, HALF[0]) == 1 or type(weight) is not nn.Parameter:
+        if alignment(x.device, HALF[0]) == 1 or type(weight) not in PLAIN:
             return linear(x, weight)
         return _padded_linear(x, weight) if _packing_pays(x, [weight]) else linear(x, weight)
 
@@ -254,7 +255,7 @@ def _plain_weights(modules: list[Any]) -> list[Tensor]:
         return []
     weights = [module._parameters.get("weight") for module in modules]
     dtype = getattr(weights[0], "dtype", None)
-    plain = all(type(weight) is nn.Parameter and weight.dtype == dtype for weight in weights)
+    plain = all(type(weight) in PLAIN and weight.dtype == dtype for weight in weights)
     return weights if plain else []
 
 

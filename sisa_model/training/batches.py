@@ -26,6 +26,7 @@ from sisa_model.data.synthetic import (
 from sisa_model.data.tokenizer import Encoder
 from sisa_model.runs.config import ResolvedConfig
 from sisa_model.training.parallel import World
+from sisa_model.utils.buffers import to_device
 
 MIX_BATCH = 16  # sequences a step of each retrieval task in the mix
 MIX_EXAM = 256  # sequences a retrieval accuracy is measured on: 256 needles, about 7,000 recalls
@@ -143,13 +144,15 @@ class Splitter:
         return fill_rows(inputs[rows], targets[rows], short, self.end_of_text)
 
     def pieces(self, inputs: Tensor, targets: Tensor, *, text: bool) -> Iterator[Piece]:
-        """Micro-batches of a share; of ``text`` whose documents are packed, with their bounds."""
+        """Micro-batches of a share; of ``text`` whose documents are packed, with their bounds.
+
+        Those stay on the CPU, where they can be read."""
         for x, y in zip(inputs.split(self.rows), targets.split(self.rows)):
             if text and self.packed:
                 x, y, cu_seqlens = pack(x, y, self.end_of_text)
-                yield x.to(self.device), y.to(self.device), cu_seqlens.to(self.device)
+                yield to_device(x, self.device), to_device(y, self.device), cu_seqlens
             else:
-                yield x.to(self.device), y.to(self.device), None
+                yield to_device(x, self.device), to_device(y, self.device), None
 
 
 @dataclass(frozen=True)

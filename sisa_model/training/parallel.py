@@ -172,17 +172,21 @@ class Parallel:
             weighted.backward()
         return loss.detach()
 
-    def clip(self, limit: float) -> float:
-        """Scale the gradients down to norm ``limit`` if theirs is larger; their norm before."""
+    def clip(self, limit: float) -> Tensor:
+        """Scale the gradients down to norm ``limit`` if theirs is larger; their norm before.
+
+        A scalar on their device, for which nothing has waited."""
         if self.kind != "fsdp":
-            return torch.nn.utils.clip_grad_norm_(self.parameters.values(), limit).item()
+            return torch.nn.utils.clip_grad_norm_(self.parameters.values(), limit)
         whole = [p.grad for p in self._replicated if p.grad is not None]
         self._average(whole)
         grads = [p.grad for p in self.parameters.values()]
         shards = [grad.to_local() for grad in grads if isinstance(grad, DTensor)]
-        (sharded,) = self.world.sum([torch.nn.utils.get_total_norm(shards).item() ** 2])
-        norm = (sharded + torch.nn.utils.get_total_norm(whole).item() ** 2) ** 0.5
-        torch._foreach_mul_([*shards, *whole], min(1.0, limit / (norm + 1e-6)))
+        squares = torch.nn.utils.get_total_norm(shards).double().square()
+        dist.all_reduce(squares)
+        norm = (squares + torch.nn.utils.get_total_norm(whole).double().square()).sqrt()
+        scale = (limit / (norm + 1e-6)).clamp(max=1.0)
+        torch._foreach_mul_([*shards, *whole], scale.float())
         return norm
 
     def _average(self, grads: list[Tensor]) -> None:

@@ -19,8 +19,8 @@ from sisa_model.runs.config import Recipe, TrainConfig
 from sisa_model.runs.folder import free_folder, is_taken
 from sisa_model.runs.log import read_rows
 from sisa_model.training.parallel import world
-from sisa_model.training.trainer import RunStopped
 from sisa_model.utils.files import write_json, write_text
+from sisa_model.utils.progress import RunStopped
 
 log = logging.getLogger(__name__)
 

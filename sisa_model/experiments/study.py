@@ -15,7 +15,8 @@ from sisa_model.runs.config import TrainConfig, resolve
 from sisa_model.runs.folder import RECORD, read_run
 from sisa_model.runs.log import read_rows
 from sisa_model.training.parallel import world
-from sisa_model.training.trainer import RunStopped, continue_run
+from sisa_model.training.trainer import continue_run
+from sisa_model.utils.progress import RunStopped
 
 log = logging.getLogger(__name__)
 

@@ -1,13 +1,16 @@
 """What a layer knows of its tokens beside their states: RoPE's tables, documents, caches."""
 
 import itertools
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
+from sisa_kernels import SequenceLayout
 from sisa_kernels.cache import TokenCache, uniform
+from sisa_model.models.config import ModelConfig
 from sisa_model.utils.buffers import to_device
 
 
@@ -27,22 +30,29 @@ class Context:
     """Of the first tokens of a cache: how many of each row are real, the rest being padding on the
     right (None: all).
     """
+    group: dist.ProcessGroup | None = None
+    """The processes that the sequence is cut over; then all but ``cu_seqlens`` is of this one's
+    tokens."""
+    layout: SequenceLayout | None = None
+    """Who of ``group`` has which tokens."""
     bounds: Tensor | None = None
     """cu_seqlens on the CPU, where they came from there; :meth:`on_cpu` has them in any case."""
     _documents: list[int] | None = field(default=None, init=False, repr=False)
 
-    @classmethod
-    def of(
-        cls,
-        rotary: tuple[Tensor, Tensor],
-        cu_seqlens: Tensor | None,
-        lengths: list[int] | None = None,
-    ) -> "Context":
-        """Of tokens on the device of ``rotary``; bounds on the CPU are copied to it, unawaited."""
-        device = rotary[0].device
-        if cu_seqlens is None or cu_seqlens.device.type != "cpu" or device.type == "cpu":
-            return cls(rotary, cu_seqlens, lengths)
-        return cls(rotary, to_device(cu_seqlens, device), lengths, bounds=cu_seqlens)
+    @property
+    def split(self) -> dict[str, Any]:
+        """What the operators take of a sequence that several processes have."""
+        return {"group": self.group, "layout": self.layout}
+
+    def on_device(self) -> "Context":
+        """The same with bounds that are on the CPU copied to the tokens' device, unawaited.
+
+        Not for a sequence that several processes have, whose layout is known on the CPU."""
+        device = self.rotary[0].device
+        held = self.cu_seqlens
+        if self.layout is not None or held is None or held.device == device or held.is_cuda:
+            return self
+        return replace(self, cu_seqlens=to_device(held, device), bounds=held)
 
     def on_cpu(self) -> Tensor | None:
         """cu_seqlens on the CPU, for what runs document by document: read only once."""
@@ -63,6 +73,15 @@ class Context:
             counts = [end - start for start, end in itertools.pairwise(bounds)]
             self._documents = [count for count in counts if count]
         return self._documents
+
+
+def context_refusal(config: ModelConfig) -> str | None:
+    """Why a sequence cannot be cut over several processes in such a model, or None."""
+    if {"m", "h"} & set(config.layer_kinds):
+        return "a Mamba mixer does not pass its state from one process to the next"
+    if config.mode == "clamped":
+        return "mode 'clamped' depends on the whole sequence"
+    return None
 
 
 @dataclass

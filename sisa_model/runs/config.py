@@ -1,10 +1,7 @@
 """TrainConfig, what a training run may be told, and ResolvedConfig, all that it then goes by."""
 
-import ast
 import dataclasses
 import functools
-import inspect
-import itertools
 import math
 import typing
 from dataclasses import dataclass, field
@@ -21,9 +18,12 @@ from sisa_model.data.sources import AS_NAMED, Format, Reading
 from sisa_model.data.synthetic import LENGTHS, TASKS, RetrievalTask, find_task
 from sisa_model.models.checkpoint import CONFIG, read_config
 from sisa_model.models.config import ModelConfig
+from sisa_model.models.context import context_refusal
 from sisa_model.models.presets import AUTHORS_TRAINING, find_preset, preset_config
+from sisa_model.models.tensor_parallel import tensor_refusal
 from sisa_model.runs.log import LogTarget, check_logs
 from sisa_model.runs.weights import find_weights
+from sisa_model.utils.flags import field_docs
 
 Recipe = Literal["ours", "paper"]
 Schedule = Literal["cosine", "wsd", "constant"]
@@ -33,27 +33,14 @@ Documents = Literal["joined", "packed"]
 Sharing = Literal["auto", "ddp", "fsdp"]
 
 
-def _field_docs(record: type) -> dict[str, str]:
-    """The docstrings under a dataclass's fields, by field."""
-    (definition,) = ast.parse(inspect.getsource(record)).body
-    assert isinstance(definition, ast.ClassDef)
-    found = {}
-    for item, below in itertools.pairwise(definition.body):
-        if isinstance(item, ast.AnnAssign) and isinstance(below, ast.Expr):
-            assert isinstance(item.target, ast.Name)
-            assert isinstance(below.value, ast.Constant)
-            found[item.target.id] = " ".join(str(below.value.value).split())
-    return found
-
-
 @functools.cache
 def _model_flags() -> dict[str, Any]:
     """ModelConfig's fields as flags; others are --preset, --mode, --backend and --precision."""
-    docs = _field_docs(ModelConfig)
+    docs = field_docs(ModelConfig)
     hints = typing.get_type_hints(ModelConfig)
     elsewhere = ("family", "mode", "backend", "weights")
     return {
-        name: Annotated[hints[name], tyro.conf.arg(help=doc, help_behavior_hint="(the preset's)")]
+        name: Annotated[hints[name], tyro.conf.arg(help=doc)]
         for name, doc in docs.items()
         if name not in elsewhere
     }
@@ -67,10 +54,10 @@ else:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """Train a model.
+    """Train a model on text or on a task, into a run folder that resumes, bit for bit on a CPU.
 
-    What is left at None takes the preset's value: the paper's, or for tiny presets a few minutes'
-    worth."""
+    What is left out takes the preset's value: the paper's, or for tiny presets a few minutes'
+    worth. `sisa train --preset NAME --help` shows those of a preset."""
 
     preset: str = "sisa-tiny-ds16"
     """Model to train; `sisa info` lists them."""
@@ -163,6 +150,10 @@ class TrainConfig:
     """cpu, cuda, cuda:1 ...; auto: a GPU if there is one."""
     parallel: Sharing = "auto"
     """How torchrun shares work: ddp (auto), a whole model each, or fsdp, a share of each layer."""
+    context_parallel: int = 1
+    """Processes that each sequence is cut over, for sequences longer than one can hold."""
+    tensor_parallel: int = 1
+    """Processes that each layer is cut over, by heads and widths."""
     activation_checkpointing: bool = False
     """Run each layer again in the backward: less memory, a third more arithmetic."""
     compile: bool = False
@@ -223,7 +214,7 @@ class ResolvedConfig(TrainConfig):
 
 # All else would make it another run. LAUNCH is as each launch says; the others are as the run began
 # where a launch says nothing.
-LAUNCH = {"device", "parallel", "stop_at", "resume", "out"}
+LAUNCH = {"device", "parallel", "context_parallel", "tensor_parallel", "stop_at", "resume", "out"}
 PERFORMANCE = {"keep", "keep_best", "activation_checkpointing", "compile", "log"}
 PERFORMANCE |= {"micro_batch_size", "skip_bad_batches"}
 RESUME_MAY_CHANGE = LAUNCH | PERFORMANCE
@@ -261,7 +252,7 @@ def resolve(config: TrainConfig) -> ResolvedConfig:
     if config.init_from is not None and not config.resume:
         config = _with_initial_model(config, config.init_from)
     config = _with_precision(config)
-    training = _preset_training(config)
+    training = preset_defaults(config)
     preset_values = {name: x for name, x in training.items() if getattr(config, name) is None}
     mode = preset_values.get("mode", config.mode)
     preset_config(config.preset, **config.model, mode=mode, backend=config.backend)
@@ -273,10 +264,11 @@ def resolve(config: TrainConfig) -> ResolvedConfig:
     _check_choices(resolved)
     if config.task != "text":
         _check_task(resolved)
+    _check_split(resolved)
     return resolved
 
 
-def _preset_training(config: TrainConfig) -> dict[str, Any]:
+def preset_defaults(config: TrainConfig) -> dict[str, Any]:
     """What the preset trains with by the recipe, and its mode.
 
     A run that is too short for its warm-up warms up for a tenth."""
@@ -326,7 +318,7 @@ def _require(config: TrainConfig, field: str, ok: bool, allowed: str) -> None:
 
 def _check_numbers(config: ResolvedConfig) -> None:
     counts = ("steps", "seq_len", "batch_size", "micro_batch_size", "val_every", "val_blocks")
-    for name in (*counts, "save_every", "keep"):
+    for name in (*counts, "save_every", "keep", "context_parallel", "tensor_parallel"):
         _require(config, name, getattr(config, name) >= 1, "at least 1")
     least_0 = ("warmup_steps", "weight_decay", "lambda_lr_scale", "sample_tokens", "seed")
     for name in (*least_0, "skip_bad_batches"):
@@ -365,6 +357,21 @@ def _check_choices(config: ResolvedConfig) -> None:
     possible = config.precision != "bf16-pure" or config.parallel != "fsdp"
     _require(config, "parallel", possible, "ddp or auto with precision bf16-pure")
     check_logs(config.log)
+
+
+def _check_split(config: ResolvedConfig) -> None:
+    """Of a model that several processes have parts of."""
+    model = preset_config(config.preset, **config.model, mode=config.mode)
+    if config.tensor_parallel > 1:
+        why = tensor_refusal(model, config.tensor_parallel)
+        _require(config, "tensor_parallel", why is None, f"1, or what divides the model: {why}")
+        allowed = "left out with tensor_parallel, whose layers torch.compile does not take"
+        _require(config, "compile", not config.compile, allowed)
+    if config.context_parallel > 1:
+        why = context_refusal(model)
+        _require(config, "context_parallel", why is None, f"1 for this model: {why}")
+        least = 2 * config.context_parallel
+        _require(config, "seq_len", config.seq_len >= least, f"at least {least}, to be cut so")
 
 
 def _check_task(config: ResolvedConfig) -> None:

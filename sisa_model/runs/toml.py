@@ -9,14 +9,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union
 
-import tyro
-
 if sys.version_info >= (3, 11):
     import tomllib
 else:
     import tomli as tomllib
 
 from sisa_model.utils.files import write_atomically
+from sisa_model.utils.flags import is_hidden
 
 PATH_BYTES = "surrogateescape"  # keeps the bytes of a path that is not UTF-8
 
@@ -70,7 +69,7 @@ def read_settings(path: Path, command: type) -> dict[str, Any]:
 
 def _table(entries: dict[str, Any], flags: dict[str, Any], where: str) -> dict[str, Any]:
     """``entries`` as values of the ``flags``, which are types by name."""
-    known = {name: hint for name, hint in flags.items() if tyro.conf.Suppress not in _marks(hint)}
+    known = {name: hint for name, hint in flags.items() if not is_hidden(hint)}
     found = {}
     for key, value in entries.items():
         name = key.replace("-", "_")
@@ -79,10 +78,6 @@ def _table(entries: dict[str, Any], flags: dict[str, Any], where: str) -> dict[s
             raise ValueError(f"{where}{key} is not among its flags: {names}")
         found[name] = _value(value, known[name], f"{where}{key}")
     return found
-
-
-def _marks(hint: Any) -> tuple[Any, ...]:
-    return getattr(hint, "__metadata__", ())
 
 
 def _value(value: Any, hint: Any, where: str) -> Any:

@@ -25,14 +25,13 @@ from sisa_model.data.synthetic import (
 )
 from sisa_model.data.tokenizer import Encoder
 from sisa_model.runs.config import ResolvedConfig
+from sisa_model.training.loss import Piece
 from sisa_model.training.parallel import World
 from sisa_model.utils.buffers import to_device
 
 MIX_BATCH = 16  # sequences a step of each retrieval task in the mix
 MIX_EXAM = 256  # sequences a retrieval accuracy is measured on: 256 needles, about 7,000 recalls
 EXAM_SEED = 10**9  # of retrieval tasks; training's seeds begin with the run's own
-
-Piece = tuple[Tensor, Tensor, Tensor | None]  # inputs, targets, bounds of packed documents
 
 
 @dataclass(frozen=True)
@@ -126,6 +125,7 @@ def _open_task(config: ResolvedConfig, top: int) -> RunData:
 class Splitter:
     """Cuts rows [B, L] into this process's share, and a share into micro-batches on its device.
 
+    Of a micro-batch that is cut over several processes it gives this one's tokens.
     Shares are of equal size: rows that count for nothing fill them up, as FSDP's processes must run
     their layers equally often."""
 
@@ -149,10 +149,16 @@ class Splitter:
         Those stay on the CPU, where they can be read."""
         for x, y in zip(inputs.split(self.rows), targets.split(self.rows)):
             if text and self.packed:
-                x, y, cu_seqlens = pack(x, y, self.end_of_text)
-                yield to_device(x, self.device), to_device(y, self.device), cu_seqlens
+                yield self._mine(*pack(x, y, self.end_of_text))
             else:
-                yield to_device(x, self.device), to_device(y, self.device), None
+                yield self._mine(x, y)
+
+    def _mine(self, x: Tensor, y: Tensor, cu_seqlens: Tensor | None = None) -> Piece:
+        """This process's tokens of a micro-batch, on its device."""
+        layout = self.world.layout(x.shape[1], cu_seqlens)
+        if layout is not None:
+            x, y = (layout.shard(rows, self.world.place_in_context) for rows in (x, y))
+        return Piece(to_device(x, self.device), to_device(y, self.device), cu_seqlens, layout)
 
 
 @dataclass(frozen=True)

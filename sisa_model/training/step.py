@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 import torch
 
 from sisa_model.runs.config import ResolvedConfig
-from sisa_model.training.batches import Batch, Piece, Splitter
+from sisa_model.training.batches import Batch, Splitter
+from sisa_model.training.loss import Piece
 from sisa_model.training.optimizer import learning_rate
 from sisa_model.training.parallel import Parallel
 from sisa_model.utils.files import write_json
@@ -61,7 +62,8 @@ class Stepper:
             norm = self.parallel.clip(self.config.clip)
             # The step's one wait for the device, before the weights are touched.
             *mine, grad_norm = torch.cat([sums, norm.to(sums)[None]]).tolist()
-            totals = self.splitter.world.sum(mine)
+            world = self.splitter.world
+            totals = world.sum(mine, alike=world.tensor)
             losses = [total / count for total, count in zip(totals, answers)]
             self._check(step, batch, losses, grad_norm)
         except FloatingPointError as error:
@@ -101,7 +103,7 @@ class Stepper:
         for count, (group, piece) in enumerate(pieces, 1):
             try:
                 sums[group] += self.parallel.backward(
-                    *piece, 1 / answers[group], last=count == len(pieces)
+                    piece, 1 / answers[group], last=count == len(pieces)
                 )
             # The operators' checks meet a weight that is not finite before the loss does.
             except ValueError as error:

@@ -125,23 +125,22 @@ def test_info_lists_every_preset(capsys):
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_help_explains_every_flag(command, capsys):
-    with pytest.raises(SystemExit) as done:
-        main([command, "--help"])
-    assert done.value.code == 0
-    shown = " ".join(re.sub("[│|]", " ", capsys.readouterr().out.partition("--help")[2]).split())
+    assert main([command, "--help"]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
     flags = ["config"]
-    for field in dataclasses.fields(COMMANDS[command].config):
+    for field in dataclasses.fields(COMMANDS[command].load()[0]):
         marks = str(getattr(field.type, "__metadata__", ""))
         if field.name == "model":
             own = {"family", "mode", "backend", "weights"}  # the preset's, and flags of the run
             shape = {x.name for x in dataclasses.fields(ModelConfig)} - own
-            flags += [rf"model\.(?:no-)?{name}" for name in shape]
+            flags += [rf"model\.(?:\[no-\])?{name}" for name in shape]
         elif "Suppress" not in marks and "Positional" not in marks:
-            flags.append(rf"(?:no-)?{field.name}")
+            flags.append(rf"(?:\[no-\])?{field.name}")
     for flag in flags:
-        found = re.search(rf"--{flag.replace('_', '-')} ([^(]*)\(", shown)
-        assert found, f"{flag} is not shown"
-        assert re.search("[a-z]", re.sub(r"\{.*?\}", "", found[1])), f"{flag} is not explained"
+        found = re.search(
+            rf"--{flag.replace('_', '-')}((?: [A-Z]{{3,}})?(?: \.\.\.)?) \S+ \S*[a-z]", shown
+        )
+        assert found, f"{flag} is not shown with what it means"
     if command == "train":
         fixed = "preset data tokenizer out steps seed seq-len batch-size lr device resume"
         assert all(f"--{flag}" in shown for flag in fixed.split())

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import re
 import subprocess
 import sys
 
@@ -336,27 +337,51 @@ def test_command_line_checks_the_machine(monkeypatch):
     done = subprocess.run(
         [sys.executable, "-m", "sisa_kernels"], cwd=ROOT, capture_output=True, text=True, check=True
     )
-    rows = [
-        line.split()
-        for line in done.stdout.splitlines()
-        if line.startswith("strong decay  float32")
-    ]
-    errors = {(row[3], row[4]): row[5] for row in rows}
+    lines = done.stdout.splitlines()
+    rows = [line.split() for line in lines if line.startswith("strong fp32")]
+    errors = {(row[2], row[3]): row[4] for row in rows}
     assert float(errors["exact", "chunked"]) <= 5e-6
     assert float(errors["clamped", "one_call"]) > 0.3
+    verdicts = {(row[2], row[3]): row[-1] for row in rows}
+    native = "exact" if sk.backends()["native"] == "available" else "absent"
+    if not torch.cuda.is_available():
+        assert verdicts == {
+            ("exact", "native"): native,
+            ("exact", "chunked"): "exact",
+            ("exact", "one_call"): "refused",
+            ("clamped", "one_call"): "published",
+        }
+    assert re.fullmatch(r"OK: all \d+ rows are as they should be", lines[-1])
+    assert all(len(line) <= 80 for line in lines if line.startswith(("strong", "weak")))
     assert "SISA_BACKEND=reference does not count below" in done.stdout
     assert set(sk.backends()) == {"native", "triton", "flash", "sdpa", "extension"}
 
 
-def test_command_line_says_why_a_path_failed(monkeypatch):
+def test_command_line_says_why_a_path_failed(monkeypatch, capsys):
     def fails(*_, **__):
         raise RuntimeError("no kernel image\nCompile with")
 
     monkeypatch.setattr(command, "sisa_attention", fails)
-    assert all(
-        line.endswith(" RuntimeError: no kernel image")
-        for line in command.self_check(torch.device("cpu"))[1:]
-    )
+    monkeypatch.setattr(command, "backends", lambda table=False: {"native": "of other sources"})
+    assert command.main() == 1
+    *_, last = lines = capsys.readouterr().out.splitlines()
+    rows = [line for line in lines if line.startswith(("strong", "weak"))]
+    failed = [line for line in rows if line.endswith("RuntimeError: no kernel image  FAILED")]
+    absent = [line for line in rows if line.endswith("of other sources  absent")]
+    assert len(failed) + len(absent) == len(rows)
+    assert last == f"NOT OK: {len(failed)} of {len(rows)} rows are wrong or failed"
+    assert failed
+
+
+def test_command_line_finds_a_wrong_path(monkeypatch, capsys):
+    def wrong(*args, **kwargs):
+        return 1.01 * sk.sisa_attention(*args, **kwargs)
+
+    monkeypatch.setattr(command, "sisa_attention", wrong)
+    monkeypatch.setattr(command, "CASES", {"weak": -5.0})
+    monkeypatch.setattr(command, "DTYPES", {torch.float32: "fp32"})
+    assert command.main() == 1
+    assert "  WRONG\n" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -9,8 +9,10 @@ from pathlib import Path
 import pytest
 
 from sisa_model.cli import COMMANDS, main
+from sisa_model.experiments.study import StudyConfig
 from sisa_model.runs.config import TrainConfig
 from sisa_model.runs.toml import read_settings, to_toml, write_settings
+from tests.support.commands import run_instead
 
 
 def test_what_is_written_is_read(tmp_path):
@@ -51,7 +53,7 @@ def test_errors_name_the_file_and_the_key(tmp_path, text, message):
 def test_a_study_has_no_preset_to_set(tmp_path):
     (tmp_path / "a.toml").write_text("preset = 'fox-tiny'")
     with pytest.raises(ValueError, match="preset is not among its flags"):
-        read_settings(tmp_path / "a.toml", COMMANDS["study"].config)
+        read_settings(tmp_path / "a.toml", StudyConfig)
 
 
 EXAMPLES = {int: 3, float: 0.5, bool: True, str: "x", Path: "x"}
@@ -73,14 +75,14 @@ def example(hint):
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_a_file_holds_any_flag_of_a_command(tmp_path, name, monkeypatch):
-    config = COMMANDS[name].config
+    config, _ = COMMANDS[name].load()
     hidden = {"preset", "stop_at", "resume"} if name == "study" else set()
     hints = {x: h for x, h in typing.get_type_hints(config).items() if x not in hidden}
     examples = {field: example(hint) for field, hint in hints.items()}
     written = {field.replace("_", "-"): value for field, (value, _) in examples.items()}
     (tmp_path / "a.toml").write_text(to_toml(written))
     seen = []
-    monkeypatch.setitem(COMMANDS, name, COMMANDS[name]._replace(run=seen.append))
+    run_instead(monkeypatch, name, seen.append)
     assert main([name, "--config", str(tmp_path / "a.toml")]) == 0
     assert {field: getattr(seen[0], field) for field in examples} == {
         field: value for field, (_, value) in examples.items()
@@ -91,7 +93,7 @@ def test_flags_win_over_the_file(tmp_path, monkeypatch, capsys):
     path = tmp_path / "a.toml"
     path.write_text("steps = 5\nresume = true\nmix = ['needle']\n[model]\nn-layers = 1\nd_ff = 8")
     seen = []
-    monkeypatch.setitem(COMMANDS, "train", COMMANDS["train"]._replace(run=seen.append))
+    run_instead(monkeypatch, "train", seen.append)
     flags = ["--steps", "6", "--no-resume", "--tasks", "recall", "--model.n-layers", "3"]
     assert main(["train", f"--config={path}", *flags]) == 0
     expected = TrainConfig(steps=6, mix=("recall",), model={"n_layers": 3, "d_ff": 8})
@@ -105,10 +107,9 @@ def test_what_a_file_leaves_out_is_still_demanded(tmp_path, monkeypatch, capsys)
     path = tmp_path / "a.toml"
     path.write_text("mode = 'exact'\ncheckpoint = 'weights.pt'")
     seen = []
-    monkeypatch.setitem(COMMANDS, "convert", COMMANDS["convert"]._replace(run=seen.append))
-    with pytest.raises(SystemExit):
-        main(["convert", "--config", str(path), "--preset", "sisa-tiny-ds16"])
-    assert "--out" in capsys.readouterr().err
+    run_instead(monkeypatch, "convert", seen.append)
+    assert main(["convert", "--config", str(path), "--preset", "sisa-tiny-ds16"]) == 2
+    assert "convert needs --out" in capsys.readouterr().err
     given = ["--preset", "sisa-tiny-ds16", "--out", str(tmp_path / "out")]
     assert main(["convert", "--config", str(path), *given]) == 0
     assert (seen[0].checkpoint, seen[0].mode) == (Path("weights.pt"), "exact")

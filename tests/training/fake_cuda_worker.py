@@ -9,7 +9,6 @@ import traceback
 import warnings
 
 import torch
-from torch import nn
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
     DynamicOutputShapeException,
@@ -23,7 +22,7 @@ from sisa_kernels import attention
 from sisa_kernels.testing import problem
 from sisa_kernels.triton import op
 from sisa_model.models import linear
-from sisa_model.training.loss import Objective
+from sisa_model.training.loss import Objective, Piece
 from sisa_model.training.parallel import Parallel, World
 from tests.support import ROOT
 from tests.support.models import Products
@@ -63,7 +62,7 @@ def prepare():
     torch.cuda.get_device_name = lambda *_: "a device that does nothing"
     torch.cuda.device_of = lambda _: contextlib.nullcontext()
     torch.Tensor.pin_memory = lambda x: x
-    linear.PLAIN = (nn.Parameter, FakeTensor)  # what a parameter without values is
+    linear.PLAIN = {*linear.PLAIN, FakeTensor}  # what a parameter without values is
     attention._triton_state = lambda: "available"
     op.INTERPRETED = False
     op.fused = lambda device, function: function
@@ -84,7 +83,7 @@ def step(preset, packed, **overrides):
 
 def _step(model, ids, packed):
     parallel = Parallel(Objective(model, contextlib.nullcontext()), World(), "auto", bf16=True)
-    parallel.backward(ids, ids, DOCUMENTS if packed else None, 1.0, last=True)
+    parallel.backward(Piece(ids, ids, DOCUMENTS if packed else None), 1.0, last=True)
     norm = parallel.clip(1.0)
     assert norm.is_cuda
     assert all(p.grad.dtype == p.dtype == torch.float32 for p in model.parameters())

@@ -42,7 +42,7 @@ from sisa_kernels.triton.tune import CHECK_LENGTH, autotune
 from sisa_model.models.context import Context, rotary_at, rotary_tables
 from sisa_model.models.presets import preset_config
 from sisa_model.runs.config import TrainConfig, resolve
-from sisa_model.training.loss import Objective
+from sisa_model.training.loss import Objective, Piece
 from sisa_model.training.optimizer import make_optimizer
 from sisa_model.training.parallel import Parallel, World
 
@@ -634,7 +634,7 @@ def trainers_step(
     ids = torch.randint(model.config.vocab_size, (batch, length + 1), device=device)
 
     def call() -> None:
-        parallel.backward(ids[:, :-1], ids[:, 1:], None, 1 / (batch * length), last=True)
+        parallel.backward(Piece(ids[:, :-1], ids[:, 1:]), 1 / (batch * length), last=True)
         parallel.clip(config.clip)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)

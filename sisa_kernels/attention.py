@@ -187,8 +187,8 @@ def sisa_attention(
             fp32 or, faster, in bf16 under ``torch.set_float32_matmul_precision("medium")``;
             "chunked", exact by query chunks on stock kernels (auto's in fp64); "one_call", a stock
             kernel on augmented operands, the first of a table that is legal and right (in exact
-            mode an error once the range of g is too wide); "triton", exact in one kernel on a GPU,
-            its products past the horizon left out; "far_and_band", "wide", "adaptive" or a
+            mode an error once the range of g is too wide, on a GPU an assertion there); "triton",
+            exact in one kernel on a GPU; "far_and_band", "wide", "adaptive" or a
             :class:`sisa_kernels.Adaptive`, exact, stock kernels taking what is plain; "reference",
             the dense fp64 oracle; "sdpa" and "flash", old names of "chunked" and "one_call". The
             environment's SISA_BACKEND overrides it. A named one that cannot run is an error.

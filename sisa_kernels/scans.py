@@ -37,11 +37,12 @@ def to_key_heads(x: Tensor, heads: int) -> Tensor:
 
 def segment_middle(g: Tensor, starts: list[int]) -> Tensor:
     """The middle of g's range in each token's segment, [B, L, G]; segments begin at ``starts``."""
-    L = g.shape[1]
-    ends = [*starts[1:], L]
-    middle = (g[:, starts] + g[:, [end - 1 for end in ends]]) / 2
-    lengths = torch.tensor([end - start for start, end in zip(starts, ends)], device=g.device)
-    return middle.repeat_interleave(lengths, 1, output_size=L)
+    ends = [*starts[1:], g.shape[1]]
+    pieces = []
+    for start, end in zip(starts, ends):
+        middle = (g[:, start : start + 1] + g[:, end - 1 : end]) / 2
+        pieces.append(middle.expand(-1, end - start, -1))
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces, 1)
 
 
 def pair_products(du: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:

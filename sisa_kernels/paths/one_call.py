@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from sisa_kernels import selfcheck
-from sisa_kernels.checks import concrete
+from sisa_kernels.checks import concrete, readable
 from sisa_kernels.inputs import Mode, SisaInputs, by_document, is_grouped
 from sisa_kernels.ops import matmul, say_once
 from sisa_kernels.paths.augment import augment
@@ -361,9 +361,9 @@ def attend(inputs: SisaInputs, mode: Mode) -> Tensor:
 
 
 def _check_range(log_decay: Tensor, dtype: torch.dtype) -> None:
-    """ValueError where g falls by more than one call holds; asserted where it has no values yet."""
+    """ValueError where g falls by more than one call holds; off the CPU an assertion there."""
     limit = ONE_CALL_RANGE[dtype]
-    values = concrete(log_decay)
+    values = readable(log_decay)
     given = log_decay.detach() if values is None else values
     widest = -given.double().clamp(min=LOWEST_LOG_DECAY).sum(-2).min()
     if values is None:

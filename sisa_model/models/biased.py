@@ -33,7 +33,7 @@ class BiasedAttention(QKVAttention):
                 k,
                 v,
                 log_forget,
-                cu_seqlens=context.cu_seqlens,
+                cu_seqlens=context.on_cpu(),
                 backend=self.backend,
                 **context.split,
             )

@@ -1,7 +1,7 @@
 """What a layer knows of its tokens beside their states: RoPE's tables, documents, caches."""
 
 import itertools
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 from sisa_kernels import SequenceLayout
 from sisa_kernels.cache import TokenCache, uniform
 from sisa_model.models.config import ModelConfig
+from sisa_model.utils.buffers import to_device
 
 
 @dataclass
@@ -23,7 +24,7 @@ class Context:
     """
     cu_seqlens: Tensor | None = None
     """[documents + 1] int32 or int64, rising from 0 to at most L: documents packed into one
-    sequence (B = 1) that do not see each other.
+    sequence (B = 1) that do not see each other. On the tokens' device.
     """
     lengths: list[int] | None = None
     """Of the first tokens of a cache: how many of each row are real, the rest being padding on the
@@ -34,6 +35,8 @@ class Context:
     tokens."""
     layout: SequenceLayout | None = None
     """Who of ``group`` has which tokens."""
+    bounds: Tensor | None = None
+    """cu_seqlens on the CPU, where they came from there; :meth:`on_cpu` has them in any case."""
     _documents: list[int] | None = field(default=None, init=False, repr=False)
 
     @property
@@ -41,14 +44,32 @@ class Context:
         """What the operators take of a sequence that several processes have."""
         return {"group": self.group, "layout": self.layout}
 
+    def on_device(self) -> "Context":
+        """The same with bounds that are on the CPU copied to the tokens' device, unawaited.
+
+        Not for a sequence that several processes have, whose layout is known on the CPU."""
+        device = self.rotary[0].device
+        held = self.cu_seqlens
+        if self.layout is not None or held is None or held.device == device or held.is_cuda:
+            return self
+        return replace(self, cu_seqlens=to_device(held, device), bounds=held)
+
+    def on_cpu(self) -> Tensor | None:
+        """cu_seqlens on the CPU, for what runs document by document: read only once."""
+        if self.bounds is None and self.cu_seqlens is not None:
+            held = self.cu_seqlens
+            self.bounds = held.cpu() if held.is_cuda else held
+        return self.bounds
+
     def documents(self, length: int) -> list[int]:
         """Tokens of each packed document that has any, or ``length``; what is past them is another.
 
-        Read from the device only once."""
-        if self.cu_seqlens is None:
+        As :meth:`on_cpu`."""
+        bounds_on_cpu = self.on_cpu()
+        if bounds_on_cpu is None:
             return [length]
         if self._documents is None:
-            bounds = [*self.cu_seqlens.tolist(), length]
+            bounds = [*bounds_on_cpu.tolist(), length]
             counts = [end - start for start, end in itertools.pairwise(bounds)]
             self._documents = [count for count in counts if count]
         return self._documents

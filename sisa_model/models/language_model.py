@@ -35,14 +35,15 @@ class LanguageModel(nn.Module):
     """A causal language model: ``model(input_ids [B, L] int64) -> logits [B, L, V]``.
 
     ``cu_seqlens`` [documents + 1] int32 or int64, rising from 0 to at most L, packs documents into
-    one sequence (B = 1): none sees another. ``cache`` (:meth:`make_cache`) holds the tokens before
-    these, which are appended to it; ``lengths``, with the first of them, are the real tokens of
-    each row, whose rest is padding on the right. A cache is for inference, under
-    ``torch.no_grad()``. Works under ``torch.device("meta")``; after ``to_empty`` call
-    :meth:`reset_parameters`. Raises ValueError for a sequence (packed: a document) longer than
-    ``config.max_seq_len``, with what the cache holds, and, on the CPU, for a token outside the
-    vocabulary. With ``checkpoint_layers`` training keeps the layers' inputs only, and runs each
-    layer again in the backward.
+    one sequence (B = 1): none sees another. They may be on the CPU: a Transformer, FoX, ALiBi, a
+    Mamba and mode "clamped" then read them without waiting for a GPU. ``cache``
+    (:meth:`make_cache`) holds the tokens before these, which are appended to it; ``lengths``, with
+    the first of them, are the real tokens of each row, whose rest is padding on the right. A cache
+    is for inference, under ``torch.no_grad()``. Works under ``torch.device("meta")``; after
+    ``to_empty`` call :meth:`reset_parameters`. Raises ValueError for a sequence (packed: a
+    document) longer than ``config.max_seq_len``, with what the cache holds, and, on the CPU, for a
+    token outside the vocabulary. With ``checkpoint_layers`` training keeps the layers' inputs only,
+    and runs each layer again in the backward.
 
     With ``group`` and ``layout`` the ids are this process's tokens of a sequence that the processes
     of ``group`` have together (:class:`sisa_kernels.SequenceLayout`), and so are the logits;
@@ -153,7 +154,7 @@ class LanguageModel(nn.Module):
         if self.config.weights == "bf16":  # a table of the model's dtype, as the authors'
             cos, sin = (table.bfloat16().float() for table in rotary)
             rotary = cos, sin
-        context = Context(rotary, cu_seqlens, lengths, group, layout)
+        context = Context(rotary, cu_seqlens, lengths, group, layout).on_device()
         held_by_layer = cache.layers if cache is not None else [None] * len(self.layers)
         for layer, layer_cache in zip(self.layers, held_by_layer):
             if inputs is not None:

@@ -12,7 +12,7 @@ from sisa_model.utils.buffers import CACHE_LINE, empty_aligned
 
 ALIGNED = CACHE_LINE // 4  # fp32 numbers in a line
 HALF = (torch.bfloat16, torch.float16)
-PLAIN = {Tensor, nn.Parameter}
+PLAIN = {Tensor, nn.Parameter}  # types of weights that may be copied: not sharded, not quantised
 PADDED = 64  # to a multiple of this: a tile of any kernel's, and 16 bytes many times over
 # Copying weights pays for many rows, or where they are so few that the calls count (measured: for
 # one row the copy of the 2.1 million of a 152M layer takes 4 times as long as its products).

@@ -119,7 +119,10 @@ class SisaAttention(Fp32Parameters):
         inputs = SisaInputs(q, k, v, b, c, log_decay, theta, self.lam())
         if context is None:
             return inputs
-        return inputs._replace(rotary=context.rotary, cu_seqlens=context.cu_seqlens)
+        # Triton's kernels take documents together; the others one by one.
+        together = self.mode == "exact" and self.backend in ("auto", "triton")
+        bounds = context.cu_seqlens if together else context.on_cpu()
+        return inputs._replace(rotary=context.rotary, cu_seqlens=bounds)
 
     def make_cache(self, batch: int) -> sk.SisaCache:
         """An empty cache of ``batch`` sequences; ValueError in mode "clamped"."""

@@ -27,6 +27,7 @@ from sisa_model.data.tokenizer import Encoder
 from sisa_model.runs.config import ResolvedConfig
 from sisa_model.training.loss import Piece
 from sisa_model.training.parallel import World
+from sisa_model.utils.buffers import to_device
 
 MIX_BATCH = 16  # sequences a step of each retrieval task in the mix
 MIX_EXAM = 256  # sequences a retrieval accuracy is measured on: 256 needles, about 7,000 recalls
@@ -143,7 +144,9 @@ class Splitter:
         return fill_rows(inputs[rows], targets[rows], short, self.end_of_text)
 
     def pieces(self, inputs: Tensor, targets: Tensor, *, text: bool) -> Iterator[Piece]:
-        """Micro-batches of a share; of ``text`` whose documents are packed, with their bounds."""
+        """Micro-batches of a share; of ``text`` whose documents are packed, with their bounds.
+
+        Those stay on the CPU, where they can be read."""
         for x, y in zip(inputs.split(self.rows), targets.split(self.rows)):
             if text and self.packed:
                 yield self._mine(*pack(x, y, self.end_of_text))
@@ -155,9 +158,7 @@ class Splitter:
         layout = self.world.layout(x.shape[1], cu_seqlens)
         if layout is not None:
             x, y = (layout.shard(rows, self.world.place_in_context) for rows in (x, y))
-        elif cu_seqlens is not None:
-            cu_seqlens = cu_seqlens.to(self.device)
-        return Piece(x.to(self.device), y.to(self.device), cu_seqlens, layout)
+        return Piece(to_device(x, self.device), to_device(y, self.device), cu_seqlens, layout)
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,6 @@
 """The training loss: cross entropy of the tied output, whose [B, L, V] logits never exist whole."""
 
 import contextlib
-import functools
-import importlib.util
-import warnings
 from typing import NamedTuple
 
 import torch
@@ -11,11 +8,17 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from sisa_kernels import SequenceLayout
+from sisa_kernels.ops import say_once
 from sisa_model.data.blocks import IGNORE
 from sisa_model.models.language_model import LanguageModel
 from sisa_model.models.linear import is_split, local, pack, padded_width
 from sisa_model.models.tensor_parallel import vocabulary_shard
 from sisa_model.utils.buffers import empty_aligned, tiles
+
+try:
+    from sisa_kernels.triton import cross_entropy as fused
+except ImportError:
+    fused = None  # type: ignore[assignment]
 
 CHUNK_LOGITS = 2**25  # logits that exist at a time: 128 MiB in fp32
 
@@ -41,8 +44,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             for h, y, dh in chunks:
                 h = h.to(dtype)
                 logits = torch.mm(h, matrix.t(), out=buffer[: len(h)])
-                # Those of the padding are 0, and so is what their gradients would be.
-                loss += _cross_entropy_(logits[:, :vocab], y, wanted)
+                # Those of the padding are 0 and stay so.
+                loss += _cross_entropy_(logits, y, vocab, wanted)
                 if not wanted:
                     continue
                 dlogits = logits
@@ -160,13 +163,16 @@ def _rows_of_a_chunk(rows: int, vocab: int) -> int:
     return max(1, -(-rows // chunks))
 
 
-def _cross_entropy_(logits: Tensor, targets: Tensor, gradient: bool) -> Tensor:
-    """The sum of the cross entropies of ``logits`` [N, V] at ``targets`` [N, 1], an fp32 scalar.
+def _cross_entropy_(logits: Tensor, targets: Tensor, vocab: int, gradient: bool) -> Tensor:
+    """The sum of the cross entropies of ``logits`` [N, W] at ``targets`` [N, 1], an fp32 scalar.
 
-    Targets that are IGNORE do not count. With ``gradient`` the logits become its gradient,
-    ``softmax(logits) - onehot(targets)``, else they are lost. All is computed in fp32."""
+    Of the first ``vocab`` columns, without targets that are IGNORE. With ``gradient`` the logits
+    become its gradient, ``softmax(logits) - onehot(targets)``, else they are lost. All is computed
+    in fp32."""
+    if logits.is_cuda and _runs_fused(logits):
+        return fused.cross_entropy_(logits, targets[:, 0], vocab, IGNORE, gradient).sum()
     loss = logits.new_zeros((), dtype=torch.float32)
-    for tile, y in tiles(logits, targets):
+    for tile, y in tiles(logits[:, :vocab], targets):
         x = tile.float()
         counts = y != IGNORE
         y = y.clamp(min=0)
@@ -182,14 +188,23 @@ def _cross_entropy_(logits: Tensor, targets: Tensor, gradient: bool) -> Tensor:
     return loss
 
 
+def _runs_fused(logits: Tensor) -> bool:
+    """Whether the Triton kernel takes such logits on a GPU; where not, it is said once."""
+    why = fused.fault(logits) if fused is not None else "the package triton is missing"
+    if why is not None:
+        say_once(f"the loss on a GPU runs in plain PyTorch, slower: {why}")
+    return why is None
+
+
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     """Sum of the cross entropies of ``hidden weight^T`` at ``targets``: nats, an fp32 scalar.
 
     Targets equal to IGNORE are left out. hidden [..., D] and weight [V, D] in fp32 or bf16, targets
     [...] int64. Products run in autocast's dtype where it is on; softmax, sum and the weight's
-    gradient are fp32. At most ``CHUNK_LOGITS`` logits exist at a time, or one token's. With a
-    weight that tensor parallel splits all of its processes call this, with the same tokens; each
-    gets the whole sum, and its share of hidden's gradient."""
+    gradient are fp32. At most ``CHUNK_LOGITS`` logits exist at a time, or one token's. On a GPU
+    nothing waits for it; the softmax and its gradient are one Triton kernel there. With a weight
+    that tensor parallel splits all of its processes call this, with the same tokens; each gets the
+    whole sum, and its share of hidden's gradient."""
     hidden, targets = hidden.flatten(0, -2), targets.flatten()
     if targets.device.type == "cpu":  # elsewhere to find them would be a wait
         kept = targets != IGNORE
@@ -210,32 +225,6 @@ def _compute_dtype(x: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
-@functools.cache
-def _liger_is_here() -> bool:
-    if importlib.util.find_spec("liger_kernel") is not None:
-        return True
-    warnings.warn(
-        "liger-kernel is not installed (pip install 'sisa-attention[cuda]'): the loss runs in "
-        "chunks of plain PyTorch",
-        stacklevel=3,
-    )
-    return False
-
-
-def _liger(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
-
-    dtype = _compute_dtype(hidden)
-    return liger_fused_linear_cross_entropy(
-        hidden.flatten(0, -2).to(dtype),
-        weight.to(dtype),
-        targets.flatten(),
-        ignore_index=IGNORE,
-        reduction="sum",
-        accum_dtype=torch.float32,
-    )
-
-
 class Piece(NamedTuple):
     """What an objective takes: a micro-batch, or one process's tokens of it."""
 
@@ -252,9 +241,8 @@ class Piece(NamedTuple):
 class Objective(nn.Module):
     """``objective(*piece)``: the sum of losses, nats, fp32.
 
-    Targets that are IGNORE do not count. On CUDA by Liger's fused kernel where it is installed,
-    elsewhere (which is said once) by :func:`linear_cross_entropy`. Pieces with a layout belong to
-    ``group``, whose processes then call this together and have a part of the sum each."""
+    Targets that are IGNORE do not count. Pieces with a layout belong to ``group``, whose processes
+    then call this together and have a part of the sum each."""
 
     group: dist.ProcessGroup | None = None
 
@@ -272,6 +260,4 @@ class Objective(nn.Module):
     ) -> Tensor:
         with self.autocast:
             hidden = self.model.hidden(inputs, cu_seqlens, group=self.group, layout=layout)
-            weight = self.model.embed.weight
-            liger = hidden.is_cuda and not is_split(weight) and _liger_is_here()
-            return (_liger if liger else linear_cross_entropy)(hidden, weight, targets)
+            return linear_cross_entropy(hidden, self.model.embed.weight, targets)

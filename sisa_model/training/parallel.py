@@ -261,22 +261,26 @@ class Parallel:
             weighted.backward()
         return loss.detach()
 
-    def clip(self, limit: float) -> float:
-        """Scale the gradients down to norm ``limit`` if theirs is larger; their norm before."""
+    def clip(self, limit: float) -> Tensor:
+        """Scale the gradients down to norm ``limit`` if theirs is larger; their norm before.
+
+        A scalar on their device, for which nothing has waited."""
         if not self._summed_here:
-            return torch.nn.utils.clip_grad_norm_(self.parameters.values(), limit).item()
+            return torch.nn.utils.clip_grad_norm_(self.parameters.values(), limit)
         grads = [_settled(p) for p in self.parameters.values() if p.grad is not None]
         self._average([_own(p.grad) for p in self._summed_here if p.grad is not None])
         by_copies: dict[int, list[Tensor]] = {}
         for grad in grads:
             by_copies.setdefault(self.world.size // _shards(grad), []).append(_own(grad))
         squares = [
-            torch.nn.utils.get_total_norm(alike).item() ** 2 / copies
+            torch.nn.utils.get_total_norm(alike).double().square() / copies
             for copies, alike in by_copies.items()
         ]
-        (total,) = self.world.sum([sum(squares)])
-        norm = total**0.5
-        torch._foreach_mul_([_own(grad) for grad in grads], min(1.0, limit / (norm + 1e-6)))
+        total = torch.stack(squares).sum()
+        dist.all_reduce(total)
+        norm = total.sqrt()
+        scale = (limit / (norm + 1e-6)).clamp(max=1.0)
+        torch._foreach_mul_([_own(grad) for grad in grads], scale.float())
         return norm
 
     def _average(self, grads: list[Tensor]) -> None:

@@ -58,8 +58,13 @@ class Stepper:
         batches are passed over, then one raises FloatingPointError. Nothing is learned of them."""
         lr = learning_rate(step, self.config)
         try:
-            losses = self._gradients(step, batch, answers)
-            grad_norm = self.parallel.clip(self.config.clip)
+            sums = self._gradients(step, batch, answers)
+            norm = self.parallel.clip(self.config.clip)
+            # The step's one wait for the device, before the weights are touched.
+            *mine, grad_norm = torch.cat([sums, norm.to(sums)[None]]).tolist()
+            world = self.splitter.world
+            totals = world.sum(mine, alike=world.tensor)
+            losses = [total / count for total, count in zip(totals, answers)]
             self._check(step, batch, losses, grad_norm)
         except FloatingPointError as error:
             self.optimizer.zero_grad(set_to_none=True)
@@ -87,8 +92,8 @@ class Stepper:
             f"tasks: {losses}). The optimizer step was not taken"
         )
 
-    def _gradients(self, step: int, batch: Batch, answers: Sequence[float]) -> list[float]:
-        """Leave the batch's gradients on the parameters; the mean loss of each group.
+    def _gradients(self, step: int, batch: Batch, answers: Sequence[float]) -> torch.Tensor:
+        """Leave the batch's gradients on the parameters; the sum here of each group's losses, fp64.
 
         Over all processes and micro-batches each target of a group weighs the same, wherever it
         is."""
@@ -107,9 +112,7 @@ class Stepper:
                 raise kind(
                     f"{error}, at step {step + 1}, on blocks {batch.blocks} of the training data"
                 ) from error
-        world = self.splitter.world
-        totals = world.sum(sums.tolist(), alike=world.tensor)
-        return [total / count for total, count in zip(totals, answers)]
+        return sums
 
     def _pieces(self, batch: Batch) -> Iterator[tuple[int, Piece]]:
         """The micro-batches of all groups, each with its group's number."""

@@ -60,7 +60,7 @@ class Validation:
     def _held_out_loss(self) -> float:
         share = self.splitter.share(self.data.val_inputs, self.data.val_targets)
         pieces = self.splitter.pieces(*share, text=True)
-        mine = sum(self.objective(*piece).item() for piece in pieces)
+        mine = sum(self.objective(*piece).double() for piece in pieces)
         world = self.splitter.world
         (total,) = world.sum([mine], alike=world.tensor)
         return total / int((self.data.val_targets != IGNORE).sum())

@@ -1,7 +1,8 @@
-"""Memory that products and passes over it like: rows on cache lines, tiles that stay in a cache."""
+"""Memory that products and passes like: rows on cache lines, tiles in a cache, unawaited copies."""
 
 from collections.abc import Iterator
 
+import torch
 from torch import Tensor
 
 CACHE_LINE = 64  # bytes
@@ -26,3 +27,12 @@ def tiles(*matrices: Tensor) -> Iterator[tuple[Tensor, ...]]:
     if first.device.type == "cpu":
         rows = TILE // first.shape[1]
     return zip(*(matrix.split(max(1, rows)) for matrix in matrices))
+
+
+def to_device(x: Tensor, device: torch.device) -> Tensor:
+    """The CPU tensor ``x`` on ``device``; on a GPU from pinned memory, so that none waits for it.
+
+    A copy from other memory is made when all that the GPU was given before is done."""
+    if device.type != "cuda":
+        return x.to(device)
+    return x.pin_memory().to(device, non_blocking=True)

@@ -6,11 +6,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import sisa_model as sm
 
-MATRIX_PRODUCTS = ("mm", "addmm", "bmm", "baddbmm")
-
 
 class Products(TorchDispatchMode):
-    """Matrix products that run within it."""
+    """Products of two matrices that run within it, as those of layers are."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -20,8 +18,8 @@ class Products(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
-        if func.overloadpacket.__name__ in MATRIX_PRODUCTS:
-            matrices = [x for x in (*args, result) if isinstance(x, torch.Tensor) and x.ndim > 1]
+        if func.overloadpacket.__name__ in ("mm", "addmm"):
+            matrices = [x for x in (*args, result) if isinstance(x, torch.Tensor) and x.ndim == 2]
             about = " ".join(str(list(x.shape)) for x in matrices)
             self.pitches.append((about, [_pitch(x) for x in matrices]))
         return result
@@ -33,7 +31,7 @@ class Products(TorchDispatchMode):
 
 def _pitch(x: torch.Tensor) -> int:
     """Bytes from row to row, or from column to column, whichever do not lie side by side."""
-    return max(x.stride()[-2:]) * x.element_size()
+    return max(x.stride()) * x.element_size()
 
 
 def tokens(B=2, L=40, vocab=257, seed=1):

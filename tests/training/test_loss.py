@@ -1,7 +1,6 @@
 """The fused linear + cross entropy against whole logits: values, gradients, memory."""
 
 import contextlib
-import importlib.util
 import subprocess
 import sys
 
@@ -10,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 import sisa_model as sm
+from sisa_kernels import ops
 from sisa_kernels.testing import relative
 from sisa_model.data.blocks import IGNORE
 from sisa_model.training import loss as module
@@ -112,32 +112,12 @@ def test_a_models_objective_is_the_cross_entropy_of_its_logits():
         assert relative(found[name], p.grad.double()) < 1e-5, name
 
 
-@pytest.mark.skipif(
-    not importlib.util.find_spec("liger_kernel"), reason="liger-kernel is not installed"
-)
-@pytest.mark.parametrize("autocast", [False, True])
-def test_ligers_kernel_is_the_same_loss(autocast):
-    """On a GPU, or by Triton's interpreter, which multiplies bf16 wrongly: no autocast there."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    if autocast and device == "cpu":
-        pytest.skip("Triton's interpreter takes bf16 as raw bits")
-    hidden, weight, targets = (x.detach().to(device) for x in operands((3, 17), 16, 101, 0.3))
-    hidden, weight = hidden.requires_grad_(), weight.requires_grad_()
-    with torch.autocast(device, torch.bfloat16, enabled=autocast):
-        losses = [loss(hidden, weight, targets) for loss in (module._liger, linear_cross_entropy)]
-    found, wanted = (torch.autograd.grad(0.7 * loss, (hidden, weight)) for loss in losses)
-    band = 4 * 2**-8 if autocast else 1e-5
-    assert relative(losses[0].detach(), losses[1].detach().double()) < band
-    assert max(relative(f, w.double()) for f, w in zip(found, wanted)) < band
-
-
-def test_without_liger_a_gpu_says_once_what_runs_instead(monkeypatch):
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    module._liger_is_here.cache_clear()
-    with pytest.warns(UserWarning, match="liger-kernel is not installed") as caught:
-        assert not any(module._liger_is_here() for _ in range(3))
+def test_without_triton_a_gpu_says_once_what_runs_instead(monkeypatch):
+    monkeypatch.setattr(module, "fused", None)
+    monkeypatch.setattr(ops, "_said", set())
+    with pytest.warns(UserWarning, match="plain PyTorch, slower: the package triton") as caught:
+        assert not any(module._runs_fused(torch.zeros(1, 2)) for _ in range(3))
     assert len(caught) == 1
-    module._liger_is_here.cache_clear()
 
 
 def test_memory_stays_far_below_the_logits():

@@ -77,7 +77,7 @@ def gradients(case, world, kind):
     pieces = list(splitter.pieces(*splitter.share(inputs, targets), text=True))
     losses = [parallel.backward(p, 1 / answers, p is pieces[-1]) for p in pieces]
     (loss,) = world.sum([sum(losses) / answers], alike=world.tensor)
-    norm = parallel.clip(1e9)
+    norm = parallel.clip(1e9).item()
     found = {name: gathered(p.grad) for name, p in parallel.parameters.items()}
     said = parallel.answers(inputs, targets != -100)
     return loss, norm, found, said, [dataclasses.asdict(x) for x in parallel.health(inputs)]

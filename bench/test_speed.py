@@ -15,7 +15,7 @@ import pytest
 from bench.cases import Case
 from bench.cases_cpu import CPU, QUICK, SECTIONS, Group
 from bench.paths import problem
-from bench.rows import RESULTS, provenance
+from bench.rows import OUT, provenance
 from bench.timing import Measured, Run, cpu_milliseconds, measure
 
 
@@ -50,7 +50,7 @@ def results(tmp_path_factory) -> Path:
     folder = os.environ.get("SISA_BENCH_OUT")
     if folder:
         return Path(folder)
-    return tmp_path_factory.mktemp("results") if QUICK else RESULTS
+    return tmp_path_factory.mktemp("results") if QUICK else OUT
 
 
 @functools.cache
@@ -58,7 +58,7 @@ def measured(group: Group, folder: Path) -> dict[Case, Measured]:
     """The rows and times of a group's cases, which take turns."""
     seconds, least = (0.0, 2) if QUICK else (group.seconds, group.least)
     timer = functools.partial(cpu_milliseconds, seconds=seconds, least=least)
-    found = measure(Run(group.setting, folder, float("inf"), timer, provenance(CPU)), group.cases)
+    found = measure(Run(group.setting, folder, timer, provenance(CPU)), group.cases)
     problem.cache_clear()
     return found
 

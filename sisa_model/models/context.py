@@ -10,6 +10,7 @@ from torch import Tensor
 
 from sisa_kernels import SequenceLayout
 from sisa_kernels.cache import TokenCache, uniform
+from sisa_model.models.config import ModelConfig
 
 
 @dataclass
@@ -51,6 +52,15 @@ class Context:
             counts = [end - start for start, end in itertools.pairwise(bounds)]
             self._documents = [count for count in counts if count]
         return self._documents
+
+
+def context_refusal(config: ModelConfig) -> str | None:
+    """Why a sequence cannot be cut over several processes in such a model, or None."""
+    if {"m", "h"} & set(config.layer_kinds):
+        return "a Mamba mixer does not pass its state from one process to the next"
+    if config.mode == "clamped":
+        return "mode 'clamped' depends on the whole sequence"
+    return None
 
 
 @dataclass

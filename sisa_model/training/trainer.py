@@ -27,7 +27,7 @@ from sisa_model.runs.folder import (
     require_same_run,
     resumed,
 )
-from sisa_model.runs.log import NoLog, RunLog, peak_memory_mib
+from sisa_model.runs.log import NoLog, RunLog, peak_memory_mib, read_rows
 from sisa_model.runs.weights import find_weights
 from sisa_model.training.artifacts import TEMPERATURE, draw_figures, write_final, write_sample
 from sisa_model.training.batches import Batch, Batches, RunData, Splitter, open_run_data
@@ -72,7 +72,8 @@ def train(config: TrainConfig) -> TrainResult:
     torchrun every process calls this; RuntimeError if another one is gone."""
     settings = resumed(config) if config.resume else resolve(config)
     with world() as processes:
-        return _train(settings, processes)
+        arranged = processes.arranged(settings.context_parallel, settings.tensor_parallel)
+        return _train(settings, arranged)
 
 
 def continue_run(config: TrainConfig) -> bool:
@@ -124,7 +125,7 @@ def _train(config: ResolvedConfig, world: World) -> TrainResult:
             parallel=parallel,
             batches=Batches(config, data, top, splitter),
             stepper=Stepper(config, parallel, optimizer, splitter, folder),
-            validation=Validation(objective, data, splitter),
+            validation=Validation(parallel, data, splitter),
             checkpointer=checkpointer,
             encoder=encoder if config.task == "text" else None,
         )
@@ -214,8 +215,11 @@ def _record(config: ResolvedConfig, model_config: ModelConfig, data: RunData) ->
 def _announce(
     parallel: Parallel, config: ResolvedConfig, data: RunData, device: torch.device
 ) -> None:
-    others = parallel.world.size - 1
-    shared = f" and {others} more ({parallel.kind})" if others else ""
+    world = parallel.world
+    kinds = [parallel.kind]
+    kinds += [f"context parallel {world.context}"] if world.context > 1 else []
+    kinds += [f"tensor parallel {world.tensor}"] if world.tensor > 1 else []
+    shared = f" and {world.size - 1} more ({', '.join(kinds)})" if world.size > 1 else ""
     count = count_parameters(parallel.objective.model)
     log.info(f"{config.title}: {count:,} parameters on {device}{shared}, run folder {config.out}")
     log.info(data.about)
@@ -236,7 +240,11 @@ def _say_where_it_begins(step: int, config: ResolvedConfig) -> None:
     if step == config.steps:
         log.info(f"the run is finished: it has done its {step:,} steps")
     elif step:
-        log.info(f"resumed after step {step:,} of {config.steps:,}")
+        assert config.out is not None
+        tokens = sum(row.get("tokens", 0) for row in read_rows(config.out / "train.jsonl"))
+        log.info(
+            f"resumed in {config.out} after step {step:,} of {config.steps:,}, {tokens:,} tokens"
+        )
     if 0 < config.steps <= config.warmup_steps:
         log.warning(
             f"the learning rate never reaches {config.lr:g}: it warms up for {config.warmup_steps} "
@@ -251,7 +259,7 @@ def _say_how_it_ended(
     folder = result.folder
     if not result.finished:
         log.info(
-            f"stopped after step {result.steps} of {config.steps}; continue with: "
+            f"stopped after step {result.steps:,} of {config.steps:,}; continue with: "
             f"sisa train --out {shlex.quote(str(folder))} --resume"
         )
         return
@@ -332,7 +340,8 @@ class Trainer:
         """Take one step; its row of train.jsonl. None, and none taken, if any was told to stop."""
         start = time.perf_counter()
         batch = self.batches.of_step(self.step)
-        stop, *answers = self.parallel.world.sum([interrupt.requested, *batch.answers()])
+        world = self.parallel.world
+        stop, *answers = world.sum([interrupt.requested, *batch.answers()], alike=world.copies)
         if stop:
             return None
         taken = self.stepper.take(self.step, batch, answers)
@@ -346,6 +355,7 @@ class Trainer:
         if self.config.documents == "joined":
             shapes = [inputs.shape for inputs, _ in batch.groups]
             mfu = utilisation(self.model.config, shapes, seconds, device)
+            mfu = mfu and mfu / self.parallel.world.copies
         losses = [None if taken.skipped else loss for loss in taken.losses]
         row = {
             "step": self.step,

@@ -1,6 +1,7 @@
-"""The tutorials run as they are written."""
+"""The tutorials and the notebook run as they are written."""
 
 import importlib.util
+import json
 
 import pytest
 import torch
@@ -26,3 +27,16 @@ def test_a_tutorial_runs(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
     run_page(TUTORIALS / f"{name}.md")
+
+
+@pytest.mark.slow
+def test_the_notebook_runs(monkeypatch):
+    """Its cells of code, in one namespace; it asserts that the importance term is of use."""
+    monkeypatch.setenv("MPLBACKEND", "Agg")
+    notebook = ROOT / "examples" / "importance.ipynb"
+    cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
+    scope: dict = {}
+    for cell in cells:
+        if cell["cell_type"] == "code":
+            exec(compile("".join(cell["source"]), f"{notebook}:{cell['id']}", "exec"), scope)
+    assert scope["without"] > scope["with_term"]

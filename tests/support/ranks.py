@@ -13,6 +13,9 @@ import torch
 import torch.distributed as dist
 
 TIMEOUT = timedelta(seconds=60)  # of a rank that waits for another
+# One process imports what takes seconds, and the ranks are its forks. (Forks of the tests' own
+# process could run no backward once that has.)
+PRELOADED = ["sisa_model.training.trainer", "tests.support.ranks"]
 
 
 class Ranks:
@@ -54,8 +57,8 @@ def _serve(rank: int, size: int, path: str, pipe: Any) -> None:
 @contextmanager
 def spawned(size: int) -> Iterator[Ranks]:
     """A group of ``size`` processes, ended on leaving."""
-    context = mp.get_context("forkserver")  # torch is loaded once for all of them
-    context.set_forkserver_preload(["sisa_kernels", "tests.support.ranks"])
+    context = mp.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
     with tempfile.TemporaryDirectory() as folder:
         path = os.path.join(folder, "store")
         pipes = [context.Pipe() for _ in range(size)]

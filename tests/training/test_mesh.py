@@ -57,6 +57,8 @@ CASES = [
     Case(1, 2, "fsdp", model=(("d_ff", 101), ("lam", "shared")), packed=True),
     Case(1, 4, "ddp", model=(("n_heads", 8), ("n_kv_heads", 4)), checkpointing=True),
     Case(1, 2, "fsdp", "alibi-tiny"),
+    Case(4, 1, "ddp", "mamba2-tiny", packed=True),
+    Case(2, 1, "fsdp", "mamba3-tiny", packed=True, checkpointing=True),
 ]
 
 
@@ -180,7 +182,6 @@ def test_the_loss_over_split_words_is_that_over_all(four, words):
         ({"tensor_parallel": 2, "model": {"d_ff": 1}}, "d_ff = 1 leaves a process without a part"),
         ({"tensor_parallel": 2, "compile": True}, "compile must be left out with tensor_parallel"),
         ({"context_parallel": 2, "mode": "clamped"}, "mode 'clamped' depends on the whole"),
-        ({"context_parallel": 2, "preset": "mamba3-tiny"}, "a Mamba mixer does not pass its state"),
         ({"context_parallel": 4, "seq_len": 7}, "seq_len must be at least 8"),
         (
             {"context_parallel": 2, "tensor_parallel": 2},

@@ -212,3 +212,39 @@ def test_sixteen_thousand_tokens_over_four_processes_train_as_in_one(four, tmp_p
         four.run(train_here, settings(text, out, **fields, **split))
         rows_agree(one, out, BAND)
         weights_agree(one, out)
+
+
+def resident(key):
+    """MiB of VmRSS, this process's memory, or VmHWM, its peak."""
+    with open("/proc/self/status") as status:
+        return next(int(line.split()[1]) / 1024 for line in status if line.startswith(key))
+
+
+def peak_of_step(rank, group, length, layers):
+    """MiB that forward and backward of ``length`` tokens take above what was there before."""
+    model = sm.build("sisa-152m-ds16", n_layers=layers, vocab_size=257, max_seq_len=length)
+    world = World(rank, group.size()).arranged(group.size(), 1)
+    parallel = Parallel(Objective(model, contextlib.nullcontext()), world, "ddp", bf16=False)
+    splitter = Splitter(world, torch.device("cpu"), 1, EOS, packed=False)
+    for tokens in (256, length):  # the first makes gradients and what is made once
+        before = resident("VmRSS")
+        with open("/proc/self/clear_refs", "w") as peak:
+            peak.write("5")
+        inputs, targets = torch.randint(257, (2, 1, tokens))
+        (piece,) = splitter.pieces(inputs, targets, text=True)
+        parallel.backward(piece, 1 / tokens, last=True)
+    return resident("VmHWM") - before
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not os.path.exists("/proc/self/clear_refs"), reason="asks Linux")
+def test_memory_of_a_step_falls_with_the_processes():
+    """Layers of the 152M model; -s shows the table of docs/distributed-training.md."""
+    length, layers = 4096, 4
+    peaks = {}
+    for size in (1, 2, 4):
+        with spawned(size) as ranks:
+            peaks[size] = max(ranks.run(peak_of_step, length, layers))
+        print(f"{length} tokens, {layers} layers, {size} processes: {peaks[size]:.0f} MiB")
+    assert peaks[2] < 0.7 * peaks[1]
+    assert peaks[4] < 0.4 * peaks[1]

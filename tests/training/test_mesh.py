@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import os
+import shutil
 from typing import Any
 
 import pytest
@@ -125,11 +126,10 @@ def test_a_run_goes_on_in_any_grid(four, corpus, tmp_path):
     one = train(TrainConfig(**settings(corpus, tmp_path / "one"))).folder
     grid = {"context_parallel": 2, "tensor_parallel": 2}
     four.run(train_here, settings(corpus, tmp_path / "straight", **grid))
-    stopped = {"stop_at": 2, **grid}
-    four.run(train_here, settings(corpus, tmp_path / "stopped", **stopped))
-    four.run(train_here, {"out": tmp_path / "stopped", "resume": True, **grid})
+    four.run(train_here, settings(corpus, tmp_path / "stopped", stop_at=2, **grid))
     moved = tmp_path / "moved"
-    four.run(train_here, settings(corpus, moved, **stopped))
+    shutil.copytree(tmp_path / "stopped", moved)
+    four.run(train_here, {"out": tmp_path / "stopped", "resume": True, **grid})
     sharded = {"out": moved, "resume": True, "parallel": "fsdp"}
     four.run(train_here, {**sharded, "tensor_parallel": 2, "stop_at": 3})
     four.run(train_here, {**sharded, "context_parallel": 2, "stop_at": 4})

@@ -77,8 +77,6 @@ class Context:
 
 def context_refusal(config: ModelConfig) -> str | None:
     """Why a sequence cannot be cut over several processes in such a model, or None."""
-    if {"m", "h"} & set(config.layer_kinds):
-        return "a Mamba mixer does not pass its state from one process to the next"
     if config.mode == "clamped":
         return "mode 'clamped' depends on the whole sequence"
     return None

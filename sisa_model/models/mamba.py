@@ -9,6 +9,7 @@ Over a cache it is plain PyTorch everywhere, a step being the chunked scan of on
 take and leave no state."""
 
 import math
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -20,8 +21,9 @@ from sisa_kernels.rotation import rotate
 from sisa_model.models.config import ModelConfig
 from sisa_model.models.context import Context
 from sisa_model.models.linear import Fp32Parameters, Linear
-from sisa_model.models.mamba_kernels import kernels_for
-from sisa_model.models.scan import decayed_scan
+from sisa_model.models.mamba_kernels import Kernels, kernels_for
+from sisa_model.models.pieces import CutSequence
+from sisa_model.models.scan import decayed_scan, read_state
 
 CONV = 4  # tokens that Mamba-2's causal convolution sees
 NORM_EPS = 1e-5
@@ -123,9 +125,62 @@ class MambaMixer(Fp32Parameters):
     def forward(self, x: Tensor, context: Context, cache: StateCache | None = None) -> Tensor:
         projected = self.in_proj(x)
         with without_autocast(x.device):
-            documents = projected.split(context.documents(x.shape[1]), 1)
-            pieces = [self.mix(document, cache, context.lengths) for document in documents]
-        return self.out_proj(torch.cat(pieces, 1).to(projected.dtype))
+            if context.layout is not None:
+                mixed = self.mix_over_processes(projected, CutSequence(context, projected))
+            else:
+                documents = projected.split(context.documents(x.shape[1]), 1)
+                pieces = [self.mix(document, cache, context.lengths) for document in documents]
+                mixed = torch.cat(pieces, 1)
+        return self.out_proj(mixed.to(projected.dtype))
+
+    def mix_over_processes(self, projected: Tensor, cut: CutSequence) -> Tensor:
+        """:meth:`mix` of the documents of a sequence that is cut over processes.
+
+        Every piece runs from a state of 0; once all know what each piece adds to the state, each
+        adds what its tokens read of the pieces before. In plain PyTorch: the kernels leave no
+        state."""
+        tails = (projected[:, piece.tail] for piece in cut.pieces)
+        projected, endings = cut.gather(projected, [self.ending(tail) for tail in tails])
+        log_decay = endings[..., : self.n_heads]
+        zeros = self.state(projected, None)
+        runs = []
+        for part in cut.parts:
+            before = zeros
+            if part.head_of is not None:
+                before = zeros | self.beginning(cut.behind(part.head_of, endings), zeros["h"].dtype)
+            runs.append(self.recurrence(projected[:, part.rows], before)[0])
+        found = [run.scan() for run in runs]
+        nothing = self.heads(wide(projected[:, :0, : self.d_inner]))
+        y = torch.cat([nothing, *(y for y, _ in found)], 1)
+        of_tails = {part.tail_of: h for part, (_, h) in zip(cut.parts, found)}
+        own = [of_tails.get(piece.number, zeros["h"]) for piece in cut.pieces]
+        y, added = cut.gather(y, own)
+        pieces = list(y.split([part.rows.stop - part.rows.start for part in cut.parts], 1))
+        for n, (part, run) in enumerate(zip(cut.parts, runs)):
+            if part.head_of is not None:
+                state = cut.incoming(part.head_of, added, log_decay)
+                pieces[n] = pieces[n] + read_state(run.q, run.log_decay, state)
+        return self.gate(torch.cat([y[:, :0], *pieces], 1), projected)
+
+    def recurrence(
+        self, projected: Tensor, state: dict[str, Tensor], lengths: list[int] | None = None
+    ) -> tuple["Recurrence", dict[str, Tensor]]:
+        """The recurrence behind ``state``, and what of every token later ones need beside it."""
+        raise NotImplementedError
+
+    def gate(self, y: Tensor, projected: Tensor) -> Tensor:
+        """The mixer's output before its last projection, [B, L, E], of the recurrence's y."""
+        raise NotImplementedError
+
+    def ending(self, projected: Tensor) -> Tensor:
+        """What later pieces need of the end of a document's part, beside its state: [B, K] fp64.
+
+        First the sum of the logs of its decay [B, H]; all 0 for no token."""
+        raise NotImplementedError
+
+    def beginning(self, endings: list[tuple[int, Tensor]], dtype: torch.dtype) -> dict[str, Tensor]:
+        """The state in ``dtype``, but for h, behind pieces of so many tokens and these endings."""
+        raise NotImplementedError
 
     def mix(
         self, projected: Tensor, cache: StateCache | None = None, lengths: list[int] | None = None
@@ -194,25 +249,58 @@ class Mamba2(MambaMixer):
     def mix(
         self, projected: Tensor, cache: StateCache | None = None, lengths: list[int] | None = None
     ) -> Tensor:
-        z, xBC, dt = self.parts(projected)
-        dt = self.steps(dt, lengths)
-        A = -wide(self.A_log).exp()
         kernels = kernels_for(projected) if cache is None else None
         state = self.state(projected, cache)
-        xBC = xBC if kernels else wide(xBC)
+        if kernels:
+            _, xBC, dt = self.parts(projected)
+            x, B, C = self.convolved(xBC, state)
+            rest = {"chunk_size": 256, "D": wide(self.D)}
+            y = kernels.mamba2(x, self.steps(dt, lengths), self.A(), B, C, **rest)
+            return self.gate(y, projected)
+        run, later = self.recurrence(projected, state, lengths)
+        y, h = run.scan()
+        if cache is not None:
+            ends = lengths or [projected.shape[1]] * len(projected)
+            cache.state = {"xBC": take(later["xBC"], ends, CONV - 1), "h": h}
+        return self.gate(y, projected)
+
+    def A(self) -> Tensor:
+        """The decay rates [H] < 0."""
+        return -wide(self.A_log).exp()
+
+    def convolved(self, xBC: Tensor, state: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """x [B, L, H, P], B and C [B, L, 1, N] behind the tokens that ``state`` has."""
         xBC = torch.cat((state["xBC"].to(xBC.dtype), xBC), 1)
         x, B, C = F.silu(self.conv1d(xBC)).split([self.d_inner, self.d_state, self.d_state], -1)
-        x = self.heads(x)
-        B = B[:, :, None]
-        C = C[:, :, None]
-        if kernels:
-            y = kernels.mamba2(x, dt, A, B, C, chunk_size=256, D=wide(self.D))
-        else:
-            y, h = ssd(x, dt, A, B, C, self.D, state["h"])
-            if cache is not None:
-                cache.state = {"xBC": take(xBC, lengths or [x.shape[1]] * len(x), CONV - 1), "h": h}
-        gated = wide(y).flatten(2) * F.silu(wide(z))
-        return self.norm(gated)
+        return self.heads(x), B[:, :, None], C[:, :, None]
+
+    def recurrence(
+        self, projected: Tensor, state: dict[str, Tensor], lengths: list[int] | None = None
+    ) -> tuple["Recurrence", dict[str, Tensor]]:
+        _, xBC, dt = self.parts(projected)
+        xBC = wide(xBC)
+        x, B, C = self.convolved(xBC, state)
+        run = ssd(x, self.steps(dt, lengths), self.A(), B, C, self.D, state["h"])
+        return run, {"xBC": torch.cat((state["xBC"].to(xBC.dtype), xBC), 1)}
+
+    def gate(self, y: Tensor, projected: Tensor) -> Tensor:
+        z, *_ = self.parts(projected)
+        return self.norm(wide(y).flatten(2) * F.silu(wide(z)))
+
+    def ending(self, projected: Tensor) -> Tensor:
+        _, xBC, dt = self.parts(projected)
+        log_decay = (self.steps(dt, None) * self.A()).double().sum(1)
+        last = wide(xBC[:, max(0, xBC.shape[1] - CONV + 1) :]).double()
+        halo = F.pad(last, (0, 0, CONV - 1 - last.shape[1], 0)).flatten(1)
+        return torch.cat((log_decay, halo), 1)
+
+    def beginning(self, endings: list[tuple[int, Tensor]], dtype: torch.dtype) -> dict[str, Tensor]:
+        halos = [
+            ending[:, self.n_heads :].unflatten(1, (CONV - 1, -1))[:, -min(tokens, CONV - 1) :]
+            for tokens, ending in endings
+        ]
+        halo = torch.cat(halos, 1)[:, 1 - CONV :]
+        return {"xBC": F.pad(halo, (0, 0, CONV - 1 - halo.shape[1], 0)).to(dtype)}
 
 
 class Mamba3(MambaMixer):
@@ -252,35 +340,77 @@ class Mamba3(MambaMixer):
     def mix(
         self, projected: Tensor, cache: StateCache | None = None, lengths: list[int] | None = None
     ) -> Tensor:
-        z, x, B, C, dt, A, trap, angle = self.parts(projected)
-        z = self.heads(z)
-        x = self.heads(x)
+        kernels = None
+        if cache is None:
+            kernels = kernels_for(projected, powers_of_two=(self.d_state, self.head_dim))
+        if kernels:
+            return self._by_kernels(kernels, projected)
+        run, later = self.recurrence(projected, self.state(projected, cache), lengths)
+        y, h = run.scan()
+        if cache is not None:
+            ends = lengths or [projected.shape[1]] * len(projected)
+            cache.state = {"h": h} | {name: last(t, ends) for name, t in later.items()}
+        return self.gate(y, projected)
+
+    def _by_kernels(self, kernels: Kernels, projected: Tensor) -> Tensor:
+        z, x, _, _, dt, A, trap, angle = self.parts(projected)
+        B, C = self.normed(projected)
+        dt = self.steps(dt, None)
+        angles = angle.float()[:, :, None].expand(-1, -1, self.n_heads, -1)
+        steps = (t.transpose(1, 2) for t in (self.log_decay(A, dt), dt, trap))
+        bias = (wide(t).squeeze(1) for t in (self.C_bias, self.B_bias))
+        rest = {"D": wide(self.D), "Z": self.heads(z), "chunk_size": 64}
+        return kernels.mamba3(C, B, self.heads(x), *steps, *bias, angles, **rest).flatten(2)
+
+    def log_decay(self, A: Tensor, dt: Tensor) -> Tensor:
+        """[B, L, H] < 0 of A's projection and the steps."""
+        return (-F.softplus(wide(A))).clamp(max=-A_FLOOR) * dt
+
+    def normed(self, projected: Tensor) -> tuple[Tensor, Tensor]:
+        """B and C [B, L, 1, N], without their biases."""
+        _, _, B, C, *_ = self.parts(projected)
+        return self.B_norm(wide(B))[:, :, None], self.C_norm(wide(C))[:, :, None]
+
+    def keys(self, projected: Tensor) -> tuple[Tensor, Tensor]:
+        """k and q [B, L, H, N], before they turn."""
+        B, C = self.normed(projected)
+        return B + wide(self.B_bias).squeeze(1), C + wide(self.C_bias).squeeze(1)
+
+    def recurrence(
+        self, projected: Tensor, state: dict[str, Tensor], lengths: list[int] | None = None
+    ) -> tuple["Recurrence", dict[str, Tensor]]:
+        _, x, _, _, dt, A, trap, angle = self.parts(projected)
         dt = self.steps(dt, lengths)
-        A = (-F.softplus(wide(A))).clamp(max=-A_FLOOR)
-        B = self.B_norm(wide(B))[:, :, None]
-        C = self.C_norm(wide(C))[:, :, None]
-        B_bias = wide(self.B_bias).squeeze(1)
-        C_bias = wide(self.C_bias).squeeze(1)
-        if cache is None and (
-            kernels := kernels_for(projected, powers_of_two=(self.d_state, self.head_dim))
-        ):
-            angles = angle.float()[:, :, None].expand(-1, -1, self.n_heads, -1)
-            steps = ((A * dt).transpose(1, 2), dt.transpose(1, 2), trap.transpose(1, 2))
-            y = kernels.mamba3(
-                C, B, x, *steps, C_bias, B_bias, angles, D=wide(self.D), Z=z, chunk_size=64
-            )
-        else:
-            state = self.state(projected, cache)
-            y, state = siso(
-                C + C_bias, B + B_bias, wide(x), A * dt, dt, wide(trap), wide(angle), self.D, state
-            )
-            y = y * F.silu(wide(z))
-            if cache is not None:
-                ends = lengths or [x.shape[1]] * len(x)
-                cache.state = {
-                    name: t if name == "h" else last(t, ends) for name, t in state.items()
-                }
-        return y.flatten(2)
+        k, q = self.keys(projected)
+        x = wide(self.heads(x))
+        return siso(q, k, x, self.log_decay(A, dt), dt, wide(trap), wide(angle), self.D, state)
+
+    def gate(self, y: Tensor, projected: Tensor) -> Tensor:
+        z, *_ = self.parts(projected)
+        return (y * F.silu(wide(self.heads(z)))).flatten(2)
+
+    def ending(self, projected: Tensor) -> Tensor:
+        _, x, _, _, dt, A, _, angle = self.parts(projected)
+        dt = self.steps(dt, None)
+        sums = self.log_decay(A, dt).double().sum(1), turns(dt, wide(angle)).sum(1).flatten(1)
+        if not projected.shape[1]:
+            width = self.n_heads * (self.d_state + self.head_dim)
+            return torch.cat((*sums, sums[0].new_zeros(len(projected), width)), 1)
+        k, _ = self.keys(projected[:, -1:])
+        x = wide(self.heads(x[:, -1:]))
+        return torch.cat((*sums, k.double().flatten(1), x.double().flatten(1)), 1)
+
+    def beginning(self, endings: list[tuple[int, Tensor]], dtype: torch.dtype) -> dict[str, Tensor]:
+        sizes = {name: self.state_sizes[name] for name in ("phase", "k", "x")}
+        widths = [math.prod(size) for size in sizes.values()]
+        split = [ending[:, self.n_heads :].split(widths, 1) for _, ending in endings]
+        found = dict(zip(sizes, split[-1]))
+        found["phase"] = sum((x[0] for x in split[:-1]), split[-1][0])
+        found = {name: x.unflatten(1, sizes[name]) for name, x in found.items()}
+        phase = found["phase"].remainder(2 * math.pi)
+        x = found["x"].to(dtype)
+        k = turned(found["k"].to(dtype), phase)
+        return {"phase": phase, "k": k, "x": x}
 
 
 class MambaBlock(nn.Module):
@@ -295,15 +425,43 @@ class MambaBlock(nn.Module):
         return x + self.mixer(self.norm(x), context, cache)
 
 
-def ssd(
-    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, h: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Mamba-2's recurrence from the state h [B, H, N, P]: y [B, L, H, P], and the last state.
+class Recurrence(NamedTuple):
+    """:func:`decayed_scan` of q .. log_decay from a state, and each token's own ``skip x``."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    log_decay: Tensor
+    state: Tensor
+    skip: Tensor
+    """[B, L, H]."""
+    x: Tensor
+    """[B, L, H, P]."""
+
+    def scan(self) -> tuple[Tensor, Tensor]:
+        """y [B, L, H, P], and the last state."""
+        y, h = decayed_scan(self.q, self.k, self.v, self.log_decay, self.state)
+        return y + self.skip[..., None] * self.x, h
+
+
+def ssd(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, h: Tensor) -> Recurrence:
+    """Mamba-2's recurrence from the state h [B, H, N, P].
 
     x [B, L, H, P], dt [B, L, H] > 0, A [H] < 0, B and C [B, L, 1, N], D [H]."""
-    now = dt * (C * B).sum(-1) + D
-    y, h = decayed_scan(C, B, dt[..., None] * x, dt * A, h)
-    return y + now[..., None] * x, h
+    return Recurrence(C, B, dt[..., None] * x, dt * A, h, dt * (C * B).sum(-1) + D, x)
+
+
+def turns(dt: Tensor, angle: Tensor) -> Tensor:
+    """By how much each token turns q and k, [B, L, H, S] fp64 radians; angle [B, L, S]."""
+    return dt[..., None].double() * (math.pi * angle.tanh())[:, :, None]
+
+
+def turned(x: Tensor, phase: Tensor) -> Tensor:
+    """x [..., N] with its first 2 S channels turned by a phase [..., S]."""
+    cos = phase.to(x.dtype).cos()
+    sin = phase.to(x.dtype).sin()
+    width = 2 * phase.shape[-1]
+    return torch.cat((rotate(x[..., :width], cos, sin), x[..., width:]), -1)
 
 
 def siso(
@@ -316,13 +474,12 @@ def siso(
     angle: Tensor,
     D: Tensor,
     state: dict[str, Tensor],
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """Mamba-3's recurrence: q, k [B, L, H, N] unrotated, x [B, L, H, P] -> y [B, L, H, P].
+) -> tuple[Recurrence, dict[str, Tensor]]:
+    """Mamba-3's recurrence: q, k [B, L, H, N] unrotated, x [B, L, H, P].
 
     log_decay, dt and trap (before its sigmoid) [B, L, H]; angle (before pi tanh) [B, L, S], shared
     by the heads; D [H]. Goes on from ``state``: h [B, H, N, P] and the last token's phase [B, H,
-    S], k (rotated) [B, H, N] and x [B, H, P]. Returns, too, the last h, and phase, k and x of every
-    token."""
+    S], k (rotated) [B, H, N] and x [B, H, P]. Returns, too, phase, k and x of every token."""
     lam = trap.sigmoid()
     now = lam * dt
     later = (1 - lam) * dt
@@ -332,11 +489,7 @@ def siso(
     h = state["h"] + later[:, 0, :, None, None] * state["k"][..., None] * state["x"][..., None, :]
     skip = now * (q * k).sum(-1) + D  # a token's own product is free of the rotation
     # Summed in fp64 and wrapped to one turn, so that the phase keeps its bits at any length.
-    turns = (dt[..., None].double() * (math.pi * angle.tanh())[:, :, None]).cumsum(1)
-    phase = (state["phase"][:, None] + turns).remainder(2 * math.pi)
-    cos = phase.to(x.dtype).cos()
-    sin = phase.to(x.dtype).sin()
-    width = 2 * angle.shape[-1]  # of the channels that turn
-    q, k = (torch.cat((rotate(t[..., :width], cos, sin), t[..., width:]), -1) for t in (q, k))
-    y, h = decayed_scan(q, k, weight[..., None] * x, log_decay, h)
-    return y + skip[..., None] * x, {"phase": phase, "h": h, "k": k, "x": x}
+    phase = (state["phase"][:, None] + turns(dt, angle).cumsum(1)).remainder(2 * math.pi)
+    q, k = (turned(t, phase) for t in (q, k))
+    run = Recurrence(q, k, weight[..., None] * x, log_decay, h, skip, x)
+    return run, {"phase": phase, "k": k, "x": x}

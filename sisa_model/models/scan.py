@@ -44,6 +44,15 @@ def decayed_scan(
     return y[:, :L], state.flatten(1, 2)
 
 
+def read_state(q: Tensor, log_decay: Tensor, state: Tensor) -> Tensor:
+    """What a state before the first token adds to :func:`decayed_scan`'s y, [B, L, H, P].
+
+    ``exp(g_t) q_t . state``; q [B, L, G, N], log_decay [B, L, H], state [B, H, N, P]."""
+    by_group = state.unflatten(1, (q.shape[2], -1))
+    read = torch.einsum("blgn,bgrnp->blgrp", q, by_group).flatten(2, 3)
+    return read * log_decay.double().cumsum(1).to(q.dtype).exp()[..., None]
+
+
 def _cut(x: Tensor, chunk: int) -> Tensor:
     """[B, L, heads, channels] -> [B, count, heads, chunk, channels], filled up with zeros."""
     missing = -x.shape[1] % chunk

@@ -297,6 +297,18 @@ def in_double(grads):
     return {name: x.double() for name, x in grads.items()}
 
 
+@pytest.mark.slow
+def test_memory_of_a_rank_falls_with_their_number(two, four):
+    whole = whole_problem("sisa", 8192, decay=-5, H=3, Dh=64)
+    most = []
+    for ranks in (two, four):
+        layout = sk.SequenceLayout.balanced(8192, ranks.size)
+        found = ranks.run(over_ranks.peak_memory, whole, layout)
+        print(ranks.size, "ranks:", [f"{size / 2**20:.0f} MiB" for size in found])
+        most.append(max(found))
+    assert most[1] < 0.75 * most[0]
+
+
 # ---- Within autograd -----------------------------------------------------------------------------
 
 

@@ -1,7 +1,10 @@
 """Attention over ranks in tests: problems of whole sequences, what a rank runs, bytes it sends."""
 
 import contextlib
+import ctypes
 import dataclasses
+import mmap
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any, Literal, NamedTuple
@@ -177,3 +180,36 @@ def counted() -> Iterator[Counter[str]]:
     finally:
         for name, function in real.items():
             setattr(dist, name, function)
+
+
+def peak_memory(
+    rank: int, group: dist.ProcessGroup, whole: Problem, layout: sk.SequenceLayout
+) -> int:
+    """Bytes above its inputs that a rank takes for forward and backward, at their peak."""
+    libc = ctypes.CDLL("libc.so.6")
+    libc.mallopt(-3, 65536)  # M_MMAP_THRESHOLD: what is freed goes back at once
+    alone = Options(grad=True)
+    attend(rank, group, whole, layout, alone)  # what stays from a first call
+    before = _resident(libc)
+    peak = before
+    done = threading.Event()
+
+    def watch() -> None:
+        nonlocal peak
+        while not done.wait(0.001):
+            peak = max(peak, _resident())
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    found = attend(rank, group, whole, layout, alone)
+    done.set()
+    watcher.join()
+    inputs = sum(x.nbytes for x in found.grads.values())  # the copies that attend makes
+    return peak - before - inputs
+
+
+def _resident(libc: Any = None) -> int:
+    if libc is not None:
+        libc.malloc_trim(0)
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * mmap.PAGESIZE

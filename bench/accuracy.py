@@ -1,7 +1,7 @@
 """Error of every attention path against Eq. 2 in fp64, by length and decay.
 
 Relative error of y over the whole tensor, of its worst row and of the worst gradient, on the
-problem of the paths' self-check. Rows are appended to bench/results/accuracy.csv; where a path
+problem of the paths' self-check. Rows are appended to accuracy.csv; where a path
 refuses or gives no number, the row says so. The load of the machine does not matter. The oracle
 holds scores in fp64: 1.4 GB at length 4,096, and four times that at twice the length."""
 
@@ -9,14 +9,13 @@ import argparse
 import itertools
 import math
 from collections.abc import Iterator
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from bench import authors
 from bench.paths import Attend, ours, reason, results
-from bench.rows import RESULTS, WHERE, append, now, provenance
+from bench.rows import WHERE, add_destination, append, now, provenance
 from sisa_kernels.inputs import Rotary, SisaInputs
 from sisa_kernels.rotation import CLAMP
 from sisa_kernels.testing import ValueAndGrads, oracle, problem, relative_errors, worst_row
@@ -119,7 +118,7 @@ def main(arguments: list[str] | None = None) -> int:
     add("--half-lives", type=float, nargs="+", default=HALF_LIVES, help="tokens")
     add("--d-state", type=int, default=16)
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    add("--out", type=Path, default=RESULTS, help="folder of accuracy.csv")
+    add_destination(parser)
     args = parser.parse_args(arguments)
     device = torch.device(args.device)
     where = provenance(device)

@@ -2,7 +2,7 @@
 
 Of each finished run the held-out loss, and on held-out sequences how its heads forget: half-lives,
 the range of g, the share of positions whose exponent the clamp binds (of a run in mode exact: would
-bind), all heads of all layers together. Rows are appended to bench/results/clamp.csv."""
+bind), all heads of all layers together. Rows are appended to clamp.csv."""
 
 import argparse
 import statistics
@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from bench.rows import RESULTS, WHERE, append, now, provenance
+from bench.rows import WHERE, add_destination, append, now, provenance
 from sisa_kernels.rotation import CLAMP
 from sisa_model.data.tokenizer import Encoder
 from sisa_model.models.checkpoint import load
@@ -106,7 +106,7 @@ def main(arguments: list[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="folders of runs")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of clamp.csv")
+    add_destination(parser)
     args = parser.parse_args(arguments)
     where = provenance(torch.device("cpu"))
     for run in args.runs:

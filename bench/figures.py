@@ -500,5 +500,6 @@ def main(arguments: list[str] | None = None) -> int:
             continue
         args.out.mkdir(parents=True, exist_ok=True)
         draw(rows, args.out / f"{name}.png")
-        print(args.out / f"{name}.png")
+        read_from = ", ".join(f"{file}.csv" for file, table in zip(files, tables) if table)
+        print(f"{args.out / name}.png: {len(rows)} rows of {read_from} in {args.results}")
     return missing

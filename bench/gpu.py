@@ -29,7 +29,7 @@ import torch
 from bench.cases import CUDA, GROUPS, Setting
 from bench.paths import problem, reason
 from bench.roofline import DEVICES
-from bench.rows import PYTEST, RESULTS, ROOT, now, provenance
+from bench.rows import PYTEST, ROOT, add_destination, now, provenance
 from bench.timing import Run, gpu_milliseconds, measure
 
 BUILD = {"extension": ["setup.py", "build_ext", "--inplace"], "self-check": ["-m", "sisa_kernels"]}
@@ -262,7 +262,7 @@ def arguments_parser() -> argparse.ArgumentParser:
     add("--lengths", type=int, nargs="+", default=[], help=lengths)
     add("--d-states", type=int, nargs="+", default=Setting.d_states)
     add("--tokens", type=int, default=Setting.tokens, help="of a batch")
-    add("--out", type=Path, default=RESULTS, help="folder of the CSV files")
+    add_destination(parser)
     device = "data sheet of the bounds; default: the GPU's own, H200 in a dry run"
     add("--device", choices=DEVICES, help=device)
     dry_run = "print what would be built, tested and timed, and stop"

@@ -1,5 +1,6 @@
 """The rows that the benches append to CSV files, and where a row comes from."""
 
+import argparse
 import csv
 import datetime
 import importlib.metadata
@@ -16,7 +17,8 @@ import torch
 from sisa_kernels.triton.tiles import tuned_tiles
 
 ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "bench" / "results"
+RESULTS = ROOT / "bench" / "results"  # the repository's rows, of which its figures are drawn
+OUT = ROOT / "bench" / "out"  # everybody's own, which git ignores
 PYTEST = ("-c", str(ROOT / "pyproject.toml"), f"--rootdir={ROOT}")  # from whatever folder
 # Of a time to the baseline's: of the medians; percentiles of the rounds' own ratios.
 RATIOS = ("baseline", "ratio", "ratio_p20", "ratio_p80")
@@ -25,6 +27,14 @@ TIMES = ("rounds", "ms_p20", "ms_p50", "ms_p80", *RATIOS, *RATES)
 WHERE = ("device", "threads", "driver", "cuda", "torch", "triton", "tiles", "commit", "date")
 COLUMNS = ("op", "path", "mode", "dtype", "shape", "pass", *TIMES, "status", *WHERE)
 CODE = ("csrc", "sisa_kernels", "sisa_model", "bench/*.py")  # what a row's numbers depend on
+
+
+def add_destination(parser: argparse.ArgumentParser) -> None:
+    """Add --out, the folder of the rows, and --keep, which is --out bench/results."""
+    add = parser.add_argument
+    add("--out", type=Path, default=OUT, metavar="FOLDER", help="of the rows; default: bench/out")
+    keep = "append the rows to those that the repository has, in bench/results"
+    add("--keep", dest="out", action="store_const", const=RESULTS, help=keep)
 
 
 def append(path: Path, columns: Sequence[str], values: dict[str, Any]) -> dict[str, str]:

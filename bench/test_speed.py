@@ -15,7 +15,7 @@ import pytest
 from bench.cases import Case
 from bench.cases_cpu import CPU, QUICK, SECTIONS, Group
 from bench.paths import problem
-from bench.rows import RESULTS, provenance
+from bench.rows import OUT, provenance
 from bench.timing import Measured, Run, cpu_milliseconds, measure
 
 
@@ -50,7 +50,7 @@ def results(tmp_path_factory) -> Path:
     folder = os.environ.get("SISA_BENCH_OUT")
     if folder:
         return Path(folder)
-    return tmp_path_factory.mktemp("results") if QUICK else RESULTS
+    return tmp_path_factory.mktemp("results") if QUICK else OUT
 
 
 @functools.cache

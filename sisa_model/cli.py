@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TextIO
 
 from sisa_model.commands import COMMANDS
-from sisa_model.help import command_help, overview, show
+from sisa_model.help import command_help, overview, show, width
 from sisa_model.parser import (
     CONFIG,
     UsageError,
@@ -20,6 +20,7 @@ from sisa_model.parser import (
     nearest,
     read_command_line,
 )
+from sisa_model.terminal import Drawn
 from sisa_model.utils.flags import flags_of
 from sisa_model.utils.progress import RunStopped
 
@@ -50,7 +51,7 @@ class _Messages(logging.StreamHandler):
 def messages_on(out: TextIO, err: TextIO) -> Iterator[None]:
     """Let the packages' messages appear bare on ``out``, their warnings on ``err``."""
     told = _Messages(out)
-    told.setFormatter(logging.Formatter("%(message)s"))
+    told.setFormatter(Drawn(width()) if out.isatty() else logging.Formatter("%(message)s"))
     told.addFilter(lambda record: record.levelno < logging.WARNING)
     warned = logging.StreamHandler(err)
     warned.setFormatter(logging.Formatter("sisa: %(message)s"))

@@ -164,7 +164,7 @@ COMMANDS = {
     "plot": Command(
         "Draw the curves of runs into one picture.",
         _plot,
-        ("sisa plot runs/books runs/books-2 --out curves.png",),
+        ("sisa plot runs/books runs/books-2 --out runs/curves.png",),
     ),
     "watch": Command(
         "Write a page about runs that redraws while they go on.",
@@ -192,7 +192,7 @@ COMMANDS = {
     "convert": Command(
         "Turn a checkpoint of the paper's authors into a model folder.",
         _convert,
-        ("sisa convert sisa_152m.pt --preset sisa-152m-ds32 --out models/authors",),
+        ("sisa convert sisa_152m.pt --preset sisa-152m-ds32 --out runs/authors",),
     ),
     "info": Command(
         "List the models, or say what one costs.",

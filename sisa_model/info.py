@@ -57,16 +57,17 @@ def _presets() -> str:
         "heads": "n_heads",
         "layers": "n_layers",
         "d_state": "d_state",
-        "mamba_state": "mamba_state",
+        "mamba": "mamba_state",
         "d_ff": "d_ff",
     }
     widths = {title: max(5, len(title)) for title in columns}
+    longest = max(map(len, presets()))
     titles = " ".join(f"{title:>{width}}" for title, width in widths.items())
-    lines = [f"sisa {__version__}", f"{'preset':30} {'parameters':>12}  {titles}"]
+    lines = [f"sisa {__version__}", f"{'preset':{longest}} {'parameters':>11} {titles}"]
     for name in presets():
         with torch.device("meta"):
             model = LanguageModel(preset_config(name))
         values = {title: getattr(model.config, field) for title, field in columns.items()}
-        row = " ".join(f"{value:{widths[title]}}" for title, value in values.items())
-        lines.append(f"{name:30} {count_parameters(model):12,}  {row}")
+        row = " ".join(f"{value or '':>{widths[title]}}" for title, value in values.items())
+        lines.append(f"{name:{longest}} {count_parameters(model):11,} {row}".rstrip())
     return "\n".join(lines)

@@ -180,9 +180,10 @@ def find_tasks(names: list[str], data: dict[str, list[Row]]) -> dict[str, Any]:
     for name, theirs in known.items():
         if theirs not in manager.all_tasks:
             near = difflib.get_close_matches(name, manager.all_tasks, n=3)
+            like = f"; near are {', '.join(near)}" if near else ""
             raise ValueError(
                 f"tasks must be known to lm-evaluation-harness {lm_eval.__version__}, "
-                f"got {name!r}; near are {near}"
+                f"got {name!r}{like}"
             )
     for name, theirs in known.items():
         try:

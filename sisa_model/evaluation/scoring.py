@@ -102,7 +102,8 @@ class Scorer:
         """The scores of ``requests`` in their order; raises as :meth:`check` does."""
         self.check(requests, name)
         scores: dict[int, Score] = {}
-        with tqdm(total=len(requests), desc=name, dynamic_ncols=True, leave=False) as bar:
+        on_terminals = {"dynamic_ncols": True, "leave": False, "disable": None}
+        with tqdm(total=len(requests), desc=name, **on_terminals) as bar:
             for batch in self.batches(requests):
                 scores.update(zip(batch, self._score([requests[number] for number in batch])))
                 bar.update(len(batch))

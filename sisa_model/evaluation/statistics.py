@@ -81,7 +81,8 @@ def measure(
 def table(found: dict[str, list[Measurement]]) -> str:
     """A line a measurement: task, metric, value, interval, chance, examples."""
     columns = ("task", "metric", "value", "95 % interval", "chance", "examples")
-    layout = "{:32} {:16} {:>9}   {:>18} {:>8} {:>9}"
+    longest = max(map(len, ("task", *found)))
+    layout = f"{{:{longest}}}  {{:15}} {{:>8}} {{:>17}} {{:>8}} {{:>9}}"
     lines = [layout.format(*columns)]
     for task, measurements in found.items():
         for x in measurements:

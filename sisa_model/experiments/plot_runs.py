@@ -13,7 +13,15 @@ import tyro
 from sisa_model.evaluation.records import read_evaluations
 from sisa_model.experiments import published as paper
 from sisa_model.models.presets import find_preset
-from sisa_model.reporting.figures import COLORS, SHARES, Rows, save_figure
+from sisa_model.reporting.figures import (
+    COLORS,
+    HEALTH,
+    LOGARITHMIC,
+    SHARES,
+    Rows,
+    health_fields,
+    save_figure,
+)
 from sisa_model.runs.folder import read_run
 from sisa_model.runs.log import read_rows
 
@@ -27,8 +35,6 @@ TRAIN_PANELS = {
     "mfu": "model FLOP utilisation",
     "peak_memory_mib": "peak memory, MiB",
 }
-HEALTH_PANELS = {"lam": "lambda", "half_life": "half-life, tokens", "g_range": "range of g"}
-LOG_SCALE = ("grad_norm", "half_life")
 POINTS = 300  # of a training curve: each the mean of as many steps as it takes
 
 
@@ -56,6 +62,8 @@ class RunRows(NamedTuple):
     evals: Rows
     steps: int = 0
     """Of the whole run."""
+    tokens: str = ""
+    """What its tokens are, as :func:`token_kind` has it."""
 
 
 class Line(NamedTuple):
@@ -83,6 +91,8 @@ def plot_runs(config: PlotConfig) -> Path:
     for run, folder in zip(runs, config.runs):
         if not (run.train or run.val):
             raise ValueError(f"runs: {folder} holds no step yet")
+    if warning := incomparable({run.name: run.tokens for run in runs}):
+        log.warning(warning)
     config.out.parent.mkdir(parents=True, exist_ok=True)
     _draw(config.out, runs)
     log.info(f"figure: {config.out}")
@@ -105,9 +115,25 @@ def name_runs(runs: tuple[Path, ...]) -> list[tuple[str, Path]]:
 
 def read_rows_of(folder: Path, name: str) -> RunRows:
     """What the run in ``folder`` has logged; raises as :func:`read_run` does."""
-    settings = read_run(folder).train
+    record = read_run(folder)
     train, val = (read_rows(folder / f"{rows}.jsonl") for rows in ("train", "val"))
-    return RunRows(name, settings.preset, train, val, read_evaluations(folder), settings.steps)
+    return RunRows(
+        name=name,
+        preset=record.train.preset,
+        train=train,
+        val=val,
+        evals=read_evaluations(folder),
+        steps=record.train.steps,
+        tokens=record.token_kind,
+    )
+
+
+def incomparable(kinds: dict[str, str]) -> str:
+    """That losses a token do not compare, of runs whose tokens, by name, are not alike; or ""."""
+    if len(set(kinds.values())) < 2:
+        return ""
+    told = ", ".join(f"{name} ({kind})" for name, kind in kinds.items())
+    return f"losses a token do not compare, as the runs' tokens differ: {told}"
 
 
 def panels(runs: list[RunRows]) -> dict[str, list[Line]]:
@@ -119,19 +145,21 @@ def panels(runs: list[RunRows]) -> dict[str, list[Line]]:
     accuracies = dict.fromkeys(field for field in fields if field.endswith("_accuracy"))
     evaluated = dict.fromkeys(row["task"] for run in runs for row in run.evals)
 
+    unlike = ", of tokens that differ" if len({run.tokens for run in runs}) > 1 else ""
     found: dict[str, list[Line]] = {}
     # A held-out curve begins after step 0: the untrained loss would flatten the rest.
-    found["held-out loss, nats a token"] = [
+    found[f"held-out loss, nats a token{unlike}"] = [
         _line(n, run.name, [row for row in run.val if row["step"] > 0], "loss") for n, run in every
     ]
     for field, title in TRAIN_PANELS.items():
+        title += unlike if field == "loss" else ""
         found[title] = [_thinned(_line(n, run.name, run.train, field)) for n, run in every]
     for field in accuracies:
         title = f"{field.removesuffix('_accuracy')} accuracy"
         found[title] = [_line(n, run.name, run.val, field) for n, run in every]
     for task in evaluated:
         found[f"{task} accuracy, evaluated"] = _evaluated(runs, task)
-    for field, title in HEALTH_PANELS.items():
+    for field, title in HEALTH.items():
         title = f"{title} (mean, least and greatest of the layers)"
         found[title] = [_health(n, run, field) for n, run in every]
     drawn = {title: [line for line in lines if len(line.steps)] for title, lines in found.items()}
@@ -169,7 +197,7 @@ def _thinned(line: Line) -> Line:
 
 def _health(number: int, run: RunRows, field: str) -> Line:
     rows = [row for row in run.val if row.get("layers")]
-    if not rows:
+    if not rows or field not in health_fields(rows):
         return Line(number, run.name, (), ())
     steps = [row["step"] for row in rows]
     layers = np.array([[np.mean(layer[field]) for layer in row["layers"]] for row in rows])
@@ -217,7 +245,7 @@ def draw_panel(axis: Any, title: str, lines: list[Line]) -> None:
     axis.set(xlabel="step", title=title)
     if "accuracy" in title:
         axis.set_ylim(*SHARES)
-    logarithmic = tuple({**TRAIN_PANELS, **HEALTH_PANELS}[field] for field in LOG_SCALE)
+    logarithmic = tuple({**TRAIN_PANELS, **HEALTH}[field] for field in LOGARITHMIC)
     if title.startswith(logarithmic):
         axis.set_yscale("log")
     papers = [line.label for line in lines if line.run < 0]

@@ -7,7 +7,7 @@ from pathlib import Path
 import tyro
 
 from sisa_model.experiments import published as paper
-from sisa_model.experiments.plot_runs import name_runs
+from sisa_model.experiments.plot_runs import incomparable, name_runs
 from sisa_model.experiments.results import Results, collect
 from sisa_model.experiments.tables import MISSING, TITLES, UNPUBLISHED, tables
 from sisa_model.experiments.watch import runs_page
@@ -55,6 +55,8 @@ def report(config: ReportConfig) -> Path:
     and as :func:`sisa_model.runs.folder.read_run` does for a folder that is no run."""
     named = name_runs(config.runs)
     results = [collect(folder, name) for name, folder in named]
+    if warning := incomparable({run.name: run.tokens for run in results}):
+        log.warning(warning)
     found = tables(results, config.show_missing)
     note = NOTE + (SHOWN if config.show_missing else LEFT_OUT)
     parts = ["# Report", "", note, ""]

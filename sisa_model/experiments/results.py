@@ -40,6 +40,8 @@ class Results(NamedTuple):
     rate: float | None
     """Median training throughput, tokens/s."""
     commit: str
+    tokens: str
+    """What its tokens are: losses a token compare where these are the same."""
     tasks: dict[str, dict[int, Accuracy]]
     """Task -> step -> accuracy, of RUN/eval.jsonl and of the retrieval tasks in RUN/val.jsonl."""
     needles: dict[str, dict[str, Any]]
@@ -81,6 +83,7 @@ def collect(folder: Path, name: str) -> Results:
         loss=val[-1]["loss"] if val else None,
         rate=float(np.median(rates)) if rates else None,
         commit=record.versions.get("commit", "unknown"),
+        tokens=record.token_kind,
         tasks=tasks,
         needles={row["task"]: row for row in last if row["task"] in NEEDLES_BY_PART},
         dtypes=", ".join(sorted(dtypes)),

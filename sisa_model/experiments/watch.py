@@ -15,6 +15,7 @@ import tyro
 from sisa_model.experiments.plot_runs import (
     RunRows,
     draw_panel,
+    incomparable,
     name_runs,
     panels,
     read_rows_of,
@@ -24,6 +25,7 @@ from sisa_model.reporting.figures import health_figure
 from sisa_model.reporting.page import HtmlTable, render, svg, swatch
 from sisa_model.runs.folder import RECORD, SETTINGS, read_run
 from sisa_model.utils.files import write_text
+from sisa_model.utils.progress import duration
 
 log = logging.getLogger(__name__)
 
@@ -70,8 +72,9 @@ def watch(config: WatchConfig) -> Path:
     if not config.every > 0:
         raise ValueError(f"every must be above 0 seconds, got {config.every}")
     named = name_runs(config.runs)
-    for _, folder in named:
-        read_run(folder)
+    kinds = {name: read_run(folder).token_kind for name, folder in named}
+    if warning := incomparable(kinds):
+        log.warning(warning)
     config.out.parent.mkdir(parents=True, exist_ok=True)
     while True:
         finished = all((folder / "final").is_dir() for _, folder in named)
@@ -94,11 +97,12 @@ def runs_page(
     ``refresh``: seconds after which a browser looks anew."""
     runs = [read_rows_of(folder, name) for name, folder in named]
     states = [run_state(folder, run) for (_, folder), run in zip(named, runs)]
+    warning = incomparable({run.name: run.tokens for run in runs})
     now = datetime.datetime.now().astimezone().isoformat(" ", "seconds")
     return render(
         "runs.html",
         title=", ".join(name for name, _ in named) if len(named) < 4 else f"{len(named)} runs",
-        note=f"As of {now}.\n{note}",
+        note="\n".join(filter(None, (f"As of {now}.", warning, note))),
         tables=[_table(runs, states), *tables],
         panels=_panels(runs),
         runs=[_about(run, folder) for run, (_, folder) in zip(runs, named)],
@@ -151,15 +155,6 @@ def _table(runs: list[RunRows], states: list[RunState]) -> HtmlTable:
 
 def _number(value: float | None, form: str) -> str:
     return "" if value is None else format(value, form)
-
-
-def duration(seconds: float) -> str:
-    """Hours, minutes and seconds in words, the two greatest of them: "3 h 20 min"."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    if hours:
-        return f"{hours:,} h {minutes:02} min"
-    return f"{minutes} min {rest:02} s" if minutes else f"{rest} s"
 
 
 def _panels(runs: list[RunRows]) -> list[Any]:

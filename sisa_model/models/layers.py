@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from sisa_kernels.cache import TokenCache
 from sisa_model.models.config import ModelConfig
 from sisa_model.models.context import Context
-from sisa_model.models.linear import Linear, PackedLinear
+from sisa_model.models.linear import Linear, PackedLinear, call_padded
 from sisa_model.utils.buffers import empty_aligned, tiles
 
 
@@ -75,18 +75,23 @@ class _GatedSilu(torch.autograd.Function):
 
 
 class SwiGLU(nn.Module):
-    """``w_down(silu(w_gate x) * w_up x)``, [B, L, D] -> [B, L, D]; w_gate and w_up are packed."""
+    """``w_down(silu(w_gate x) * w_up x)``, [B, L, D] -> [B, L, D]; w_gate and w_up are packed.
+
+    Where products like it, the hidden width is padded with zeros, which silu(0) * 0 keeps."""
 
     def __init__(self, d_model: int, d_ff: int):
         super().__init__()
+        self.d_ff = d_ff
         self.w_in = PackedLinear(d_model, {"w_gate": d_ff, "w_up": d_ff})
         self.w_down = Linear(d_ff, d_model)
 
     def forward(self, x: Tensor) -> Tensor:
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            return self.w_down(_GatedSilu.apply(self.w_in.side_by_side(x)))
-        gate, up = self.w_in(x)
-        return self.w_down(F.silu(gate) * up)
+            hidden = _GatedSilu.apply(self.w_in.side_by_side(x, padded=True))
+        else:
+            gate, up = self.w_in(x, padded=True)
+            hidden = F.silu(gate) * up
+        return call_padded(self.w_down, hidden, self.d_ff)
 
 
 class Layer(nn.Module):

@@ -19,6 +19,13 @@ COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#00
 # Eight to seven colours: a pair repeats after 56 models.
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 SHARES = (-0.03, 1.03)  # the axis of what is from 0 to 1
+HEALTH = {
+    "lam": "lambda",
+    "half_life": "half-life, tokens",
+    "g_range": "range of g",
+    "clamped": "share of positions clamped",
+}
+LOGARITHMIC = ("grad_norm", "half_life")
 CHANCE: dict[str, Any] = {"color": "0.3", "ls": ":", "lw": 1.5}
 plt.rcParams.update(
     {
@@ -70,31 +77,34 @@ def plot_health(path: Path, title: str, val: Rows) -> None:
 
 
 def health_figure(title: str, val: Rows) -> Any:
-    """lambda, half-life, range of g and, where any is, the clamped share against step.
+    """lambda, half-life, range of g, clamped share: what says something of the run, by step.
 
     One line a layer, the mean over its heads."""
-    panels = {
-        "lam": "lambda",
-        "half_life": "half-life, tokens",
-        "g_range": "range of g",
-        "clamped": "share of positions clamped",
-    }
-    if not any(layer["clamped"] for row in val for layer in row["layers"]):
-        del panels["clamped"]
-    figure, axes = plt.subplots(1, len(panels), figsize=(3.25 * len(panels), 3.2))
+    fields = health_fields(val)
+    figure, row = plt.subplots(1, len(fields), figsize=(3.25 * len(fields), 3.2), squeeze=False)
     steps = [row["step"] for row in val]
     numbers = [layer["layer"] for layer in val[0]["layers"]]
     shades = plt.get_cmap("viridis")(np.linspace(0, 0.9, len(numbers)))
-    for axis, (field, label) in zip(axes, panels.items()):
+    for axis, field in zip(row.flat, fields):
         for place, number in enumerate(numbers):
             means = [np.mean(row["layers"][place][field]) for row in val]
             axis.plot(steps, means, color=shades[place], label=f"layer {number}")
-        axis.set(xlabel="step", title=label)
-    axes[1].set_yscale("log")
-    axes[0].legend(frameon=False, fontsize=7)
+        axis.set(xlabel="step", title=HEALTH[field])
+        if field in LOGARITHMIC:
+            axis.set_yscale("log")
+    row.flat[0].legend(frameon=False, fontsize=7)
     figure.suptitle(title)
     figure.tight_layout()
     return figure
+
+
+def health_fields(val: Rows) -> list[str]:
+    """Those of HEALTH that say something: no half-life without a decay, no share of no clamp."""
+    layers = [layer for row in val for layer in row["layers"]]
+    decays = any(np.max(layer["g_range"]) > 0 for layer in layers)
+    clamps = any(layer.get("clamped") for layer in layers)
+    shown = {"half_life": decays, "g_range": decays, "clamped": clamps}
+    return [field for field in HEALTH if shown.get(field, True)]
 
 
 def plot_compare(path: Path, runs: dict[str, list[Rows]], title: str) -> None:

@@ -55,6 +55,16 @@ class RunRecord:
     tokenizer_sha256: str | None = None
     """Of RUN/tokenizer.json; None for bytes, and for a run that keeps no copy."""
 
+    @property
+    def token_kind(self) -> str:
+        """What its tokens are, in words: losses a token compare where these are the same."""
+        if self.train.task != "text":
+            return f"task {self.train.task}"
+        if self.train.tokenizer is None:
+            return "bytes"
+        known = self.tokenizer_sha256
+        return f"tokenizer {known[:8] if known else self.train.tokenizer}"
+
 
 def write_run(folder: Path, record: RunRecord) -> None:
     """Write run.json, and run.toml: the flags of `sisa train` that repeat the run."""

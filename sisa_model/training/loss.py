@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from sisa_model.data.blocks import IGNORE
 from sisa_model.models.language_model import LanguageModel
+from sisa_model.models.linear import pack, padded_width
 from sisa_model.utils.buffers import empty_aligned, tiles
 
 CHUNK_LOGITS = 2**25  # logits that exist at a time: 128 MiB in fp32
@@ -23,27 +24,29 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, targets, dtype):
         wanted = any(ctx.needs_input_grad)
+        vocab = len(weight)
         loss = hidden.new_zeros((), dtype=torch.float32)
         dhidden = torch.empty_like(hidden)
         dweight = torch.zeros_like(weight, dtype=torch.float32)
-        matrix = weight.to(dtype)
-        rows = _rows_of_a_chunk(len(hidden), len(weight))
-        buffer = empty_aligned(matrix, rows, len(weight))
+        matrix = _padded(weight, dtype)
+        rows = _rows_of_a_chunk(len(hidden), vocab)
+        buffer = empty_aligned(matrix, rows, len(matrix))
         product = torch.empty_like(matrix) if wanted and dtype != torch.float32 else None
         chunks = zip(hidden.split(rows), targets[:, None].split(rows), dhidden.split(rows))
         with torch.autocast(hidden.device.type, enabled=False):
             for h, y, dh in chunks:
                 h = h.to(dtype)
                 logits = torch.mm(h, matrix.t(), out=buffer[: len(h)])
-                loss += _cross_entropy_(logits, y, wanted)
+                # Those of the padding are 0, and so is what their gradients would be.
+                loss += _cross_entropy_(logits[:, :vocab], y, wanted)
                 if not wanted:
                     continue
                 dlogits = logits
                 dh.copy_(dlogits @ matrix)
                 if product is None:
-                    dweight.addmm_(dlogits.t(), h)
+                    dweight.addmm_(dlogits[:, :vocab].t(), h)
                 else:
-                    dweight += torch.mm(dlogits.t(), h, out=product)
+                    dweight += torch.mm(dlogits.t(), h, out=product)[:vocab]
         if wanted:
             ctx.save_for_backward(dhidden, dweight)
             ctx.weight_dtype = weight.dtype
@@ -63,6 +66,14 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         )
 
 
+def _padded(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """``weight`` [V, D] in ``dtype``, with rows of zeros up to a width that products like."""
+    rows = padded_width(len(weight), weight.device, dtype)
+    if rows == len(weight):
+        return weight.to(dtype)
+    return pack([weight], dtype, [rows], weight.shape[1])
+
+
 def _rows_of_a_chunk(rows: int, vocab: int) -> int:
     """Of chunks of one size (a small rest would multiply slowly) of ``CHUNK_LOGITS`` at most."""
     most = max(1, CHUNK_LOGITS // vocab)
@@ -73,19 +84,21 @@ def _rows_of_a_chunk(rows: int, vocab: int) -> int:
 def _cross_entropy_(logits: Tensor, targets: Tensor, gradient: bool) -> Tensor:
     """The sum of the cross entropies of ``logits`` [N, V] at ``targets`` [N, 1], an fp32 scalar.
 
-    With ``gradient`` the logits become its gradient, ``softmax(logits) - onehot(targets)``, else
-    they are lost. All is computed in fp32."""
+    Targets that are IGNORE do not count. With ``gradient`` the logits become its gradient,
+    ``softmax(logits) - onehot(targets)``, else they are lost. All is computed in fp32."""
     loss = logits.new_zeros((), dtype=torch.float32)
     for tile, y in tiles(logits, targets):
         x = tile.float()
+        counts = y != IGNORE
+        y = y.clamp(min=0)
         at_target = x.gather(1, y)
         highest = x.amax(1, keepdim=True)
         exps = x.sub_(highest).exp_()
         sums = exps.sum(1, keepdim=True)
-        loss += (sums.log() + highest - at_target).sum()
+        loss += (sums.log() + highest - at_target).where(counts, 0).sum()
         if gradient:
-            softmax = exps.mul_(1 / sums)
-            softmax.scatter_add_(1, y, softmax.new_full(y.shape, -1.0))
+            softmax = exps.mul_(counts / sums)
+            softmax.scatter_add_(1, y, counts.float().neg_())
             tile.copy_(softmax)
     return loss
 
@@ -97,9 +110,10 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Ten
     [...] int64. Products run in autocast's dtype where it is on; softmax, sum and the weight's
     gradient are fp32. At most ``CHUNK_LOGITS`` logits exist at a time, or one token's."""
     hidden, targets = hidden.flatten(0, -2), targets.flatten()
-    kept = targets != IGNORE
-    if not kept.all():
-        hidden, targets = hidden[kept], targets[kept]
+    if targets.device.type == "cpu":  # elsewhere to find them would be a wait
+        kept = targets != IGNORE
+        if not kept.all():
+            hidden, targets = hidden[kept], targets[kept]
     return _ChunkedCrossEntropy.apply(hidden, weight, targets, _compute_dtype(hidden))
 
 

@@ -27,7 +27,7 @@ from sisa_model.runs.folder import (
     require_same_run,
     resumed,
 )
-from sisa_model.runs.log import NoLog, RunLog, peak_memory_mib
+from sisa_model.runs.log import NoLog, RunLog, peak_memory_mib, read_rows
 from sisa_model.runs.weights import find_weights
 from sisa_model.training.artifacts import TEMPERATURE, draw_figures, write_final, write_sample
 from sisa_model.training.batches import Batch, Batches, RunData, Splitter, open_run_data
@@ -236,7 +236,11 @@ def _say_where_it_begins(step: int, config: ResolvedConfig) -> None:
     if step == config.steps:
         log.info(f"the run is finished: it has done its {step:,} steps")
     elif step:
-        log.info(f"resumed after step {step:,} of {config.steps:,}")
+        assert config.out is not None
+        tokens = sum(row.get("tokens", 0) for row in read_rows(config.out / "train.jsonl"))
+        log.info(
+            f"resumed in {config.out} after step {step:,} of {config.steps:,}, {tokens:,} tokens"
+        )
     if 0 < config.steps <= config.warmup_steps:
         log.warning(
             f"the learning rate never reaches {config.lr:g}: it warms up for {config.warmup_steps} "
@@ -251,7 +255,7 @@ def _say_how_it_ended(
     folder = result.folder
     if not result.finished:
         log.info(
-            f"stopped after step {result.steps} of {config.steps}; continue with: "
+            f"stopped after step {result.steps:,} of {config.steps:,}; continue with: "
             f"sisa train --out {shlex.quote(str(folder))} --resume"
         )
         return

@@ -17,6 +17,15 @@ class RunStopped(Exception):
     """A signal ended training before its last step; the message, if any, says how to go on."""
 
 
+def duration(seconds: float) -> str:
+    """Hours, minutes and seconds in words, the two greatest of them: "3 h 20 min"."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours:,} h {minutes:02} min"
+    return f"{minutes} min {rest:02} s" if minutes else f"{rest} s"
+
+
 class Progress:
     """Counts ``unit``s up to ``total`` (None: nobody knows), from ``done`` on.
 
@@ -73,5 +82,5 @@ class Progress:
         if self.total is not None:
             far += f" of {self.total:,}"
             pace = (self.told - self.start) / max(1, self.done - self.begun)
-            left = f", {tqdm.format_interval(pace * (self.total - self.done))} left"
+            left = f", {duration(pace * (self.total - self.done))} left"
         log.info(f"{self.unit} {far}{self.facts}{left}")

@@ -333,7 +333,6 @@ def test_what_is_no_run_or_no_evaluation_is_named(tmp_path, capsys):
     }
     out = tmp_path / "out"
     for arguments, message in (
-        ([], "runs must name at least one run folder, each once"),
         ([good, good], "runs must name at least one run folder, each once"),
         ([good, tmp_path / "empty"], "is not a run folder of sisa train: it has no run.json"),
         ([bad["task"]], "eval.jsonl must hold rows of step, task and accuracy"),

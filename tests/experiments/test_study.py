@@ -287,6 +287,28 @@ def test_health_is_drawn_by_the_layers_own_numbers(tmp_path, drawn):
     ]
 
 
+def test_health_leaves_out_what_says_nothing(tmp_path, drawn):
+    plain = {"layer": 0, "lam": [0.3], "half_life": [50.0], "g_range": [4.0], "clamped": 0.0}
+    still = {**plain, "half_life": [6.9e11], "g_range": [0.0]}
+    cases = {
+        ("lambda", "half-life, tokens", "range of g"): plain,
+        ("lambda", "half-life, tokens", "range of g", "share of positions clamped"): {
+            **plain,
+            "clamped": 0.5,
+        },
+        ("lambda",): still,
+    }
+    for titles, layer in cases.items():
+        figures.plot_health(
+            tmp_path / "health.png", "", [{"step": step, "layers": [layer]} for step in (0, 9)]
+        )
+        assert tuple(axis.get_title() for axis in drawn.pop().axes) == titles
+    still_run = plot_runs.RunRows("x", "sisa-tiny-ds16", [], [{"step": 9, "layers": [still]}], [])
+    assert list(plot_runs.panels([still_run])) == [
+        "lambda (mean, least and greatest of the layers)"
+    ]
+
+
 def test_folders_that_are_no_runs_are_named(tmp_path, capsys):
     run = run_of(tmp_path / "run")
     bad = run_of(tmp_path / "bad", evals=[{"step": 9, "accuracy": 0.5}])
@@ -300,7 +322,6 @@ def test_folders_that_are_no_runs_are_named(tmp_path, capsys):
         ([begun], "holds no step yet"),
         ([bad], "eval.jsonl must hold rows of step, task and accuracy"),
         ([run, run], "runs must name at least one run folder, each once"),
-        ([], "runs must name at least one run folder, each once"),
         ([run, "--out", tmp_path / "x.pdf"], "out must be a .png file"),
     ):
         assert main(["plot", *map(str, arguments)]) == 1

@@ -3,12 +3,14 @@
 import json
 import re
 
+import matplotlib.pyplot as plt
 import pytest
 
 from sisa_model.cli import main
+from sisa_model.experiments import plot_runs as plot_module
 from sisa_model.experiments import watch as watch_module
-from sisa_model.experiments.plot_runs import read_rows_of
-from sisa_model.experiments.watch import duration, run_state
+from sisa_model.experiments.plot_runs import panels, read_rows_of
+from sisa_model.experiments.watch import run_state
 from tests.support.browser import opened
 from tests.support.runs import run_folder
 
@@ -114,11 +116,29 @@ def test_how_far_a_run_is(folders):
     assert state.seconds_left == pytest.approx(40 * 1000 / 101)
 
 
-@pytest.mark.parametrize(
-    ("seconds", "text"), [(4.6, "5 s"), (61, "1 min 01 s"), (3600 * 30 + 59, "30 h 00 min")]
-)
-def test_durations(seconds, text):
-    assert duration(seconds) == text
+def test_losses_of_unlike_tokens_are_told(folders, tmp_path, capsys, monkeypatch):
+    """In what plot and watch print, on the page, and over the panels of losses."""
+    monkeypatch.setattr(plot_module, "_draw", lambda *_: None)
+    monkeypatch.setattr(watch_module, "_panels", lambda _: [])
+    monkeypatch.setattr(watch_module, "health_figure", lambda *_: plt.figure())
+    other = run_folder(tmp_path / "words", "sisa-tiny-ds16", *rows(60), steps=100)
+    record = json.loads((other / "run.json").read_text())
+    record["train"]["tokenizer"] = "words.json"
+    (other / "run.json").write_text(json.dumps(record))
+    told = "losses a token do not compare, as the runs' tokens differ: "
+    told += "half (bytes), words (tokenizer words.json)"
+    runs = [str(folders[0]), str(other)]
+    page = tmp_path / "runs.html"
+    for command in (["watch", *runs, "--once", "--out", str(page)], ["plot", *runs, "--out"]):
+        given = [*command, str(tmp_path / "a.png")] if command[0] == "plot" else command
+        assert main(given) == 0
+        assert capsys.readouterr().err == f"sisa: {told}\n"
+    assert told.replace("'", "&#39;") in page.read_text()
+    titles = panels([read_rows_of(folder, folder.name) for folder in (folders[0], other)])
+    assert "held-out loss, nats a token, of tokens that differ" in titles
+    assert "training loss, nats a token, of tokens that differ" in titles
+    assert main(["plot", *map(str, folders[:2]), "--out", str(tmp_path / "a.png")]) == 0
+    assert capsys.readouterr().err == ""
 
 
 def test_what_cannot_be_watched_is_named(folders, tmp_path, capsys):

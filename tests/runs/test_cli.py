@@ -15,6 +15,7 @@ from sisa_model.help import GROUPS
 from sisa_model.models.presets import find_preset
 from sisa_model.parser import read_command_line
 from sisa_model.runs.config import TrainConfig
+from sisa_model.terminal import fitted
 from tests.support import ROOT
 from tests.support.commands import run_instead
 
@@ -149,6 +150,30 @@ def test_former_spellings_are_understood(capsys, monkeypatch):
     assert main(["train", "--tasks", "needle"]) == 0
     assert main(["train", "--tasks=needle"]) == 0
     assert seen == [TrainConfig(mix=("needle",))] * 2
+
+
+TABLE = """Before it
+| model | accuracy at 129 to 256 | first step with >= 95 % |
+|---|---|---|
+| transformer-tiny | 49.9 % (48.0 to 51.2) | never |
+| chance | 50.0 % | |
+"""
+
+
+def test_tables_fit_a_terminal_and_are_plain_elsewhere(capsys, monkeypatch):
+    run_instead(monkeypatch, "train", lambda _: logging.getLogger("sisa_model.x").info(TABLE))
+    assert main(["train"]) == 0
+    assert capsys.readouterr().out == f"{TABLE}\n"
+    for width in (46, 80):
+        lines = fitted(TABLE, width).splitlines()
+        assert max(map(len, lines)) <= width
+        words = " ".join(TABLE.replace("|", " ").replace("---", "").split())
+        assert sorted(" ".join(lines).split()) == sorted(words.split())
+    assert [line.split()[0] for line in lines] == ["Before", "model", "transformer-tiny", "chance"]
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    monkeypatch.setenv("COLUMNS", "46")
+    assert main(["train"]) == 0
+    assert capsys.readouterr().out == f"{fitted(TABLE, 46)}\n"
 
 
 def test_messages_go_to_stdout_and_warnings_to_stderr(capsys, monkeypatch):

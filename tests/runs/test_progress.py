@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from sisa_model.utils import progress as module
-from sisa_model.utils.progress import Progress
+from sisa_model.utils.progress import Progress, duration
 
 
 @pytest.fixture
@@ -23,9 +23,9 @@ def test_lines_at_a_bounded_rate_and_the_last(clock, caplog):
             clock[0] += 1.0
             progress.advance(facts={"loss": f"{n}.5"})
     assert caplog.messages == [
-        "step 901 of 1,000, loss 0.5, 01:39 left",
-        "step 931 of 1,000, loss 30.5, 01:09 left",
-        "step 950 of 1,000, loss 49.5, 00:50 left",
+        "step 901 of 1,000, loss 0.5, 1 min 39 s left",
+        "step 931 of 1,000, loss 30.5, 1 min 09 s left",
+        "step 950 of 1,000, loss 49.5, 50 s left",
     ]
 
 
@@ -51,3 +51,10 @@ def test_quiet_is_quiet(caplog, capsys):
         progress.advance(3)
     assert caplog.messages == []
     assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(4.6, "5 s"), (61, "1 min 01 s"), (3600 * 30 + 59, "30 h 00 min")]
+)
+def test_durations(seconds, text):
+    assert duration(seconds) == text

@@ -235,7 +235,7 @@ def test_sigterm_to_one_process_stops_all_and_a_kill_ends_the_job(corpus, tmp_pa
     assert process.returncode == 1, out  # torchrun's own, for processes that ended with 75
     assert "exitcode  : 75" in out
     done = len(read_rows(log))
-    assert f"stopped after step {done} of 100000" in out
+    assert f"stopped after step {done:,} of 100,000" in out
     assert [p.name for p in (run / "checkpoints").iterdir()][-1:] == [f"step-{done:08d}"]
 
     process = torchrun(2, *command, "--out", str(run), "--resume")

@@ -105,7 +105,7 @@ def test_extension_and_plain_pytorch_train_alike(corpus, tmp_path):
     assert compiled != plain, "the two runs took the same path"
 
 
-def test_ctrl_c_saves_and_says_how_to_resume(corpus, tmp_path):
+def test_ctrl_c_saves_and_says_how_to_resume(corpus, tmp_path, caplog):
     arguments = ["--data", str(corpus), "--out", str(tmp_path / "run")]
     arguments += ["--steps", "2000", "--seq-len", "64", "--batch-size", "2"]
     process = subprocess.Popen(
@@ -123,10 +123,12 @@ def test_ctrl_c_saves_and_says_how_to_resume(corpus, tmp_path):
     out, err = process.communicate(timeout=120)
     assert process.returncode == 75, err
     done = len(read_rows(log))
-    assert f"stopped after step {done} of 2000; continue with: sisa train --out " in out
+    assert f"stopped after step {done:,} of 2,000; continue with: sisa train --out " in out
     assert f"{tmp_path / 'run'} --resume" in out
     resumed = train(TrainConfig(out=tmp_path / "run", resume=True, stop_at=done + 2))
     assert resumed.steps == done + 2
+    told = f"resumed in {tmp_path / 'run'} after step {done:,} of 2,000, {128 * done:,} tokens"
+    assert told in caplog.messages
 
 
 def test_nothing_interrupts_the_last_save(corpus, tmp_path, monkeypatch):

@@ -4,8 +4,9 @@ It compiles ``KERNELS`` for every architecture, width, importance width and vari
 of sisa_kernels/triton/tiles.py, and prints a row each: registers, spilled bytes, shared memory,
 instructions of a step of each loop (near, diagonal, far), and global loads in the program, 16 bytes
 at a time into shared memory ahead of their use, and 2 bytes at a time. Variants: packed documents,
-four query heads a key head (gqa), both, neither; and, of the first widths, a v of an odd token
-stride, which shows the cost: the wrapper copies such a v.
+four query heads a key head (gqa), both; launches of flagged heads, of a band, for the forms on
+stock kernels; and, of the first widths, a v of an odd token stride, which shows the cost: the
+wrapper copies such a v.
 
 It fails if a kernel needs more shared memory than its chip has, spills within a loop or, outside,
 more than tools/spills.csv holds for it and this Triton (the safe rows of the tiles, which fp32
@@ -30,7 +31,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field
 from itertools import chain, product
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -44,16 +45,30 @@ from sisa_kernels.triton.tiles import SAFE, Tile, Tiles, table_tiles
 PRODUCTS = ("wgmma", "tcgen05.mma", "mma.sync", "fma")  # as PTX calls them
 WIDTHS = [16, 32, 64, 128]
 TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
-FP32 = ("lam", "lse", "delta", "dc", "db", "d_diagonal")
-INT32 = ("level", "horizon_start", "horizon_end", "first", "last")
+FP32 = ("lam", "lse", "delta", "dc", "db", "d_diagonal", "far_lse")
+INT32 = ("level", "horizon_start", "horizon_end", "first", "last", "flags")
 IMPORTANCE = ("c", "b", "near_b", "near_c", "level", "lam", *INT32[1:3], "dc", "db", "d_diagonal")
-# PACKED, REPEAT
+FAR = ("far_y", "far_lse", "far_dq", "far_dk", "far_dv")  # what a band continues
+BAND = 256  # tokens
+
+
+class Variant(NamedTuple):
+    """What a launch is compiled for beside its widths."""
+
+    packed: bool = False
+    repeat: int = 1  # query heads a key head
+    flagged: bool = False
+    band: bool = False
+
+
 VARIANTS = {
-    "plain": (False, 1),
-    "packed": (True, 1),
-    "gqa": (False, 4),
-    "packed+gqa": (True, 4),
-    "odd v": (False, 1),
+    "plain": Variant(),
+    "packed": Variant(packed=True),
+    "gqa": Variant(repeat=4),
+    "packed+gqa": Variant(packed=True, repeat=4),
+    "flagged": Variant(flagged=True),
+    "band": Variant(flagged=True, band=True),
+    "odd v": Variant(),
 }
 # KiB a block may have (CUDA programming guide, compute capabilities).
 KIB = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
@@ -147,12 +162,16 @@ class Report:
 def constants(job: Job) -> dict[str, Any]:
     """The kernel's compile-time arguments, of those that the attention kernels have."""
     tile = job.tile
-    packed, repeat = VARIANTS[job.variant]
+    variant = VARIANTS[job.variant]
     blocks = {"BH": job.width, "BV": job.width, "BS": max(16, job.d_state)}
     sizes = {"BM": tile.m, "BN": tile.n, "BD": tile.diagonal}
     widths = {"DH": job.width, "DV": job.width, "DS": job.d_state}
-    flags = {"IMPORTANCE": job.d_state > 0, "PACKED": packed, "REPEAT": repeat}
-    absent = [*(() if packed else ("first", "last")), *(() if job.d_state else IMPORTANCE)]
+    flags = {"IMPORTANCE": job.d_state > 0, "PACKED": variant.packed, "REPEAT": variant.repeat}
+    flags |= {"WANTED": 0, "WINDOW": BAND if variant.band else 0}
+    absent = [] if variant.packed else ["first", "last"]
+    absent += [] if job.d_state else IMPORTANCE
+    absent += [] if variant.band else FAR
+    absent += [] if variant.flagged else ["flags"]
     known = flags | blocks | sizes | widths | dict.fromkeys(absent)
     return known | dict(KERNELS[job.kernel].constants)
 
@@ -334,6 +353,7 @@ def row_of(job: Job) -> Row:
         **dict(zip(KEY, key_of(job))),
         "version": triton.__version__,
         "tile": f"{tile.m}x{tile.n} ({tile.diagonal}), {tile.warps}, {tile.stages}",
+        **asdict(tile),
         **asdict(found),
         "faults": list(faults(job, found)),
     }
@@ -359,6 +379,17 @@ def line(row: Row) -> str:
     return aligned(cells) + fault
 
 
+LOOP = ("version", "arch", "Dh", "Ds", "kernel", "m", "n", "diagonal", "warps")
+
+
+def loops_of(row: Row) -> Iterator[str]:
+    """A line of bench/instructions.csv for each of a kernel's loops."""
+    for loop in row["loops"]:
+        cells = [row[name] for name in LOOP]
+        cells += [loop["name"], loop["instructions"], loop["classes"]["exp2"]]
+        yield ",".join(map(str, cells))
+
+
 def aligned(cells: Mapping[str, Any]) -> str:
     parts = [
         f"{cells[name]:<{-width}}" if width < 0 else f"{cells[name]:>{width}}"
@@ -369,7 +400,7 @@ def aligned(cells: Mapping[str, Any]) -> str:
 
 def markdown(rows: Sequence[Row]) -> str:
     """One table, a line a kernel; registers, spills and steps once for every Triton."""
-    versions = list(dict.fromkeys(row["version"] for row in rows))
+    versions = sorted({row["version"] for row in rows})
     by_kernel: dict[tuple[str, ...], dict[str, Row]] = {}
     for row in rows:
         key = tuple(row[name] for name in KEY[1:])
@@ -402,6 +433,7 @@ def parse() -> tuple[argparse.Namespace, list[str]]:
     add("--triton", nargs="+", default=[], metavar="FOLDER", help="others, beside the one here")
     add("--markdown", action="store_true", help="print one table for a page, all Tritons in it")
     add("--json", action="store_true", help="print a JSON object a row")
+    add("--loops", action="store_true", help="print what bench/instructions.csv holds")
     add("--record", action="store_true", help="put what spills outside loops into spills.csv")
     parser = argparse.ArgumentParser(
         description=__doc__,
@@ -429,9 +461,9 @@ def chosen_jobs(args: argparse.Namespace) -> Iterator[Job]:
     for arch, width, d_state, kernel, variant in product(
         args.arch, widths, d_states, args.kernels, variants
     ):
-        if d_state or not KERNELS[kernel].importance:
+        if d_state or not (KERNELS[kernel].importance or VARIANTS[variant].flagged):
             yield Job(arch, dtype, width, d_state, kernel, variant)
-    if "odd v" not in variants and "forward" in args.kernels:
+    if "odd v" not in variants and "forward" in args.kernels and not args.loops:
         for arch in args.arch:
             yield Job(arch, dtype, widths[0], d_states[0], "forward", "odd v")
 
@@ -455,6 +487,8 @@ def show(row: Row, args: argparse.Namespace) -> None:
     """Print a row, in the form that was asked for."""
     if args.json:
         print(json.dumps(row), flush=True)
+    elif args.loops:
+        print("\n".join(loops_of(row)), flush=True)
     elif not args.markdown:
         print(line(row), flush=True)
 
@@ -463,7 +497,9 @@ def main() -> None:
     args, what = parse()
     if kernels.INTERPRETED:
         sys.exit("TRITON_INTERPRET is set: the interpreter compiles nothing")
-    if not (args.markdown or args.json):
+    if args.loops:
+        print(",".join([*LOOP, "loop", "instructions", "exp2"]), flush=True)
+    elif not (args.markdown or args.json):
         print("tile: queries x keys (on the diagonal), warps, stages")
         print(aligned({name: name for name in COLUMNS}))
     rows = []
@@ -478,7 +514,7 @@ def main() -> None:
     wrong = sum(len(row["faults"]) for row in rows)
     if wrong and not args.json:
         print(f"{wrong} faults", file=sys.stderr)
-    sys.exit(wrong > 0)
+    sys.exit(int(wrong > 0))
 
 
 if __name__ == "__main__":

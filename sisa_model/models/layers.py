@@ -26,13 +26,17 @@ class QKVAttention(nn.Module):
         d = config.d_model
         width_kv = config.n_kv_heads * config.head_dim
         self.proj = PackedLinear(d, {"W_Q": d, "W_K": width_kv, "W_V": width_kv, **gates})
-        self.W_O = nn.Linear(d, d, bias=False)
+        self.W_O = Linear(d, d)
 
     def operands(self, x: Tensor) -> tuple[Tensor, ...]:
         """q [B, L, H, E], k and v [B, L, G, E], gates [B, L, width] of the normed x [B, L, D]."""
         q, k, v, *gates = self.proj(x)
         heads = (part.unflatten(-1, (-1, self.head_dim)) for part in (q, k, v))
         return *heads, *gates
+
+    def share_heads(self, rank: int, size: int) -> None:
+        """Be what process ``rank`` of ``size`` has, once the parameters are split by heads."""
+        self.n_heads //= size
 
     def make_cache(self, batch: int) -> TokenCache:
         """An empty cache of ``batch`` sequences."""

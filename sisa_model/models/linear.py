@@ -1,21 +1,38 @@
 """Bias-free linear layers: aligned rows, packed projections, parameters that stay fp32."""
 
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Partial, Replicate
 from torch.nn.modules.module import _has_any_global_hook
 
 from sisa_model.utils.buffers import CACHE_LINE, empty_aligned
 
 ALIGNED = CACHE_LINE // 4  # fp32 numbers in a line
 HALF = (torch.bfloat16, torch.float16)
+PLAIN = {Tensor, nn.Parameter}
 PADDED = 64  # to a multiple of this: a tile of any kernel's, and 16 bytes many times over
 # Copying weights pays for many rows, or where they are so few that the calls count (measured: for
 # one row the copy of the 2.1 million of a 152M layer takes 4 times as long as its products).
 MANY_ROWS = 64
 FEW_WEIGHTS = 2**17
+TENSOR = "tp"  # the mesh dimension along which tensor parallel splits parameters
+
+
+def is_split(parameter: Any) -> TypeGuard[DTensor]:
+    """Whether tensor parallel splits this parameter."""
+    return isinstance(parameter, DTensor) and parameter.device_mesh.mesh_dim_names == (TENSOR,)
+
+
+def local(parameter: Tensor) -> Tensor:
+    """This process's part of a parameter that tensor parallel splits; any other as it is."""
+    if not is_split(parameter):
+        return parameter
+    # What every process has whole gets from each a share of its gradient.
+    shares = [Partial() if isinstance(x, Replicate) else x for x in parameter.placements]
+    return parameter.to_local(grad_placements=shares)
 
 
 def _matmul_aligned(a: Tensor, b: Tensor) -> Tensor:
@@ -51,7 +68,7 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
     stock = (
         x.device.type != "cpu"
         or x.dtype != torch.float32
-        or not {type(x), type(weight)} <= {Tensor, nn.Parameter}  # sharded, quantised
+        or not {type(x), type(weight)} <= PLAIN  # sharded, quantised
         or torch.is_autocast_enabled("cpu")
         or torch.compiler.is_compiling()
         or x.numel() < MANY_ROWS * x.shape[-1]
@@ -86,8 +103,8 @@ class Linear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         if self.bias is not None:  # given to it later
             return super().forward(x)
-        weight = self.weight
-        if alignment(x.device, HALF[0]) == 1 or type(weight) is not nn.Parameter:
+        weight = local(self.weight)
+        if alignment(x.device, HALF[0]) == 1 or type(weight) not in PLAIN:
             return linear(x, weight)
         return _padded_linear(x, weight) if _packing_pays(x, [weight]) else linear(x, weight)
 
@@ -252,9 +269,9 @@ def _plain_weights(modules: list[Any]) -> list[Tensor]:
     unchanged = all(type(module) is Linear and not _is_changed(module) for module in modules)
     if not unchanged or _has_any_global_hook():
         return []
-    weights = [module._parameters.get("weight") for module in modules]
+    weights = [local(module._parameters.get("weight")) for module in modules]
     dtype = getattr(weights[0], "dtype", None)
-    plain = all(type(weight) is nn.Parameter and weight.dtype == dtype for weight in weights)
+    plain = all(type(weight) in PLAIN and weight.dtype == dtype for weight in weights)
     return weights if plain else []
 
 

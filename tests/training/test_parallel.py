@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 
 import sisa_model as sm
@@ -26,14 +27,11 @@ from sisa_model.training.loss import Objective
 from sisa_model.training.parallel import replicated, shard
 from sisa_model.training.trainer import train
 from tests.support import ROOT
+from tests.support.runs import BAND, rows_agree, weights_agree
 
 # The number of answers differs between processes and micro-batches, and 33 is a multiple of
 # neither.
 RECALL = {"mix": ("recall",), "batch_size": 33, "micro_batch_size": 16}
-# Sums of fp32 in another order: measured at 5e-9 (the gradient's norm: 2e-7) in the first step,
-# which shows that they are the same sums, and up to 5e-7 (2e-6) in the fourth: Adam's first steps
-# turn the rounding of a gradient near 0 into a part of a whole step.
-BAND_FIRST, BAND = 1e-6, 2e-5
 # Numbers that round to bf16 the other way: measured at 1.4e-4 in the fourth step.
 BAND_BF16 = 2e-3
 
@@ -85,34 +83,6 @@ def train_each(processes, folder, *runs):
     out, _ = process.communicate(timeout=300)
     assert process.returncode == 0, out
     return out
-
-
-def rows_agree(one, many, band):
-    for name, fields in (("train", ("loss", "grad_norm")), ("val", ("loss",))):
-        first, second = (read_rows(folder / f"{name}.jsonl") for folder in (one, many))
-        assert [row["step"] for row in first] == [row["step"] for row in second]
-        for field in fields + tuple(f for f in ("recall_loss", "tokens") if f in first[0]):
-            assert second[0][field] == pytest.approx(first[0][field], rel=min(band, BAND_FIRST)), (
-                many.name,
-                name,
-                field,
-            )
-            assert [row[field] for row in second] == pytest.approx(
-                [row[field] for row in first], rel=band
-            ), (
-                many.name,
-                name,
-                field,
-            )
-
-
-def weights_agree(one, many):
-    first, second = (load_file(folder / "final" / "model.safetensors") for folder in (one, many))
-    assert first.keys() == second.keys()
-    for name in first:
-        # Four steps of at most 3e-3 each; Adam turns a gradient's rounding near 0 into a part of a
-        # step.
-        torch.testing.assert_close(second[name], first[name], rtol=1e-3, atol=2e-4)
 
 
 def test_two_processes_train_as_one_does(corpus, tmp_path):
@@ -173,7 +143,7 @@ def test_fsdp_computes_in_the_dtypes_of_one_process(one_of_gloo, preset):
     model = sm.build(preset)
     whole = Objective(copy.deepcopy(model), autocast)
     kept = replicated(model)
-    shard(model, 1, kept, bf16=True)
+    shard(model, init_device_mesh("cpu", (1,)), kept, bf16=True)
     inputs, targets = torch.randint(257, (2, 2, 65))
     dtypes, gathered = set(), set()
 

@@ -80,6 +80,7 @@ class HelpOf(SphinxDirective):
     final_argument_whitespace = True
 
     def run(self) -> list[nodes.Node]:
+        self.env.note_reread()  # the commands change, not the page
         text = help_of(self.arguments[0].split())
         if not text.strip():
             raise self.error(f"{self.arguments[0]} --help printed nothing")

@@ -61,15 +61,16 @@ class Setting:
     tokens: int = 32768  # of a batch
     heads: int = 12
     head_dim: int = 64
-    models: tuple[str, ...] = ("transformer-152m", "sisa-152m-ds16")  # the first is the baseline
+    # The first is the baseline.
+    models: tuple[str, ...] = ("transformer-152m", "sisa-152m-ds16", "mamba2-152m")
     datasheet: Device | None = None  # what bounds are taken from; None: no bounds
 
     def shapes(self, *lengths: int) -> list[Shape]:
-        """A shape for each d_state and length: ``lengths`` where the setting has none."""
+        """A shape for each length and d_state: ``lengths`` where the setting has none."""
         return [
             Shape(self.batch(length), length, self.heads, self.head_dim, d_state, self.head_dim)
-            for d_state in self.d_states
             for length in self.lengths or lengths
+            for d_state in self.d_states
         ]
 
     def batch(self, length: int) -> int:
@@ -103,6 +104,7 @@ class Case:
     work: Work
     check: Callable[[], str | None] = no_check  # why it must not be timed
     proofs: str = ""  # pattern of the tests whose failure keeps it from being timed
+    kernels: str = ""  # what must be compiled for it, by a name that cases share; empty: nothing
     bound: float | None = None  # ms
     # The fastest such case of a group and pass is what the others are measured against.
     baseline: bool = False
@@ -117,19 +119,21 @@ def widths_of(shape: Shape) -> tuple[int, int, int]:
     return shape.head_dim, shape.d_state, shape.value_dim
 
 
-def attention_bound(path: Path, shape: Shape, s: Setting, backward: bool, rope: bool) -> float:
+def attention_bound(
+    path: Path, shape: Shape, s: Setting, backward: bool, rope: bool, half_life: float
+) -> float:
     """The roofline's, in ms; without RoPE there is no prologue."""
-    horizon = horizon_tokens(shape.d_state, HALF_LIFE) if path is EXACT else math.inf
+    horizon = horizon_tokens(shape.d_state, half_life) if path is EXACT else math.inf
     kernels = stages(path.cost, shape, backward=backward, horizon=horizon)
     if not rope:
         kernels = [kernel for kernel in kernels if not kernel.name.startswith("prologue")]
     return 1e3 * sum(kernel.seconds(s.datasheet) for kernel in kernels)
 
 
-def attention_work(path: Path, shape: Shape, backward: bool) -> Work:
+def attention_work(path: Path, shape: Shape, backward: bool, half_life: float) -> Work:
     """FLOPs of the causal scores."""
     B, L, H, Dh, Ds, Dv = astuple(shape)
-    horizon = horizon_tokens(Ds, HALF_LIFE) if path is EXACT else math.inf
+    horizon = horizon_tokens(Ds, half_life) if path is EXACT else math.inf
     width = Dh
     width_formula = "Dh"
     if path.mode != "plain":
@@ -169,8 +173,9 @@ def attention_case(
     mode = path.mode
     if rope and mode == "plain":
         mode += ", RoPE compiled" if s.device.type == "cuda" else ", RoPE eager"
-    if op == "decay":
+    if op == "decay" or half_life != HALF_LIFE:
         mode += f", half-life {half_life:g}"
+    of_states = "" if path.mode == "plain" else f"+{shape.d_state}"
     bounded = s.datasheet is not None
     return Case(
         op=op,
@@ -179,10 +184,11 @@ def attention_case(
         shape=label or label_of(shape),
         passes=passes,
         make=make,
-        work=attention_work(path, shape, backward),
+        work=attention_work(path, shape, backward, half_life),
         check=partial(failure, path, widths_of(shape), s.dtype, s.device, rope),
         proofs=path.proofs.format(ds=shape.d_state),
-        bound=attention_bound(path, shape, s, backward, rope) if bounded else None,
+        kernels=f"{path.name} {shape.head_dim}{of_states}/{shape.value_dim}" if rope else "",
+        bound=attention_bound(path, shape, s, backward, rope, half_life) if bounded else None,
         baseline=baseline,
     )
 
@@ -239,6 +245,29 @@ def attention_groups(s: Setting, paths: Sequence[Path] = ATTENTION) -> list[list
         ]
         for shape in s.shapes(2048, 16384, 4096, 8192, 1024, 32768)  # the targets' two first
     ]
+
+
+def decay_groups(
+    op: str, paths: Sequence[Path], s: Setting, half_lives: Sequence[float]
+) -> list[list[Case]]:
+    """Paths at the first d_state, the targets' lengths and these half-lives, both passes.
+
+    Baseline: plain attention with RoPE by the fastest stock backend."""
+    groups = []
+    for shape in s.shapes(2048, 16384):
+        if shape.d_state != s.d_states[0]:
+            continue
+        for half_life in half_lives:
+            fades = "" if half_life == HALF_LIFE else f" t={half_life:g}"
+            options = {"label": label_of(shape) + fades, "half_life": half_life}
+            groups.append(
+                [
+                    attention_case(op, path, shape, passes, s, baseline=path in STOCK, **options)
+                    for passes in ("fwd", "fwd+bwd")
+                    for path in paths
+                ]
+            )
+    return groups
 
 
 # ---- The prologue and the augmentation -----------------------------------------------------------
@@ -308,6 +337,7 @@ def prologue_groups(s: Setting) -> list[list[Case]]:
                     make=make,
                     work=Work(1e-9 * cost.bytes, "GB/s", "bytes of roofline.py's stage"),
                     check=checks.get(path, no_check),
+                    kernels="" if path == "copy" else f"prologue {path} {label_of(shape)}",
                     bound=bound,
                     baseline=path == "copy",
                 )
@@ -379,6 +409,7 @@ def augmentation_groups(s: Setting, baseline: str = "copy") -> list[list[Case]]:
                     work=Work(1e-9 * moved, "GB/s", "inputs and results, each once"),
                     check=checks.get(path, no_check),
                     proofs=proofs.get(path, ""),
+                    kernels=f"chain {label_of(shape)}" if path == "compiled" else "",
                     baseline=path == baseline,
                 )
                 for path, make in makes.items()
@@ -470,6 +501,7 @@ def layer_groups(s: Setting) -> list[list[Case]]:
                 passes="fwd+bwd",
                 make=partial(layer_step, preset, s.batch(length), length, s),
                 work=Work(s.batch(length) * length, "tok/s", "BL"),
+                kernels=f"{preset} eager",
                 baseline=preset == s.models[0],
                 **preset_gate(preset, s),
             )
@@ -529,6 +561,7 @@ def decode_groups(s: Setting) -> list[list[Case]]:
                 make=partial(decode_step, preset, length, s),
                 work=Work(1.0, "tok/s", "B"),
                 check=partial(decode_failure, preset, s),
+                kernels=f"{preset} token",
                 baseline=preset == s.models[0],
             )
             for preset in s.models
@@ -578,6 +611,7 @@ def model_groups(s: Setting) -> list[list[Case]]:
                     passes="step",
                     make=partial(step, preset),
                     work=Work(batch * length, "tok/s", "BL"),
+                    kernels=f"{preset} {mode}",
                     baseline=preset == s.models[0],
                     **preset_gate(preset, s),
                 )
@@ -679,7 +713,7 @@ def tune_groups(s: Setting) -> list[list[Case]]:
         groups.append(
             [
                 replace(case, path="in use", make=in_use, baseline=True),
-                replace(case, path="tuned", make=tuned),
+                replace(case, path="tuned", make=tuned, kernels=f"tuned {case.shape}"),
             ]
         )
     return groups

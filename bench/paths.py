@@ -23,7 +23,7 @@ from bench import authors
 from bench.authors import eager_chain, sdpa
 from bench.roofline import Shape
 from sisa_kernels import testing
-from sisa_kernels.inputs import NAMES, SisaInputs
+from sisa_kernels.inputs import BACKENDS, NAMES, SisaInputs
 from sisa_kernels.rotation import rotate
 from sisa_kernels.scans import cumulative_phase
 from sisa_kernels.testing import ValueAndGrads
@@ -180,6 +180,14 @@ EXACT_TESTS = r"test_exact_in_bf16.*\[\d+-{ds}-|test_two_runs_give_the_same_bits
 PLAIN_TESTS = "test_without_the_importance_term|test_addresses_past_32_bits"
 FLASH_TESTS = "test_every_legal_row_on_the_gpu"
 EXACT = Path("sisa", "exact", "exact", exact, dense, EXACT_TESTS + "|past_the_horizon")
+# Exact attention through a stock kernel, by the backend's name, and its name in the roofline: those
+# that this checkout has.
+FORMS = {"far_and_band": "far and band", "wide": "wide"}
+STOCK_FORMS = [
+    Path(name, "exact", cost, ours("exact", name), dense)
+    for name, cost in FORMS.items()
+    if name in BACKENDS
+]
 STOCK = [
     Path(name, "plain", "plain", stock(getattr(SDPBackend, f"{name.upper()}_ATTENTION")), dense)
     for name in ("cudnn", "flash", "efficient")

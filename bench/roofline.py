@@ -18,7 +18,10 @@ can undercut it. Paths (bf16 operands, fp32 vectors, a key head for each query h
 
 FLOPs are those of matrix products, 2 a MAC. Not counted: element-wise work (softmax, rotations, the
 decay factor of the importance term and its share of the backward), the bytes of the rotary tables
-and of the few scalars a block."""
+and of the few scalars a block.
+
+The last table, of instructions.py, takes the kernels as they were compiled. All of it is on
+paper."""
 
 import argparse
 import math
@@ -44,14 +47,21 @@ def check_positive(**values: float) -> None:
 class Device:
     tflops: float  # dense bf16 matrix products, 1e12 FLOP/s
     terabytes: float  # memory bandwidth, 1e12 bytes/s
+    arch: int = 0  # its compute capability, times ten
+    multiprocessors: int = 0
 
     def __post_init__(self) -> None:
         check_positive(tflops=self.tflops, terabytes=self.terabytes)
 
 
 # NVIDIA's data sheets: A100 80GB SXM, H100 SXM, H200 SXM, HGX B200 (a GPU of it).
-TERABYTES = {"A100": 2.04, "H100": 3.35, "H200": 4.8, "B200": 8.0}
-DEVICES = {name: Device(PEAK_TFLOPS[name], terabytes) for name, terabytes in TERABYTES.items()}
+SHEETS = {
+    "A100": (2.04, 80, 108),
+    "H100": (3.35, 90, 132),
+    "H200": (4.8, 90, 132),
+    "B200": (8.0, 100, 148),
+}
+DEVICES = {name: Device(PEAK_TFLOPS[name], *sheet) for name, sheet in SHEETS.items()}
 
 
 @dataclass(frozen=True)
@@ -295,6 +305,22 @@ def print_shares(args: argparse.Namespace) -> None:
             print(f"{half_life:9g} {d_state:4} {horizon:8.0f} |   {cells}")
 
 
+def print_compiled(args: argparse.Namespace) -> None:
+    """The third table: the kernels as compiled, at two half-lives and the one that is asked for."""
+    from bench import instructions  # which takes its bytes from here
+
+    shape = Shape(1, args.tokens, args.heads, args.head_dim, 2, args.head_dim)
+    half_lives = sorted({3.0, 20.0, args.half_life})
+    print("\nas compiled, on paper")
+    try:
+        for line in instructions.lines(
+            args.lengths, args.d_states, shape, DEVICES[args.device], half_lives, args.tolerance
+        ):
+            print(line)
+    except ValueError as error:
+        print(f"none: {error}")
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m bench roofline",
@@ -320,4 +346,5 @@ def main(arguments: list[str] | None = None) -> int:
         )
     print_bounds(args)
     print_shares(args)
+    print_compiled(args)
     return 0

@@ -58,7 +58,7 @@ def measured(group: Group, folder: Path) -> dict[Case, Measured]:
     """The rows and times of a group's cases, which take turns."""
     seconds, least = (0.0, 2) if QUICK else (group.seconds, group.least)
     timer = functools.partial(cpu_milliseconds, seconds=seconds, least=least)
-    found = measure(Run(group.setting, folder, float("inf"), timer, provenance(CPU)), group.cases)
+    found = measure(Run(group.setting, folder, timer, provenance(CPU)), group.cases)
     problem.cache_clear()
     return found
 

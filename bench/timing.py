@@ -1,10 +1,12 @@
 """How the benches measure: cases checked, warmed and timed in turns."""
 
+import contextlib
+import math
 import re
 import statistics
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cache, partial
 from pathlib import Path
@@ -23,16 +25,47 @@ Calls = list[Callable[[], object]]
 T = TypeVar("T")
 
 
+COMPILE_SHARE = 1 / 3  # of a whole run, at most
+
+
+@dataclass
+class Budget:
+    """Seconds of a whole run by a clock that its processes share, and what was compiled in it."""
+
+    seconds: float = math.inf
+    begin: float = field(default_factory=time.monotonic)
+    compiled: float = 0.0  # seconds in building, checks and first calls
+    kernels: set[str] = field(default_factory=lambda: {""})  # those that are compiled
+
+    def until(self, share: float) -> float:
+        """The moment at which this share of the whole is over."""
+        return self.begin + share * self.seconds
+
+    def may_start(self, kernels: str) -> bool:
+        """Whether a case may be begun: its kernels are known, or there is time to compile them."""
+        return kernels in self.kernels or self.compiled < COMPILE_SHARE * self.seconds
+
+    @contextlib.contextmanager
+    def compiling(self, kernels: str) -> Iterator[None]:
+        """Counts what runs in it as compiling, after which the kernels are known."""
+        begin = time.monotonic()
+        try:
+            yield
+        finally:
+            self.compiled += time.monotonic() - begin
+            self.kernels.add(kernels)
+
+
 @dataclass
 class Run:
     """What the sections share."""
 
     setting: Setting
     out: Path  # folder of the rows
-    minutes: float  # of a section
     timer: Callable[[Calls], list[list[float]]]  # milliseconds of each round of each call
     provenance: dict[str, str] = field(default_factory=dict)
-    deadline: float = float("inf")  # of time.monotonic()
+    budget: Budget = field(default_factory=Budget)
+    deadline: float = math.inf  # of what runs now, by time.monotonic()
 
     def add(self, op: str, path: str, status: str, **values: Any) -> dict[str, str]:
         """Append a row to the section's file; the columns that are not given stay empty."""
@@ -181,7 +214,11 @@ def measure(run: Run, cases: Sequence[Case]) -> dict[Case, Measured]:
     failed_tests = run.failed_tests()
     allowed = []
     for case in cases:
-        why = refusal(case, failed_tests)
+        if not run.budget.may_start(case.kernels):
+            refuse(case, "not started: a third of the run was spent compiling")
+            continue
+        with run.budget.compiling(case.kernels):
+            why = refusal(case, failed_tests)
         if why:
             refuse(case, why)
         else:
@@ -190,7 +227,8 @@ def measure(run: Run, cases: Sequence[Case]) -> dict[Case, Measured]:
     torch._dynamo.reset()
     ready = {}
     for case in allowed:
-        prepared, why = attempt(partial(warm, case, run.setting.device))
+        with run.budget.compiling(case.kernels):
+            prepared, why = attempt(partial(warm, case, run.setting.device))
         if prepared is None:
             refuse(case, why)
         else:

@@ -5,9 +5,13 @@ import os
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from sisa_kernels import _extension, reference, selfcheck
 from sisa_kernels.checks import check_attention
+from sisa_kernels.distributed.attention import Place, attend_over_ranks, find_place
+from sisa_kernels.distributed.layout import SequenceLayout
+from sisa_kernels.distributed.local import Chunked, Native, Operands, Pieces, Triton
 from sisa_kernels.inputs import BACKENDS, Backend, Mode, Rotary, SisaInputs
 from sisa_kernels.ops import of_one_dtype, refuse_forward_mode, say_once, without_autocast
 from sisa_kernels.paths import native, one_call
@@ -23,6 +27,8 @@ except ImportError as error:
 # What the paths are called, by the names that they have had.
 ALIASES = {"flash": "one_call", "sdpa": "chunked"}
 FUSED = ("native", "triton")  # exact in one kernel, checked on their first use
+# Those that return a log-sum-exp: what runs on a rank's own pieces.
+OVER_RANKS: dict[str, type[Pieces]] = {"native": Native, "triton": Triton, "chunked": Chunked}
 
 
 def backends(*, table: bool = False) -> dict[str, str]:
@@ -145,6 +151,8 @@ def sisa_attention(
     mode: Mode = "exact",
     backend: Backend = "auto",
     cu_seqlens: Tensor | None = None,
+    group: ProcessGroup | None = None,
+    layout: SequenceLayout | None = None,
 ) -> Tensor:
     """SISA: causal softmax attention with a state-space model's importance term in the score.
 
@@ -152,8 +160,8 @@ def sisa_attention(
     2 of arXiv 2606.02332), ``y_i = sum_j softmax_j(s_ij) v_j``; g and Phi are the running sums of
     ``log_decay`` and ``theta``, R rotates the channel pairs (2n, 2n+1). With fewer key heads than
     query heads, head h uses key head h // (H/G), its b, log_decay and theta. Returns y [B, L, H,
-    Dv] in q's dtype, differentiable in q .. lam, also under torch.func (grad, vjp, jacrev, vmap).
-    Under autocast q, k, v, b, c of different dtypes are cast to autocast's.
+    Dv] in q's dtype, differentiable in q .. lam, also under torch.func. Under autocast q, k, v, b,
+    c of different dtypes are cast to autocast's.
 
     Args:
         q, k, v: [B, L, H, Dh], [B, L, G, Dh], [B, L, G, Dv], of one dtype: fp32, bf16, fp16, fp64.
@@ -163,35 +171,56 @@ def sisa_attention(
         theta: phase steps in radians, [B, L, G, Ds/2].
         lam: weight of the importance term, [H], >= 0.
         rotary: (cos, sin) of the positions, each [L, Dh/2], applied to q and k inside (interleaved
-            pairs, by the place in the packed sequence); None: already applied, or not wanted.
-        mode: "exact", Eq. 2 at any length and decay; "clamped", the authors' formulation with g
-            clamped to +-11 about the middle of its range, to reproduce their numbers (wrong once
-            the range passes 22; in fp16 on a GPU exp(11) leaves no room: use bf16).
-        backend: "auto"; "native", exact in one compiled kernel on a CPU (in fp64 "auto" is
-            "chunked"), which multiplies bf16 inputs in fp32 or, faster, in bf16 under
-            ``torch.set_float32_matmul_precision("medium")``; "chunked", exact by query chunks on
-            stock kernels (in mode "clamped", which takes one call, as "one_call"); "one_call", a
-            stock kernel on augmented operands, the first of a table that is legal and right (in
-            exact mode an error once the range of g is too wide); "triton", exact in one kernel on a
-            GPU, its products past the horizon left out; "reference", the dense fp64 oracle; "sdpa"
-            and "flash" are old names of "chunked" and "one_call". The environment's SISA_BACKEND
-            overrides it. A named backend that cannot run is an error, never a fallback.
+            pairs); None: already applied, or not wanted.
+        mode: "exact", Eq. 2 at any length and decay; "clamped", the authors' formulation, g clamped
+            to +-11 about the middle of its range (wrong once that passes 22; on a GPU not in fp16).
+        backend: "auto"; "native", exact in one compiled kernel on a CPU, which multiplies bf16 in
+            fp32 or, faster, in bf16 under ``torch.set_float32_matmul_precision("medium")``;
+            "chunked", exact by query chunks on stock kernels (auto's in fp64); "one_call", a stock
+            kernel on augmented operands, the first of a table that is legal and right (in exact
+            mode an error once the range of g is too wide); "triton", exact in one kernel on a GPU,
+            its products past the horizon left out; "reference", the dense fp64 oracle; "sdpa" and
+            "flash" are old names of "chunked" and "one_call". The environment's SISA_BACKEND
+            overrides it. A named backend that cannot run is an error.
         cu_seqlens: [documents + 1] int32 or int64, rising from 0 to at most L: documents packed
-            into one sequence (B = 1), where decay, phase and attention restart at each. A document
-            may be empty; past the last bound y and the gradients are 0.
+            into one sequence (B = 1), where decay, phase and attention restart at each. Some may be
+            empty; past the last bound y and the gradients are 0.
+        group, layout: one sequence over several ranks (:class:`sisa_kernels.SequenceLayout`):
+            tensors and rotary are of this rank's tokens, cu_seqlens is the whole sequence's.
 
     Raises:
         TypeError, ValueError: an argument of the wrong type, shape, dtype, device or range; the
-            message names it. The ranges of log_decay and lam are checked for CPU tensors only (on a
-            GPU it would stall). Wrong cu_seqlens are on a GPU an assertion there, which fails at
-            some later call, and in a compiled call not checked.
+            message names it. The ranges of log_decay and lam are checked on CPUs only; wrong
+            cu_seqlens fail on a GPU at some later call, and in a compiled call not at all.
     """
     q, k, v, b, c = of_one_dtype(q, k, v, b, c)
     inputs = SisaInputs(q, k, v, b, c, log_decay, theta, lam, rotary, cu_seqlens)
-    return _attend(inputs, mode, backend)
+    return _attend(inputs, mode, backend, find_place(group, layout, q, cu_seqlens))
 
 
-def _attend(inputs: SisaInputs, mode: Mode, backend: str) -> Tensor:
+def _attend_over_ranks(inputs: SisaInputs, place: Place, mode: Mode, backend: str) -> Tensor:
+    inputs = inputs._replace(cu_seqlens=None)
+    check_attention(inputs, mode, empty=True)
+    if mode != "exact":
+        raise ValueError(
+            "group: over several ranks mode must be 'exact', got 'clamped', whose clamp depends "
+            "on the whole sequence"
+        )
+    path = _choose(backend, mode, inputs)
+    if path not in OVER_RANKS:
+        raise ValueError(
+            f"group: over several ranks backend must be one of auto, {', '.join(OVER_RANKS)}, "
+            f"got {path!r}"
+        )
+    refuse_forward_mode(*inputs.tensors())
+    x = Operands._make(inputs[:9])
+    with without_autocast(inputs.q.device):
+        return attend_over_ranks(x, place, OVER_RANKS[path])
+
+
+def _attend(inputs: SisaInputs, mode: Mode, backend: str, place: Place | None) -> Tensor:
+    if place is not None:
+        return _attend_over_ranks(inputs, place, mode, backend)
     check_attention(inputs, mode)
     path = _choose(backend, mode, inputs)
     if path == "reference":

@@ -129,11 +129,12 @@ def _rises(bounds: Tensor, length: int) -> Tensor:
     return (bounds[..., 0] == 0).all() & (bounds.diff() >= 0).all() & (bounds <= length).all()
 
 
-def check_qk(q: Tensor, k: Tensor) -> None:
-    """Check q [B, L, H, Dh] and k [B, L, G, Dh]."""
+def check_qk(q: Tensor, k: Tensor, *, empty: bool = False) -> None:
+    """Check q [B, L, H, Dh] and k [B, L, G, Dh]; ``empty``: L may be 0, a rank's share of it."""
     if not isinstance(q, Tensor):
         raise TypeError(f"q must be a torch.Tensor, got {type(q).__name__}")
-    if q.ndim != 4 or 0 in q.shape:
+    sizes = (*q.shape[:1], *q.shape[2:]) if empty else q.shape
+    if q.ndim != 4 or 0 in sizes:
         raise ValueError(
             f"q must be [batch, length, heads, channels] with every size >= 1, got {list(q.shape)}"
         )
@@ -156,7 +157,7 @@ def check_qk(q: Tensor, k: Tensor) -> None:
     # In SDPA's layout with shared key heads: as long as q, of heads that divide q's.
     fewer = k.shape[1] if G == H and k.shape[1] and L % k.shape[1] == 0 else H
     check_tensor("k", k, (B, L, G, Dh), (q.dtype,), q.device, (B, fewer, G, Dh))
-    if not torch.compiler.is_compiling() and max(L, MOST_HEADS) < H:
+    if not torch.compiler.is_compiling() and not empty and max(L, MOST_HEADS) < H:
         say_once(f"q {list(q.shape)} has {L} tokens of {H} heads{OTHER_LAYOUT}", stacklevel=4)
 
 
@@ -170,7 +171,7 @@ def check_values(v: Tensor, k: Tensor) -> None:
 def check_log(name: str, x: Tensor, meaning: str) -> None:
     """Refuse a log of a factor above 1 (or NaN) in a CPU tensor; on a GPU it would be a stall."""
     values = readable(x)
-    if values is None:
+    if values is None or not values.numel():
         return
     worst = values.max().item()
     if not worst <= 0:
@@ -180,9 +181,9 @@ def check_log(name: str, x: Tensor, meaning: str) -> None:
         )
 
 
-def check_shapes(x: ScoreInputs) -> None:
+def check_shapes(x: ScoreInputs, *, empty: bool = False) -> None:
     """Check shape, dtype and device of all of a SISA layer's inputs but v."""
-    check_qk(x.q, x.k)
+    check_qk(x.q, x.k, empty=empty)
     B, L, H, _ = x.q.shape
     G = x.k.shape[2]
     device = x.q.device
@@ -200,11 +201,11 @@ def check_shapes(x: ScoreInputs) -> None:
     check_rotary(x.rotary, x.q)
 
 
-def check_operands(x: ScoreInputs) -> None:
+def check_operands(x: ScoreInputs, *, empty: bool = False) -> None:
     """Check all of a SISA layer's inputs but v, and for CPU tensors their values too.
 
     These are ``log_decay <= 0`` and ``lam >= 0``; on a GPU the check would stall the device."""
-    check_shapes(x)
+    check_shapes(x, empty=empty)
     check_log("log_decay", x.log_decay, "decay")
     lam = readable(x.lam)
     if lam is None:
@@ -214,11 +215,11 @@ def check_operands(x: ScoreInputs) -> None:
         raise ValueError(f"lam must be finite and >= 0 for every head, got {lam.tolist()}")
 
 
-def check_attention(inputs: SisaInputs, mode: str) -> None:
+def check_attention(inputs: SisaInputs, mode: str, *, empty: bool = False) -> None:
     """Check every argument of :func:`sisa_kernels.sisa_attention` but ``backend``."""
     if mode not in MODES:
         raise ValueError(f"mode must be one of {', '.join(MODES)}, got {mode!r}")
-    check_operands(inputs.scores())
+    check_operands(inputs.scores(), empty=empty)
     check_values(inputs.v, inputs.k)
     check_documents(inputs.cu_seqlens, inputs.q)
 
@@ -230,9 +231,11 @@ def check_forgetting(
     log_forget: Tensor,
     rotary: Rotary | None,
     cu_seqlens: Tensor | None,
+    *,
+    empty: bool = False,
 ) -> None:
     """Check every argument of :func:`sisa_kernels.forgetting_attention`."""
-    check_qk(q, k)
+    check_qk(q, k, empty=empty)
     check_values(v, k)
     check_tensor("log_forget", log_forget, q.shape[:3], wide_dtypes(q), q.device)
     check_rotary(rotary, q)

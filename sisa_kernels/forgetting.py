@@ -15,9 +15,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from sisa_kernels.cache import TokenCache, refuse_gradients
 from sisa_kernels.checks import check_forgetting
+from sisa_kernels.distributed.attention import attend_over_ranks, find_place
+from sisa_kernels.distributed.layout import SequenceLayout
+from sisa_kernels.distributed.local import Native, Operands, Softmax, row_sums
 from sisa_kernels.inputs import Rotary, by_document, is_grouped, spans
 from sisa_kernels.ops import (
     no_second_derivative,
@@ -62,6 +66,8 @@ def forgetting_attention(
     rotary: Rotary | None = None,
     cu_seqlens: Tensor | None = None,
     backend: str = "auto",
+    group: ProcessGroup | None = None,
+    layout: SequenceLayout | None = None,
 ) -> Tensor:
     """Causal softmax attention with a forget gate (FoX); ALiBi with :func:`alibi_slopes`.
 
@@ -84,6 +90,7 @@ def forgetting_attention(
         backend: "auto": "native" on a CPU (in fp64, and without the compiled library, "chunked"),
             elsewhere "chunked"; "native", the compiled kernel that also runs SISA; "chunked", stock
             attention kernels by query chunks.
+        group, layout: one sequence over several ranks, as in :func:`sisa_kernels.sisa_attention`.
 
     For fp64, pass log_forget and rotary in fp64 or fp32. On a CPU half precision is computed in
     fp32; on a GPU by stock flash kernels (:func:`half_document`).
@@ -94,25 +101,41 @@ def forgetting_attention(
             cu_seqlens as in :func:`sisa_kernels.sisa_attention`.
     """
     q, k, v = of_one_dtype(q, k, v)
-    check_forgetting(q, k, v, log_forget, rotary, cu_seqlens)
+    place = find_place(group, layout, q, cu_seqlens)
+    documents = cu_seqlens if place is None else None
+    check_forgetting(q, k, v, log_forget, rotary, documents, empty=place is not None)
     refuse_forward_mode(q, k, v, log_forget)
-    if native.choose_plain(backend, "chunked", q, v, "forgetting attention", forgets=True):
-        with without_autocast(q.device):
+    compiled = native.choose_plain(backend, "chunked", q, v, "forgetting attention", forgets=True)
+    with without_autocast(q.device):
+        if place is not None:
+            x = Operands(q, k, v, log_decay=log_forget, rotary=rotary)
+            return attend_over_ranks(x, place, Native if compiled else StockPieces)
+        if compiled:
             return native.attend_plain(q, k, v, rotary, cu_seqlens, log_forget)
+        return _on_stock_kernels(q, k, v, log_forget, rotary, cu_seqlens)
+
+
+def _on_stock_kernels(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_forget: Tensor,
+    rotary: Rotary | None,
+    cu_seqlens: Tensor | None,
+) -> Tensor:
     dtype = q.dtype
     half = q.device.type == "cuda" and dtype in (torch.bfloat16, torch.float16)
-    with without_autocast(q.device):
-        if rotary is not None:
-            cos, sin = (table[:, None] for table in rotary)
-            q, k = (rotate(x, cos, sin) for x in (q, k))
-        q, k, v = (x.to(dtype if half else work_dtype(x)) for x in (q, k, v))
-        if half:
-            return by_document(
-                lambda rows: half_document(*(x[:, rows] for x in (q, k, v, log_forget))),
-                cu_seqlens,
-                q.shape[1],
-            )
-        return forgetting(q, k, v, log_forget, cu_seqlens)[0].to(dtype)
+    if rotary is not None:
+        cos, sin = (table[:, None] for table in rotary)
+        q, k = (rotate(x, cos, sin) for x in (q, k))
+    q, k, v = (x.to(dtype if half else work_dtype(x)) for x in (q, k, v))
+    if half:
+        return by_document(
+            lambda rows: half_document(*(x[:, rows] for x in (q, k, v, log_forget))),
+            cu_seqlens,
+            q.shape[1],
+        )
+    return forgetting(q, k, v, log_forget, cu_seqlens)[0].to(dtype)
 
 
 def forgetting_decode(
@@ -242,11 +265,26 @@ def _chunks(k_aug: Tensor, log_forget: Tensor, bias: slice) -> Iterator[tuple[in
     """Yield (start, end) of each chunk, the keys up to its end holding their biases about it."""
     G = k_aug.shape[2]
     g = cumulative_decay(log_forget)
-    longest = g.shape[1] if chunked.has_flash(g.device) else chunked.MAX_DENSE_CHUNK
-    for start, end in chunked.chunk_bounds(g, longest):
+    for start, end in _chunk_bounds(g):
         relative = (_middle(g, start, end) - g[:, :end]).unflatten(2, (G, -1))
         k_aug[:, :end, :, bias] = relative.to(k_aug.dtype)
         yield start, end
+
+
+def _chunk_bounds(g: Tensor) -> list[tuple[int, int]]:
+    longest = g.shape[1] if chunked.has_flash(g.device) else chunked.MAX_DENSE_CHUNK
+    return chunked.chunk_bounds(g, longest)
+
+
+def row_frames(log_forget: Tensor, cu_seqlens: Tensor | None) -> Iterator[tuple[slice, Tensor]]:
+    """Rows of each chunk, and what their log-sum-exp lacks in :func:`forgetting_eager`.
+
+    That is g_i less the middle of the chunk's range, [B, chunk, H] fp64."""
+    for document in spans(cu_seqlens, log_forget.shape[1]):
+        g = cumulative_decay(log_forget[:, document])
+        for start, end in _chunk_bounds(g):
+            rows = slice(document.start + start, document.start + end)
+            yield rows, g[:, start:end] - _middle(g, start, end)
 
 
 def forgetting_eager(
@@ -370,3 +408,52 @@ forgetting_backward = register(
     _forgetting_backward_fake,
     no_second_derivative,
 )
+
+
+class StockPieces:
+    """FoX, ALiBi and no term on stock kernels.
+
+    Their log-sum-exp is that within a chunk's frame; their gradient of log_forget counts on rows of
+    dL/ds that sum to 0, which a part's do not."""
+
+    keeps_own = True
+
+    def __init__(self, bounds: Tensor, length: int):
+        self.bounds = bounds
+
+    def _operands(self, x: Operands) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        work = work_dtype(x.q)
+        q, k, v = (t.to(work) for t in x[:3])
+        if x.rotary is not None:
+            cos, sin = (table[:, None] for table in x.rotary)
+            q, k = (rotate(t, cos, sin) for t in (q, k))
+        log_forget = q.new_zeros(q.shape[:3]) if x.log_decay is None else x.log_decay
+        return q, k, v, log_forget
+
+    def _frames(self, log_forget: Tensor) -> Tensor:
+        """[B, H, L], 0 past the last document."""
+        found = torch.zeros_like(log_forget, dtype=torch.float64)
+        for rows, frame in row_frames(log_forget, self.bounds):
+            found[:, rows] = frame
+        return found.transpose(1, 2)
+
+    def forward(self, x: Operands) -> Softmax:
+        operands = self._operands(x)
+        y, lse = forgetting_eager(*operands, self.bounds)
+        return y, (lse + self._frames(operands[3])).to(lse.dtype)
+
+    def backward(self, x: Operands, dy: Tensor, own: Softmax, merged: Softmax) -> list[Tensor]:
+        operands = self._operands(x)
+        y, lse = merged
+        in_frame = (lse - self._frames(operands[3])).to(lse.dtype)
+        dq, dk, dv, dlog = forgetting_backward_eager(dy, y, in_frame, *operands, self.bounds)
+        if x.rotary is not None:
+            cos, sin = (table[:, None] for table in x.rotary)
+            dq, dk = (rotate(t, cos, -sin) for t in (dq, dk))
+        if x.log_decay is None:
+            return [dq, dk, dv]
+        sums = row_sums(dy, own, merged).transpose(1, 2).double()
+        for rows, _ in row_frames(operands[3], self.bounds):
+            of_rows = sums[:, rows]
+            dlog[:, rows] -= (of_rows.cumsum(1) - of_rows).to(dlog.dtype)
+        return [dq, dk, dv, dlog]

@@ -1,6 +1,7 @@
 """How operators are registered, and what all do alike: refuse, leave autocast, say it once."""
 
 import contextlib
+import functools
 import warnings
 from collections.abc import Callable
 from typing import Any, NoReturn
@@ -30,6 +31,8 @@ def register(
 ) -> torch._ops.OpOverload:
     """The op sisa::``name``, whose schema is that of ``eager``, which runs it on every device.
 
+    Autocast is off inside: a backward has the forward's precision wherever it is called.
+
     Args:
         fake: of the same arguments, results without values.
         backward, setup_context: as in ``torch.library.register_autograd``; they also serve under
@@ -45,7 +48,7 @@ def register(
         if hasattr(torch.ops.sisa, op):  # a second import: what the first registered stays
             continue
         library.define(op + schema, tags=(torch.Tag.pt2_compliant_tag,))
-        library.impl(op, eager, "CompositeExplicitAutograd")
+        library.impl(op, _out_of_autocast(eager), "CompositeExplicitAutograd")
         torch.library.register_fake(f"sisa::{op}", fake, lib=library)
         if backward is not None:
             torch.library.register_autograd(
@@ -55,6 +58,18 @@ def register(
             overload = getattr(torch.ops.sisa, op).default
             follow_transforms(library, overload, backward, setup_context, named)
     return getattr(torch.ops.sisa, name).default
+
+
+def _out_of_autocast(function: Callable) -> Callable:
+    """``function`` of tensors and others, run without autocast on the device of the first."""
+
+    @functools.wraps(function)
+    def run(*args: Any) -> Any:
+        first = next(x for x in args if isinstance(x, Tensor))
+        with without_autocast(first.device):
+            return function(*args)
+
+    return run
 
 
 def no_second_derivative(ctx: Any, *grads: Tensor) -> NoReturn:
@@ -78,6 +93,36 @@ def without_autocast(device: torch.device) -> contextlib.AbstractContextManager:
     if device.type == "meta" or not torch.is_autocast_enabled(device.type):
         return contextlib.nullcontext()
     return torch.autocast(device.type, enabled=False)
+
+
+class _Matmul(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(a: Tensor, b: Tensor) -> Tensor:  # type: ignore[override]
+        with without_autocast(a.device):
+            return a @ b
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        a, b = ctx.saved_tensors
+        da = matmul(dy, b.mT) if ctx.needs_input_grad[0] else None
+        db = matmul(a.mT, dy) if ctx.needs_input_grad[1] else None
+        return da, db
+
+
+def matmul(a: Tensor, b: Tensor) -> Tensor:
+    """``a b`` of [..., n, k] and [..., k, m], of like batches, in their dtype under autocast, too.
+
+    So are its gradients, where those of PyTorch's own follow the autocast that backward runs under.
+    """
+    if torch.compiler.is_compiling():
+        return a @ b
+    return _Matmul.apply(a, b)
 
 
 def of_one_dtype(*tensors: Tensor) -> tuple[Tensor, ...]:

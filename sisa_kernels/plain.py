@@ -3,9 +3,14 @@
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from sisa_kernels.cache import TokenCache, refuse_gradients
 from sisa_kernels.checks import check_documents, check_qk, check_rotary, check_values, readable
+from sisa_kernels.distributed.attention import attend_over_ranks, find_place
+from sisa_kernels.distributed.layout import SequenceLayout
+from sisa_kernels.distributed.local import Native, Operands
+from sisa_kernels.forgetting import StockPieces
 from sisa_kernels.inputs import PlainBackend, Rotary, by_document, is_grouped
 from sisa_kernels.ops import of_one_dtype, refuse_forward_mode, without_autocast
 from sisa_kernels.paths import native
@@ -23,6 +28,8 @@ def causal_attention(
     rotary: Rotary | None = None,
     cu_seqlens: Tensor | None = None,
     backend: PlainBackend = "auto",
+    group: ProcessGroup | None = None,
+    layout: SequenceLayout | None = None,
 ) -> Tensor:
     """Causal softmax attention: a Transformer's, with RoPE inside where its tables are given.
 
@@ -39,18 +46,25 @@ def causal_attention(
         backend: "auto": "native" on a CPU (in fp64, and without the compiled library, "sdpa"),
             elsewhere "sdpa"; "native", the compiled kernel that also runs SISA; "sdpa", PyTorch's
             scaled_dot_product_attention.
+        group, layout: one sequence over several ranks, as in :func:`sisa_kernels.sisa_attention`.
 
     Raises:
         TypeError, ValueError: an argument of the wrong type, shape, dtype, device or range, or a
             backend that cannot run; the message names it.
     """
     q, k, v = of_one_dtype(q, k, v)
-    check_qk(q, k)
+    place = find_place(group, layout, q, cu_seqlens)
+    check_qk(q, k, empty=place is not None)
     check_values(v, k)
     check_rotary(rotary, q)
-    check_documents(cu_seqlens, q)
+    check_documents(cu_seqlens if place is None else None, q)
     refuse_forward_mode(q, k, v)
-    if native.choose_plain(backend, "sdpa", q, v, "causal attention"):
+    compiled = native.choose_plain(backend, "sdpa", q, v, "causal attention")
+    if place is not None:
+        with without_autocast(q.device):
+            x = Operands(q, k, v, rotary=rotary)
+            return attend_over_ranks(x, place, Native if compiled else StockPieces)
+    if compiled:
         with without_autocast(q.device):
             return native.attend_plain(q, k, v, rotary, cu_seqlens)
     if rotary is not None:

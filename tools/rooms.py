@@ -41,10 +41,11 @@ PLACES = {
     "data": (53, 45, 23),
     "reporting": (84, 45, 18),
     "utils": (53, 31, 17),
-    "sisa_kernels": (20, 13, 31),
-    "sisa_kernels.paths": (46.5, 13, 14),
-    "sisa_kernels.triton": (65.5, 13, 19),
-    "sisa_kernels.testing": (86.5, 13, 18),
+    "sisa_kernels": (20, 12.7, 31),
+    "sisa_kernels.distributed": (45, 12.7, 16),
+    "sisa_kernels.paths": (61, 12.7, 12.5),
+    "sisa_kernels.triton": (75.5, 12.7, 14),
+    "sisa_kernels.testing": (90, 12.7, 12),
     "csrc": (50, 0, 38),
 }
 CAPTIONS = {
@@ -52,8 +53,8 @@ CAPTIONS = {
     "tests": ["the same rooms again, and support"],
     "csrc": ["the compiled extension, for CPUs and CUDA"],
 }
-FRAMES = {"sisa_model": (25, 106), "sisa_kernels": (7, 21.5)}  # each from y to y
-BETWEEN_FRAMES = ((27, 110.8, 106), (73, 110.8, 106), (50, 25, 21.5), (50, 7, 3.2))  # x, y to y
+FRAMES = {"sisa_model": (25, 106), "sisa_kernels": (5.4, 23.2)}  # each from y to y
+BETWEEN_FRAMES = ((27, 110.8, 106), (73, 110.8, 106), (50, 25, 23.2), (50, 5.4, 3.2))  # x, y to y
 COLOURS = ("#e4e9f1", "#dfeaf6", "#dcefeb", "#e8f2d9", "#fbf2d5", "#fae4d4", "#f4dee5")
 INK = "#27364a"
 

@@ -139,7 +139,7 @@ def _precision() -> str:
 _precision._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-def _bf16_products(q: Tensor) -> bool:
+def bf16_products(q: Tensor) -> bool:
     """Whether torch.set_float32_matmul_precision lets products inside be of bf16, as the inputs."""
     return q.dtype == torch.bfloat16 and _precision() == "medium"
 
@@ -147,7 +147,7 @@ def _bf16_products(q: Tensor) -> bool:
 def attend(inputs: SisaInputs) -> Tensor:
     """SISA: y [B, L, H, Dv] for operands that :func:`refusal` does not speak against."""
     q = inputs.q
-    return attention_op(*inputs.flat(), inputs.cu_seqlens, 0, _bf16_products(q))[0].to(q.dtype)
+    return attention_op(*inputs.flat(), inputs.cu_seqlens, 0, bf16_products(q))[0].to(q.dtype)
 
 
 def attend_plain(
@@ -161,7 +161,7 @@ def attend_plain(
     """Causal softmax attention, y [B, L, H, Dv]; with log_forget [B, L, H] FoX's and ALiBi's."""
     cos, sin = rotary or (None, None)
     given = q, k, v, None, None, log_forget, None, None, cos, sin, cu_seqlens
-    return attention_op(*given, 0, _bf16_products(q))[0].to(q.dtype)
+    return attention_op(*given, 0, bf16_products(q))[0].to(q.dtype)
 
 
 def plain_fault(q: Tensor, v: Tensor, forgets: bool) -> str | None:

@@ -21,7 +21,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from sisa_kernels import selfcheck
 from sisa_kernels.checks import concrete
 from sisa_kernels.inputs import Mode, SisaInputs, by_document, is_grouped
-from sisa_kernels.ops import say_once
+from sisa_kernels.ops import matmul, say_once
 from sisa_kernels.paths.augment import augment
 from sisa_kernels.paths.chunked import chunked, finite, padded
 from sisa_kernels.rotation import CLAMP
@@ -101,6 +101,17 @@ def _flash_attn_4(q: Tensor, k: Tensor, v: Tensor, scale: float, deterministic: 
     found = flash_attn_func(q, k, v, softmax_scale=scale, causal=True)
     # Some releases return the log-sum-exp too.
     return found[0] if isinstance(found, tuple) else found
+
+
+def _dense(q: Tensor, k: Tensor, v: Tensor, scale: float, deterministic: bool) -> Tensor:
+    dtype = work_dtype(q)
+    H = q.shape[2]
+    query = (scale * q.to(dtype)).transpose(1, 2)
+    key, value = (to_query_heads(x, H).to(dtype).transpose(1, 2) for x in (k, v))
+    score = matmul(query, key.mT)
+    later = torch.ones(score.shape[-2:], dtype=torch.bool, device=q.device).triu(1)
+    weight = score.masked_fill(later, -math.inf).softmax(-1)
+    return matmul(weight, value).transpose(1, 2).to(q.dtype)
 
 
 @functools.cache
@@ -244,7 +255,7 @@ TABLE = (
         "math",
         "Dense scores, O(L^2) memory: what is left.",
         lambda call: (call.width, call.value_width),
-        _sdpa(SDPBackend.MATH),
+        _dense,
     ),
 )
 

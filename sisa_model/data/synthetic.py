@@ -11,7 +11,7 @@ from typing import Literal
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from sisa_model.data.blocks import IGNORE
 
@@ -257,18 +257,19 @@ def exams(task: Task, top: int, seq_len: int, count: int, seed: int) -> dict[int
 
 @torch.no_grad()
 def accuracy(
-    model: nn.Module, sample: Sample, micro_batch_size: int
+    answer: Callable[[Tensor, Tensor], Tensor], sample: Sample, micro_batch_size: int
 ) -> tuple[float, list[float | None]]:
-    """Share of answers whose argmax is right, of all and by the quarter of their ``place``.
+    """Share of answers that are right, of all and by the quarter of their ``place``.
 
-    None: no answer is in that quarter."""
-    device = next(model.parameters()).device
+    ``answer(inputs [B, L], asked [B, L])`` gives the token that it expects behind each place that
+    is asked, [asked.sum()]. None: no answer is in that quarter."""
     hits = []
-    pieces = (x.to(device).split(micro_batch_size) for x in (sample.inputs, sample.targets))
-    for inputs, targets in zip(*pieces):
+    for inputs, targets in zip(
+        *(x.split(micro_batch_size) for x in (sample.inputs, sample.targets))
+    ):
         asked = targets != IGNORE
-        hits.append(model(inputs)[asked].argmax(-1) == targets[asked])
-    right = torch.cat(hits).double().cpu()
+        hits.append(answer(inputs, asked).cpu() == targets[asked])
+    right = torch.cat(hits).double()
     quarter = (sample.place * DEPTHS).long()
     by_depth = [right[quarter == depth] for depth in range(DEPTHS)]
     return right.mean().item(), [x.mean().item() if len(x) else None for x in by_depth]

@@ -8,6 +8,7 @@ import sisa_kernels as sk
 from sisa_model.models.config import ModelConfig
 from sisa_model.models.context import Context
 from sisa_model.models.layers import QKVAttention
+from sisa_model.models.linear import local
 
 STOCK = {"sdpa": "chunked"}  # what stock attention is called by forgetting_attention
 
@@ -28,7 +29,13 @@ class BiasedAttention(QKVAttention):
         log_forget = self.log_forget(q, *gates)
         if cache is None:
             y = sk.forgetting_attention(
-                q, k, v, log_forget, cu_seqlens=context.cu_seqlens, backend=self.backend
+                q,
+                k,
+                v,
+                log_forget,
+                cu_seqlens=context.cu_seqlens,
+                backend=self.backend,
+                **context.split,
             )
         else:
             y = sk.forgetting_decode(
@@ -53,12 +60,23 @@ class ForgettingAttention(BiasedAttention):
         nn.init.zeros_(self.forget_bias)
 
     def log_forget(self, q: Tensor, *gates: Tensor) -> Tensor:
-        return F.logsigmoid(gates[0].float() + self.forget_bias.float())
+        return F.logsigmoid(gates[0].float() + local(self.forget_bias).float())
 
 
 class AlibiAttention(BiasedAttention):
     """Attention with ALiBi's linear bias (arXiv 2108.12409, section 3)."""
 
+    def __init__(self, config: ModelConfig):
+        super().__init__(config)
+        self.all_heads = config.n_heads
+        self.first_head = 0
+
+    def share_heads(self, rank: int, size: int) -> None:
+        super().share_heads(rank, size)
+        self.first_head = rank * self.n_heads
+
     def log_forget(self, q: Tensor, *gates: Tensor) -> Tensor:
         # Made anew each time: a buffer would follow the module to bf16.
-        return -sk.alibi_slopes(self.n_heads, q.device).expand(*q.shape[:2], -1)
+        slopes = sk.alibi_slopes(self.all_heads, q.device)
+        mine = slopes[self.first_head : self.first_head + self.n_heads]
+        return -mine.expand(*q.shape[:2], -1)

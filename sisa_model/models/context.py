@@ -5,9 +5,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
+from sisa_kernels import SequenceLayout
 from sisa_kernels.cache import TokenCache, uniform
+from sisa_model.models.config import ModelConfig
 
 
 @dataclass
@@ -26,7 +29,17 @@ class Context:
     """Of the first tokens of a cache: how many of each row are real, the rest being padding on the
     right (None: all).
     """
+    group: dist.ProcessGroup | None = None
+    """The processes that the sequence is cut over; then all but ``cu_seqlens`` is of this one's
+    tokens."""
+    layout: SequenceLayout | None = None
+    """Who of ``group`` has which tokens."""
     _documents: list[int] | None = field(default=None, init=False, repr=False)
+
+    @property
+    def split(self) -> dict[str, Any]:
+        """What the operators take of a sequence that several processes have."""
+        return {"group": self.group, "layout": self.layout}
 
     def documents(self, length: int) -> list[int]:
         """Tokens of each packed document that has any, or ``length``; what is past them is another.
@@ -39,6 +52,15 @@ class Context:
             counts = [end - start for start, end in itertools.pairwise(bounds)]
             self._documents = [count for count in counts if count]
         return self._documents
+
+
+def context_refusal(config: ModelConfig) -> str | None:
+    """Why a sequence cannot be cut over several processes in such a model, or None."""
+    if {"m", "h"} & set(config.layer_kinds):
+        return "a Mamba mixer does not pass its state from one process to the next"
+    if config.mode == "clamped":
+        return "mode 'clamped' depends on the whole sequence"
+    return None
 
 
 @dataclass

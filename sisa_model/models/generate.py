@@ -4,7 +4,6 @@ import math
 from collections.abc import Callable, Collection
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from sisa_kernels.cache import check_lengths
@@ -126,7 +125,7 @@ def generate(
     try:
         for _ in range(max_new_tokens):
             states = _last_states(model, input_ids, lengths, cache, prompt_lengths)
-            logits = F.linear(states, model.embed.weight).float()
+            logits = model.logits(states).float()
             chosen = choose(logits, temperature, top_k, top_p, generator)
             chosen = torch.where(ended, input_ids[:, -1:], chosen)
             if on_token is not None:

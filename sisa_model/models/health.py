@@ -1,14 +1,18 @@
 """How SISA's layers stand on a batch: lambda, half-lives, the range of g, what is clamped."""
 
 import functools
+import itertools
 import math
-from collections.abc import Callable, Iterator
+import statistics
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
+from sisa_kernels import SequenceLayout
 from sisa_kernels.reference import scores
 from sisa_kernels.rotation import CLAMP, rotate
 from sisa_model.models.context import Context
@@ -32,6 +36,21 @@ class Health:
     nothing).
     """
 
+    @classmethod
+    def of_parts(cls, parts: "Sequence[Health]") -> "Health":
+        """A layer's health from that of equal parts of its heads, in their order."""
+
+        def joined(values: Iterable[list[float]]) -> list[float]:
+            return list(itertools.chain.from_iterable(values))
+
+        return cls(
+            layer=parts[0].layer,
+            lam=joined(part.lam for part in parts),
+            half_life=joined(part.half_life for part in parts),
+            g_range=joined(part.g_range for part in parts),
+            clamped=statistics.fmean(part.clamped for part in parts),
+        )
+
 
 def half_life(log_decay: Tensor) -> Tensor:
     """Tokens until a key's importance halves, ln 2 / mean(-log_decay): [B, L, G] -> fp64 [G].
@@ -42,12 +61,15 @@ def half_life(log_decay: Tensor) -> Tensor:
 
 @torch.no_grad()
 def visit_layers(
-    model: Any, input_ids: Tensor, visit: Callable[[int, SisaAttention, Tensor, Context], None]
+    model: Any,
+    input_ids: Tensor,
+    visit: Callable[[int, SisaAttention, Tensor, Context], None],
+    **split: Any,
 ) -> None:
     """Run ``model`` on ``input_ids`` [B, L] and call ``visit`` at each SISA layer, in order.
 
     It gets the layer's number among all of the model's, the attention, its normed input and
-    context."""
+    context. ``split``: group and layout, as the model takes them."""
     hooks = []
     for number, layer in enumerate(model.layers):
 
@@ -59,18 +81,25 @@ def visit_layers(
         hooks += [attn.register_forward_pre_hook(call) for attn in found]
     try:
         if hooks:
-            model.hidden(input_ids)
+            model.hidden(input_ids, **split)
     finally:
         for hook in hooks:
             hook.remove()
 
 
-def health(model: Any, input_ids: Tensor) -> list[Health]:
-    """The :class:`Health` of each SISA layer on ``input_ids`` [B, L]; empty where there is none."""
+def health(
+    model: Any,
+    input_ids: Tensor,
+    group: dist.ProcessGroup | None = None,
+    layout: SequenceLayout | None = None,
+) -> list[Health]:
+    """The :class:`Health` of each SISA layer on ``input_ids`` [B, L]; empty where there is none.
+
+    With ``group`` and ``layout`` of the whole sequence of which the ids are this process's part."""
     found: list[Health] = []
 
     def measure(layer: int, attn: SisaAttention, x: Tensor, context: Context) -> None:
-        log_decay = attn.operands(x).log_decay
+        log_decay = _whole(attn.operands(x).log_decay, group, layout)
         g = log_decay.double().cumsum(1)
         clamped = 0.0
         if attn.mode == "clamped":
@@ -86,8 +115,18 @@ def health(model: Any, input_ids: Tensor) -> list[Health]:
             )
         )
 
-    visit_layers(model, input_ids, measure)
+    visit_layers(model, input_ids, measure, group=group, layout=layout)
     return found
+
+
+def _whole(x: Tensor, group: dist.ProcessGroup | None, layout: SequenceLayout | None) -> Tensor:
+    """x [B, L, G] of all tokens, of which this process has its own."""
+    if group is None or layout is None:
+        return x
+    whole = x.new_zeros(len(x), layout.length, x.shape[2])
+    whole[:, layout.positions(group.rank(), x.device)] = x
+    dist.all_reduce(whole, group=group)
+    return whole
 
 
 def sequence_scores(

@@ -4,21 +4,24 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from sisa_kernels import SequenceLayout
 from sisa_kernels.cache import check_lengths
 from sisa_kernels.checks import check_documents, readable
 from sisa_model.models.biased import AlibiAttention, ForgettingAttention
 from sisa_model.models.config import ModelConfig
-from sisa_model.models.context import Context, ModelCache, rotary_behind
+from sisa_model.models.context import Context, ModelCache, context_refusal, rotary_at, rotary_behind
 from sisa_model.models.hybrid import make_layer
-from sisa_model.models.linear import PackedLinear
+from sisa_model.models.linear import PackedLinear, is_split, local
 from sisa_model.models.mamba import MambaMixer
 from sisa_model.models.presets import preset_config
 from sisa_model.models.sisa import SisaAttention
 from sisa_model.models.softmax import TransformerAttention
+from sisa_model.models.tensor_parallel import gather_logits
 
 ATTENTION: dict[str, Callable[[ModelConfig], nn.Module]] = {
     "sisa": SisaAttention,
@@ -39,7 +42,12 @@ class LanguageModel(nn.Module):
     :meth:`reset_parameters`. Raises ValueError for a sequence (packed: a document) longer than
     ``config.max_seq_len``, with what the cache holds, and, on the CPU, for a token outside the
     vocabulary. With ``checkpoint_layers`` training keeps the layers' inputs only, and runs each
-    layer again in the backward."""
+    layer again in the backward.
+
+    With ``group`` and ``layout`` the ids are this process's tokens of a sequence that the processes
+    of ``group`` have together (:class:`sisa_kernels.SequenceLayout`), and so are the logits;
+    ``cu_seqlens`` bounds documents of the whole sequence, unless the layout does. All of them call
+    the model at once; a weight's gradient is then this process's share of a sum."""
 
     checkpoint_layers = False
 
@@ -86,8 +94,16 @@ class LanguageModel(nn.Module):
         cu_seqlens: Tensor | None = None,
         cache: ModelCache | None = None,
         lengths: list[int] | None = None,
+        group: dist.ProcessGroup | None = None,
+        layout: SequenceLayout | None = None,
     ) -> Tensor:
-        return F.linear(self.hidden(input_ids, cu_seqlens, cache, lengths), self.embed.weight)
+        return self.logits(self.hidden(input_ids, cu_seqlens, cache, lengths, group, layout))
+
+    def logits(self, states: Tensor) -> Tensor:
+        """[..., V] of the final normed states [..., D]."""
+        weight = self.embed.weight
+        logits = F.linear(states, local(weight))
+        return gather_logits(logits, weight) if is_split(weight) else logits
 
     def hidden(
         self,
@@ -95,11 +111,17 @@ class LanguageModel(nn.Module):
         cu_seqlens: Tensor | None = None,
         cache: ModelCache | None = None,
         lengths: list[int] | None = None,
+        group: dist.ProcessGroup | None = None,
+        layout: SequenceLayout | None = None,
     ) -> Tensor:
         """The final normed states [B, L, D], before the output matrix."""
         self.check_ids(input_ids)
-        self._check_longest(input_ids, cu_seqlens, cache)
-        return self.states(self.embed(input_ids), cu_seqlens, cache, lengths)
+        if layout is None:
+            self._check_longest(input_ids, cu_seqlens, cache)
+        else:
+            self._check_layout(layout, cu_seqlens, cache)
+        x = self.embed(input_ids)
+        return self.states(x, cu_seqlens, cache, lengths, group=group, layout=layout)
 
     def states(
         self,
@@ -108,6 +130,8 @@ class LanguageModel(nn.Module):
         cache: ModelCache | None = None,
         lengths: list[int] | None = None,
         inputs: list[Tensor] | None = None,
+        group: dist.ProcessGroup | None = None,
+        layout: SequenceLayout | None = None,
     ) -> Tensor:
         """:meth:`hidden` of embedded tokens x [B, L, D], of any length: the layers and last norm.
 
@@ -120,12 +144,16 @@ class LanguageModel(nn.Module):
                 "before it"
             )
         batch, length, _ = x.shape
-        held = [0] if cache is None else cache.lengths
-        rotary = rotary_behind(held, length, self.config.head_dim, x.device)
+        if group is not None and layout is not None:
+            positions = layout.positions(group.rank(), x.device)
+            rotary = rotary_at(positions, self.config.head_dim)
+        else:
+            held = [0] if cache is None else cache.lengths
+            rotary = rotary_behind(held, length, self.config.head_dim, x.device)
         if self.config.weights == "bf16":  # a table of the model's dtype, as the authors'
             cos, sin = (table.bfloat16().float() for table in rotary)
             rotary = cos, sin
-        context = Context(rotary, cu_seqlens, lengths)
+        context = Context(rotary, cu_seqlens, lengths, group, layout)
         held_by_layer = cache.layers if cache is not None else [None] * len(self.layers)
         for layer, layer_cache in zip(self.layers, held_by_layer):
             if inputs is not None:
@@ -171,6 +199,26 @@ class LanguageModel(nn.Module):
             behind = f" behind {held} in the cache" if held else ""
             raise ValueError(
                 f"input_ids must be 1 to {limit} (max_seq_len) tokens long, got {longest}{behind}"
+            )
+
+    def _check_layout(
+        self, layout: SequenceLayout, cu_seqlens: Tensor | None, cache: ModelCache | None
+    ) -> None:
+        """Refuse what has no layout, and sequences (packed: documents) above ``max_seq_len``."""
+        why = "a cache's rows are whole" if cache is not None else context_refusal(self.config)
+        if why is not None:
+            raise ValueError(f"layout must be left out: {why}")
+        bounds = torch.tensor(layout.documents or (0, layout.length))
+        if layout.documents is None and cu_seqlens is not None:
+            given = readable(cu_seqlens)
+            if given is None:
+                return
+            bounds = given
+        limit = self.config.max_seq_len
+        longest = int(bounds.diff().max())
+        if longest > limit:
+            raise ValueError(
+                f"layout must be of at most {limit} (max_seq_len) tokens, got {longest}"
             )
 
     def _check_cache(

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from sisa_kernels.cache import TokenCache
 from sisa_model.models.config import ModelConfig
 from sisa_model.models.context import Context
-from sisa_model.models.linear import Linear, PackedLinear
+from sisa_model.models.linear import Linear, PackedLinear, call_padded
 from sisa_model.utils.buffers import empty_aligned, tiles
 
 
@@ -26,13 +26,17 @@ class QKVAttention(nn.Module):
         d = config.d_model
         width_kv = config.n_kv_heads * config.head_dim
         self.proj = PackedLinear(d, {"W_Q": d, "W_K": width_kv, "W_V": width_kv, **gates})
-        self.W_O = nn.Linear(d, d, bias=False)
+        self.W_O = Linear(d, d)
 
     def operands(self, x: Tensor) -> tuple[Tensor, ...]:
         """q [B, L, H, E], k and v [B, L, G, E], gates [B, L, width] of the normed x [B, L, D]."""
         q, k, v, *gates = self.proj(x)
         heads = (part.unflatten(-1, (-1, self.head_dim)) for part in (q, k, v))
         return *heads, *gates
+
+    def share_heads(self, rank: int, size: int) -> None:
+        """Be what process ``rank`` of ``size`` has, once the parameters are split by heads."""
+        self.n_heads //= size
 
     def make_cache(self, batch: int) -> TokenCache:
         """An empty cache of ``batch`` sequences."""
@@ -75,18 +79,23 @@ class _GatedSilu(torch.autograd.Function):
 
 
 class SwiGLU(nn.Module):
-    """``w_down(silu(w_gate x) * w_up x)``, [B, L, D] -> [B, L, D]; w_gate and w_up are packed."""
+    """``w_down(silu(w_gate x) * w_up x)``, [B, L, D] -> [B, L, D]; w_gate and w_up are packed.
+
+    Where products like it, the hidden width is padded with zeros, which silu(0) * 0 keeps."""
 
     def __init__(self, d_model: int, d_ff: int):
         super().__init__()
+        self.d_ff = d_ff
         self.w_in = PackedLinear(d_model, {"w_gate": d_ff, "w_up": d_ff})
         self.w_down = Linear(d_ff, d_model)
 
     def forward(self, x: Tensor) -> Tensor:
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            return self.w_down(_GatedSilu.apply(self.w_in.side_by_side(x)))
-        gate, up = self.w_in(x)
-        return self.w_down(F.silu(gate) * up)
+            hidden = _GatedSilu.apply(self.w_in.side_by_side(x, padded=True))
+        else:
+            gate, up = self.w_in(x, padded=True)
+            hidden = F.silu(gate) * up
+        return call_padded(self.w_down, hidden, self.d_ff)
 
 
 class Layer(nn.Module):

@@ -1,19 +1,38 @@
 """Bias-free linear layers: aligned rows, packed projections, parameters that stay fp32."""
 
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Partial, Replicate
 from torch.nn.modules.module import _has_any_global_hook
 
 from sisa_model.utils.buffers import CACHE_LINE, empty_aligned
 
 ALIGNED = CACHE_LINE // 4  # fp32 numbers in a line
+HALF = (torch.bfloat16, torch.float16)
+PLAIN = {Tensor, nn.Parameter}
+PADDED = 64  # to a multiple of this: a tile of any kernel's, and 16 bytes many times over
 # Copying weights pays for many rows, or where they are so few that the calls count (measured: for
 # one row the copy of the 2.1 million of a 152M layer takes 4 times as long as its products).
 MANY_ROWS = 64
 FEW_WEIGHTS = 2**17
+TENSOR = "tp"  # the mesh dimension along which tensor parallel splits parameters
+
+
+def is_split(parameter: Any) -> TypeGuard[DTensor]:
+    """Whether tensor parallel splits this parameter."""
+    return isinstance(parameter, DTensor) and parameter.device_mesh.mesh_dim_names == (TENSOR,)
+
+
+def local(parameter: Tensor) -> Tensor:
+    """This process's part of a parameter that tensor parallel splits; any other as it is."""
+    if not is_split(parameter):
+        return parameter
+    # What every process has whole gets from each a share of its gradient.
+    shares = [Partial() if isinstance(x, Replicate) else x for x in parameter.placements]
+    return parameter.to_local(grad_placements=shares)
 
 
 def _matmul_aligned(a: Tensor, b: Tensor) -> Tensor:
@@ -49,7 +68,7 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
     stock = (
         x.device.type != "cpu"
         or x.dtype != torch.float32
-        or not {type(x), type(weight)} <= {Tensor, nn.Parameter}  # sharded, quantised
+        or not {type(x), type(weight)} <= PLAIN  # sharded, quantised
         or torch.is_autocast_enabled("cpu")
         or torch.compiler.is_compiling()
         or x.numel() < MANY_ROWS * x.shape[-1]
@@ -57,6 +76,22 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
     if stock or not any(width % ALIGNED for width in weight.shape):
         return F.linear(x, weight)
     return _AlignedLinear.apply(x, weight)
+
+
+def alignment(device: torch.device, dtype: torch.dtype) -> int:
+    """To what multiple the widths of products of ``dtype`` on ``device`` are padded; 1: not.
+
+    On a GPU in half precision rows that are no multiple of 16 bytes send a product to kernels that
+    load single numbers; the copy that a cast makes anyway can be as wide as one likes."""
+    return PADDED if device.type == "cuda" and dtype in HALF else 1
+
+
+def padded_width(width: int, device: torch.device, dtype: torch.dtype) -> int:
+    """``width``, or where :func:`alignment` asks for it and 16 do not divide it, a multiple."""
+    if width % ALIGNED == 0:
+        return width
+    multiple = alignment(device, dtype)
+    return -(-width // multiple) * multiple
 
 
 class Linear(nn.Linear):
@@ -68,37 +103,83 @@ class Linear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         if self.bias is not None:  # given to it later
             return super().forward(x)
-        return linear(x, self.weight)
+        weight = local(self.weight)
+        if alignment(x.device, HALF[0]) == 1 or type(weight) not in PLAIN:
+            return linear(x, weight)
+        return _padded_linear(x, weight) if _packing_pays(x, [weight]) else linear(x, weight)
+
+
+def _padded_linear(x: Tensor, weight: Tensor) -> Tensor:
+    """:func:`linear` of x [..., width >= d_in], 0 past d_in, by a padded copy where it serves."""
+    dtype = _product_dtype(x, weight)
+    rows = padded_width(len(weight), x.device, dtype)
+    if (rows, x.shape[-1]) == weight.shape:
+        return linear(x, weight)
+    return linear(x, pack([weight], dtype, [rows], x.shape[-1]))[..., : len(weight)]
+
+
+def call_padded(module: nn.Module, x: Tensor, d_in: int) -> Tensor:
+    """``module``, of d_in columns, of x [..., width >= d_in], whose columns past d_in are 0.
+
+    By one product with a copy of its weight of x's width where it is a plain :class:`Linear`, else
+    by a call with the first d_in columns."""
+    if x.shape[-1] == d_in:
+        return module(x)
+    if weights := _plain_weights([module]):
+        return _padded_linear(x, weights[0])
+    return module(x[..., :d_in])
 
 
 class _CastAndPack(torch.autograd.Function):
-    """Matrices of one width below each other in another dtype: the one copy that a cast makes."""
+    """Matrices below each other, with zeros around, in another dtype: a cast's one copy."""
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(dtype, *weights):
-        heights = [len(weight) for weight in weights]
-        packed = weights[0].new_empty(sum(heights), weights[0].shape[1], dtype=dtype)
-        torch._foreach_copy_(list(packed.split(heights)), list(weights))
+    def forward(dtype, slots, columns, *weights):
+        packed = weights[0].new_empty(sum(slots), columns, dtype=dtype)
+        width = weights[0].shape[1]
+        parts = packed.split(slots)
+        filled = [part[: len(weight), :width] for part, weight in zip(parts, weights)]
+        torch._foreach_copy_(filled, list(weights))
+        rest = [part[len(weight) :] for part, weight in zip(parts, weights)] + [packed[:, width:]]
+        for zeros in rest:
+            if zeros.numel():
+                zeros.zero_()
         return packed
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        _, *weights = inputs
+        _, ctx.slots, _, *weights = inputs
         ctx.heights = [len(weight) for weight in weights]
+        ctx.width = weights[0].shape[1]
         ctx.dtype = weights[0].dtype
 
     @staticmethod
     def backward(ctx, dpacked):
-        return None, *dpacked.to(ctx.dtype).split(ctx.heights)
+        parts = dpacked[:, : ctx.width].to(ctx.dtype).split(ctx.slots)
+        return None, None, None, *(part[:height] for part, height in zip(parts, ctx.heights))
 
 
-def _pack(weights: list[Tensor], dtype: torch.dtype) -> Tensor:
-    """The ``weights`` [height, d_in], of one dtype, below each other in ``dtype``."""
-    if weights[0].dtype == dtype or torch.compiler.is_compiling():
-        return torch.cat(weights).to(dtype)  # a compiler makes one copy of both
-    return _CastAndPack.apply(dtype, *weights)
+def pack(
+    weights: list[Tensor],
+    dtype: torch.dtype,
+    slots: list[int] | None = None,
+    columns: int | None = None,
+) -> Tensor:
+    """The ``weights`` [height, d_in], of one dtype, below each other: [sum of slots, columns].
+
+    In ``dtype``; each, where slots are given, in its own of at least its height, with zeros below,
+    and on the right where columns are more than d_in."""
+    if weights[0].dtype != dtype and not torch.compiler.is_compiling():
+        slots = slots or [len(weight) for weight in weights]
+        return _CastAndPack.apply(dtype, slots, columns or weights[0].shape[1], *weights)
+    if slots is not None:
+        d_in = weights[0].shape[1]
+        right = (columns or d_in) - d_in
+        rows = [slot - len(weight) for weight, slot in zip(weights, slots)]
+        weights = [F.pad(weight, (0, right, 0, below)) for weight, below in zip(weights, rows)]
+    return torch.cat(weights).to(dtype)  # a compiler makes one copy of all
 
 
 class PackedLinear(nn.Module):
@@ -106,8 +187,10 @@ class PackedLinear(nn.Module):
 
     ``forward(x [..., d_in])`` returns [..., width] of each, in their order: as long as all of them
     are plain, by one product with their weights copied below each other, which under autocast is
-    the copy that the cast makes anyway. Once one has been replaced, hooked or parametrised, and
-    where the copy would cost more than it saves, each is called by itself.
+    the copy that the cast makes anyway; on a GPU in half precision padded (:func:`padded_width`),
+    so that every token's row is aligned. Once one has been replaced, hooked or parametrised, and
+    where the copy would cost more than it saves, each is called by itself. With ``padded`` each
+    result of one product may be as wide as products like it, with zeros behind its width.
 
     Args:
         d_in: input width.
@@ -139,27 +222,44 @@ class PackedLinear(nn.Module):
         for weight, values in zip(weights, drawn.split(heights)):
             weight.copy_(values)
 
-    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        parts = self._parts(x)
-        if isinstance(parts, tuple):
-            return parts
-        return parts.split([len(child.weight) for child in self._children()], -1)
+    def forward(self, x: Tensor, padded: bool = False) -> tuple[Tensor, ...]:
+        weights = self._packable(x)
+        if not weights:
+            return tuple(child(x) for child in self._children())
+        product, slots = _packed_product(x, weights, padded)
+        return product.split(slots or [len(w) for w in weights], -1)[: len(weights)]
 
-    def side_by_side(self, x: Tensor) -> Tensor:
+    def side_by_side(self, x: Tensor, padded: bool = False) -> Tensor:
         """What :meth:`forward` returns as one, [..., sum of widths]: no copy of one product."""
-        parts = self._parts(x)
-        return torch.cat(parts, -1) if isinstance(parts, tuple) else parts
+        weights = self._packable(x)
+        if not weights:
+            return torch.cat([child(x) for child in self._children()], -1)
+        product, slots = _packed_product(x, weights, padded)
+        return product[..., : -slots[-1]] if len(slots) > len(weights) else product
 
     def _children(self) -> list[Any]:
         return [self._modules[name] for name in self.sizes]  # quicker than getattr
 
-    def _parts(self, x: Tensor) -> Tensor | tuple[Tensor, ...]:
-        """All projections side by side from one product, or one by one."""
-        children = self._children()
-        weights = _plain_weights(children)
-        if not weights or not _packing_pays(x, weights):
-            return tuple(child(x) for child in children)
-        return linear(x, _pack(weights, _product_dtype(x, weights[0])))
+    def _packable(self, x: Tensor) -> list[Tensor]:
+        """The weights that one product takes; none where each is to be called by itself."""
+        weights = _plain_weights(self._children())
+        return weights if weights and _packing_pays(x, weights) else []
+
+
+def _packed_product(x: Tensor, weights: list[Tensor], padded: bool) -> tuple[Tensor, list[int]]:
+    """x by all ``weights`` side by side, and the widths, where they are padded.
+
+    With ``padded`` each by itself, else all together: then one more width is what is behind."""
+    dtype = _product_dtype(x, weights[0])
+    if alignment(x.device, dtype) == 1:
+        return linear(x, pack(weights, dtype)), []
+    slots = [len(weight) for weight in weights]
+    if padded:
+        slots = [padded_width(slot, x.device, dtype) for slot in slots]
+    total = sum(slots)
+    rest = padded_width(total, x.device, dtype) - total
+    product = linear(x, pack(weights, dtype, [*slots[:-1], slots[-1] + rest]))
+    return product, [*slots, rest] if rest else slots
 
 
 def _plain_weights(modules: list[Any]) -> list[Tensor]:
@@ -169,9 +269,9 @@ def _plain_weights(modules: list[Any]) -> list[Tensor]:
     unchanged = all(type(module) is Linear and not _is_changed(module) for module in modules)
     if not unchanged or _has_any_global_hook():
         return []
-    weights = [module._parameters.get("weight") for module in modules]
+    weights = [local(module._parameters.get("weight")) for module in modules]
     dtype = getattr(weights[0], "dtype", None)
-    plain = all(type(weight) is nn.Parameter and weight.dtype == dtype for weight in weights)
+    plain = all(type(weight) in PLAIN and weight.dtype == dtype for weight in weights)
     return weights if plain else []
 
 

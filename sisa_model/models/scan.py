@@ -4,6 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sisa_kernels.ops import matmul
+
 CHUNK = 64
 
 
@@ -64,8 +66,8 @@ def _within_chunks(q: Tensor, k: Tensor, v: Tensor, g: Tensor) -> Tensor:
     past = torch.ones(chunk, chunk, dtype=torch.bool, device=v.device).tril(-1)
     decay_between = g[..., :, None] - g[..., None, :]
     weight = decay_between.masked_fill(~past, -torch.inf).to(v.dtype).exp()
-    scores = q @ k.transpose(-1, -2)  # [B, count, G, chunk, chunk]
-    return (scores[:, :, :, None] * weight) @ v
+    scores = matmul(q, k.mT)  # [B, count, G, chunk, chunk]
+    return matmul(scores[:, :, :, None] * weight, v)
 
 
 def _across_chunks(
@@ -85,14 +87,14 @@ def _across_chunks(
     def beside(x: Tensor) -> Tensor:
         return x.transpose(-3, -2).flatten(-2)
 
-    added = k.transpose(-1, -2) @ beside(v * decay(end - g)[..., None])
+    added = matmul(k.mT, beside(v * decay(end - g)[..., None]))
     carry = decay(end - before).repeat_interleave(P, -1).flatten(3)[..., None, :]
     running = beside(state)  # [B, G, N, R * P]
     states = []
     for n in range(g.shape[1]):
         states.append(running)
         running = running * carry[:, n] + added[:, n]
-    read = q @ torch.stack(states, 1)  # [B, count, G, chunk, R * P]
+    read = matmul(q, torch.stack(states, 1))  # [B, count, G, chunk, R * P]
     read = read.unflatten(-1, (R, P)).transpose(3, 4)
     last = running.unflatten(-1, (R, P)).transpose(2, 3)
     return read * decay(g - before)[..., None], last

@@ -11,7 +11,7 @@ from sisa_kernels.decode import sisa_decode_packed
 from sisa_kernels.inputs import SisaInputs
 from sisa_model.models.config import ModelConfig
 from sisa_model.models.context import Context, rotary_behind
-from sisa_model.models.linear import Fp32Parameters, PackedLinear
+from sisa_model.models.linear import Fp32Parameters, Linear, PackedLinear, local
 
 LAMBDA_RAW_INIT = -1.0  # softplus(-1) = 0.3133
 DECAY_BIAS_INIT = -5.0  # a half-life of about 103 tokens
@@ -77,7 +77,7 @@ class SisaAttention(Fp32Parameters):
         if self.rotation:
             sizes["W_theta"] = G * Ds // 2
         self.proj = PackedLinear(d, sizes)
-        self.W_O = nn.Linear(d, d, bias=False)
+        self.W_O = Linear(d, d)
         lambdas = H if config.lam == "per-head" else 1
         self.lambda_raw = nn.Parameter(torch.empty(lambdas, dtype=torch.float32))
 
@@ -91,7 +91,12 @@ class SisaAttention(Fp32Parameters):
 
     def lam(self) -> Tensor:
         """lambda of each head, [H] fp32, > 0."""
-        return F.softplus(self.lambda_raw.float()).expand(self.n_heads)
+        return F.softplus(local(self.lambda_raw).float()).expand(self.n_heads)
+
+    def share_heads(self, rank: int, size: int) -> None:
+        """Be what process ``rank`` of ``size`` has, once the parameters are split by heads."""
+        self.n_heads //= size
+        self.n_kv_heads //= size
 
     def operands(self, x: Tensor, context: Context | None = None) -> SisaInputs:
         """The operator's inputs, of the normed x [B, L, D]; rotary and documents of ``context``."""
@@ -100,7 +105,7 @@ class SisaAttention(Fp32Parameters):
         b, c = (parts[name].unflatten(-1, (-1, self.d_state)) for name in ("W_B", "W_C"))
         key_heads = (*x.shape[:2], self.n_kv_heads)
         if self.decay:
-            logits = parts["W_alpha"].float() + self.decay_bias.float()
+            logits = parts["W_alpha"].float() + local(self.decay_bias).float()
             if self.weights == "bf16":  # a layer of bf16 with its bias, as the authors'
                 logits = logits.bfloat16().float()
             log_decay = -F.softplus(logits)
@@ -132,7 +137,7 @@ class SisaAttention(Fp32Parameters):
             return self.W_O(self._next_token(x, context, cache).flatten(2))
         operands = self.operands(x, context)._asdict()
         if cache is None:
-            y = sk.sisa_attention(**operands, mode=self.mode, backend=self.backend)
+            y = sk.sisa_attention(**operands, mode=self.mode, backend=self.backend, **context.split)
         else:
             del operands["cu_seqlens"]  # a cache's rows are one document each
             y = sk.sisa_decode(
@@ -148,6 +153,6 @@ class SisaAttention(Fp32Parameters):
     def _next_token(self, x: Tensor, context: Context, cache: sk.SisaCache) -> Tensor:
         """y [B, 1, H, E] of x [B, 1, D]."""
         packed = self.proj.side_by_side(x)
-        lambda_raw = self.lambda_raw.expand(self.n_heads)
-        bias = self.decay_bias.float()
+        lambda_raw = local(self.lambda_raw).expand(self.n_heads)
+        bias = local(self.decay_bias).float()
         return sisa_decode_packed(packed, bias, lambda_raw, cache, rotary=context.rotary)

@@ -29,9 +29,15 @@ class TransformerAttention(QKVAttention):
 
     def forward(self, x: Tensor, context: Context, cache: TokenCache | None = None) -> Tensor:
         q, k, v = self.operands(x)
-        if cache is None and not x.is_cuda:
+        if cache is None and (context.group is not None or not x.is_cuda):
             y = causal_attention(
-                q, k, v, rotary=context.rotary, cu_seqlens=context.cu_seqlens, backend=self.backend
+                q,
+                k,
+                v,
+                rotary=context.rotary,
+                cu_seqlens=context.cu_seqlens,
+                backend=self.backend,
+                **context.split,
             )
             return self.W_O(y.flatten(2))
         if cache is not None and any(cache.lengths) and self._is_native(q, v):

@@ -18,7 +18,9 @@ from sisa_model.data.sources import AS_NAMED, Format, Reading
 from sisa_model.data.synthetic import LENGTHS, TASKS, RetrievalTask, find_task
 from sisa_model.models.checkpoint import CONFIG, read_config
 from sisa_model.models.config import ModelConfig
+from sisa_model.models.context import context_refusal
 from sisa_model.models.presets import AUTHORS_TRAINING, find_preset, preset_config
+from sisa_model.models.tensor_parallel import tensor_refusal
 from sisa_model.runs.log import LogTarget, check_logs
 from sisa_model.runs.weights import find_weights
 from sisa_model.utils.flags import field_docs
@@ -148,6 +150,10 @@ class TrainConfig:
     """cpu, cuda, cuda:1 ...; auto: a GPU if there is one."""
     parallel: Sharing = "auto"
     """How torchrun shares work: ddp (auto), a whole model each, or fsdp, a share of each layer."""
+    context_parallel: int = 1
+    """Processes that each sequence is cut over, for sequences longer than one can hold."""
+    tensor_parallel: int = 1
+    """Processes that each layer is cut over, by heads and widths."""
     activation_checkpointing: bool = False
     """Run each layer again in the backward: less memory, a third more arithmetic."""
     compile: bool = False
@@ -208,7 +214,7 @@ class ResolvedConfig(TrainConfig):
 
 # All else would make it another run. LAUNCH is as each launch says; the others are as the run began
 # where a launch says nothing.
-LAUNCH = {"device", "parallel", "stop_at", "resume", "out"}
+LAUNCH = {"device", "parallel", "context_parallel", "tensor_parallel", "stop_at", "resume", "out"}
 PERFORMANCE = {"keep", "keep_best", "activation_checkpointing", "compile", "log"}
 PERFORMANCE |= {"micro_batch_size", "skip_bad_batches"}
 RESUME_MAY_CHANGE = LAUNCH | PERFORMANCE
@@ -258,6 +264,7 @@ def resolve(config: TrainConfig) -> ResolvedConfig:
     _check_choices(resolved)
     if config.task != "text":
         _check_task(resolved)
+    _check_split(resolved)
     return resolved
 
 
@@ -311,7 +318,7 @@ def _require(config: TrainConfig, field: str, ok: bool, allowed: str) -> None:
 
 def _check_numbers(config: ResolvedConfig) -> None:
     counts = ("steps", "seq_len", "batch_size", "micro_batch_size", "val_every", "val_blocks")
-    for name in (*counts, "save_every", "keep"):
+    for name in (*counts, "save_every", "keep", "context_parallel", "tensor_parallel"):
         _require(config, name, getattr(config, name) >= 1, "at least 1")
     least_0 = ("warmup_steps", "weight_decay", "lambda_lr_scale", "sample_tokens", "seed")
     for name in (*least_0, "skip_bad_batches"):
@@ -350,6 +357,21 @@ def _check_choices(config: ResolvedConfig) -> None:
     possible = config.precision != "bf16-pure" or config.parallel != "fsdp"
     _require(config, "parallel", possible, "ddp or auto with precision bf16-pure")
     check_logs(config.log)
+
+
+def _check_split(config: ResolvedConfig) -> None:
+    """Of a model that several processes have parts of."""
+    model = preset_config(config.preset, **config.model, mode=config.mode)
+    if config.tensor_parallel > 1:
+        why = tensor_refusal(model, config.tensor_parallel)
+        _require(config, "tensor_parallel", why is None, f"1, or what divides the model: {why}")
+        allowed = "left out with tensor_parallel, whose layers torch.compile does not take"
+        _require(config, "compile", not config.compile, allowed)
+    if config.context_parallel > 1:
+        why = context_refusal(model)
+        _require(config, "context_parallel", why is None, f"1 for this model: {why}")
+        least = 2 * config.context_parallel
+        _require(config, "seq_len", config.seq_len >= least, f"at least {least}, to be cut so")
 
 
 def _check_task(config: ResolvedConfig) -> None:

@@ -25,13 +25,12 @@ from sisa_model.data.synthetic import (
 )
 from sisa_model.data.tokenizer import Encoder
 from sisa_model.runs.config import ResolvedConfig
+from sisa_model.training.loss import Piece
 from sisa_model.training.parallel import World
 
 MIX_BATCH = 16  # sequences a step of each retrieval task in the mix
 MIX_EXAM = 256  # sequences a retrieval accuracy is measured on: 256 needles, about 7,000 recalls
 EXAM_SEED = 10**9  # of retrieval tasks; training's seeds begin with the run's own
-
-Piece = tuple[Tensor, Tensor, Tensor | None]  # inputs, targets, bounds of packed documents
 
 
 @dataclass(frozen=True)
@@ -125,6 +124,7 @@ def _open_task(config: ResolvedConfig, top: int) -> RunData:
 class Splitter:
     """Cuts rows [B, L] into this process's share, and a share into micro-batches on its device.
 
+    Of a micro-batch that is cut over several processes it gives this one's tokens.
     Shares are of equal size: rows that count for nothing fill them up, as FSDP's processes must run
     their layers equally often."""
 
@@ -146,10 +146,18 @@ class Splitter:
         """Micro-batches of a share; of ``text`` whose documents are packed, with their bounds."""
         for x, y in zip(inputs.split(self.rows), targets.split(self.rows)):
             if text and self.packed:
-                x, y, cu_seqlens = pack(x, y, self.end_of_text)
-                yield x.to(self.device), y.to(self.device), cu_seqlens.to(self.device)
+                yield self._mine(*pack(x, y, self.end_of_text))
             else:
-                yield x.to(self.device), y.to(self.device), None
+                yield self._mine(x, y)
+
+    def _mine(self, x: Tensor, y: Tensor, cu_seqlens: Tensor | None = None) -> Piece:
+        """This process's tokens of a micro-batch, on its device."""
+        layout = self.world.layout(x.shape[1], cu_seqlens)
+        if layout is not None:
+            x, y = (layout.shard(rows, self.world.place_in_context) for rows in (x, y))
+        elif cu_seqlens is not None:
+            cu_seqlens = cu_seqlens.to(self.device)
+        return Piece(x.to(self.device), y.to(self.device), cu_seqlens, layout)
 
 
 @dataclass(frozen=True)

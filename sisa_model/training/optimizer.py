@@ -4,6 +4,8 @@ import math
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from sisa_model.models.groups import split_parameters
@@ -48,10 +50,11 @@ def make_optimizer(model: LanguageModel, config: ResolvedConfig) -> torch.optim.
 
 
 def by_kind(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Parameter groups, each split in plain and sharded: a fused step takes no mixture."""
-    kinds = [
-        {**group, "params": [p for p in group["params"] if isinstance(p, DTensor) is sharded]}
-        for group in groups
-        for sharded in (False, True)
-    ]
-    return [group for group in kinds if group["params"]]
+    """Parameter groups, each split by mesh: a fused step takes no mixture, nor plain tensors."""
+    kinds = []
+    for group in groups:
+        by_mesh: dict[DeviceMesh | None, list[Tensor]] = {}
+        for p in group["params"]:
+            by_mesh.setdefault(p.device_mesh if isinstance(p, DTensor) else None, []).append(p)
+        kinds += [{**group, "params": alike} for alike in by_mesh.values()]
+    return kinds

@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 import torch
 
 from sisa_model.runs.config import ResolvedConfig
-from sisa_model.training.batches import Batch, Piece, Splitter
+from sisa_model.training.batches import Batch, Splitter
+from sisa_model.training.loss import Piece
 from sisa_model.training.optimizer import learning_rate
 from sisa_model.training.parallel import Parallel
 from sisa_model.utils.files import write_json
@@ -97,7 +98,7 @@ class Stepper:
         for count, (group, piece) in enumerate(pieces, 1):
             try:
                 sums[group] += self.parallel.backward(
-                    *piece, 1 / answers[group], last=count == len(pieces)
+                    piece, 1 / answers[group], last=count == len(pieces)
                 )
             # The operators' checks meet a weight that is not finite before the loss does.
             except ValueError as error:
@@ -106,7 +107,8 @@ class Stepper:
                 raise kind(
                     f"{error}, at step {step + 1}, on blocks {batch.blocks} of the training data"
                 ) from error
-        totals = self.splitter.world.sum(sums.tolist())
+        world = self.splitter.world
+        totals = world.sum(sums.tolist(), alike=world.tensor)
         return [total / count for total, count in zip(totals, answers)]
 
     def _pieces(self, batch: Batch) -> Iterator[tuple[int, Piece]]:

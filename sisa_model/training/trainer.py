@@ -71,7 +71,8 @@ def train(config: TrainConfig) -> TrainResult:
     torchrun every process calls this; RuntimeError if another one is gone."""
     settings = resumed(config) if config.resume else resolve(config)
     with world() as processes:
-        return _train(settings, processes)
+        arranged = processes.arranged(settings.context_parallel, settings.tensor_parallel)
+        return _train(settings, arranged)
 
 
 def continue_run(config: TrainConfig) -> bool:
@@ -122,7 +123,7 @@ def _train(config: ResolvedConfig, world: World) -> TrainResult:
             parallel=parallel,
             batches=Batches(config, data, top, splitter),
             stepper=Stepper(config, parallel, optimizer, splitter, folder),
-            validation=Validation(objective, data, splitter),
+            validation=Validation(parallel, data, splitter),
             checkpointer=checkpointer,
             encoder=encoder if config.task == "text" else None,
         )
@@ -215,8 +216,11 @@ def _record(config: ResolvedConfig, model_config: ModelConfig, data: RunData) ->
 def _announce(
     parallel: Parallel, config: ResolvedConfig, data: RunData, device: torch.device
 ) -> None:
-    others = parallel.world.size - 1
-    shared = f" and {others} more ({parallel.kind})" if others else ""
+    world = parallel.world
+    kinds = [parallel.kind]
+    kinds += [f"context parallel {world.context}"] if world.context > 1 else []
+    kinds += [f"tensor parallel {world.tensor}"] if world.tensor > 1 else []
+    shared = f" and {world.size - 1} more ({', '.join(kinds)})" if world.size > 1 else ""
     count = count_parameters(parallel.objective.model)
     log.info(f"{config.title}: {count:,} parameters on {device}{shared}, run folder {config.out}")
     log.info(data.about)
@@ -337,7 +341,8 @@ class Trainer:
         """Take one step; its row of train.jsonl. None, and none taken, if any was told to stop."""
         start = time.perf_counter()
         batch = self.batches.of_step(self.step)
-        stop, *answers = self.parallel.world.sum([interrupt.requested, *batch.answers()])
+        world = self.parallel.world
+        stop, *answers = world.sum([interrupt.requested, *batch.answers()], alike=world.copies)
         if stop:
             return None
         taken = self.stepper.take(self.step, batch, answers)
@@ -351,6 +356,7 @@ class Trainer:
         if self.config.documents == "joined":
             shapes = [inputs.shape for inputs, _ in batch.groups]
             mfu = utilisation(self.model.config, shapes, seconds, device)
+            mfu = mfu and mfu / self.parallel.world.copies
         losses = [None if taken.skipped else loss for loss in taken.losses]
         row = {
             "step": self.step,

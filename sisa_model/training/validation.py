@@ -9,9 +9,9 @@ import torch
 
 from sisa_model.data.blocks import IGNORE
 from sisa_model.data.synthetic import accuracy
-from sisa_model.models.health import Health, health
+from sisa_model.models.health import Health
 from sisa_model.training.batches import RunData, Splitter
-from sisa_model.training.loss import Objective
+from sisa_model.training.parallel import Parallel
 
 HEALTH_BLOCKS = 4  # held-out blocks that lambda, half-life and the range of g are measured on
 
@@ -22,8 +22,9 @@ class Validation:
     ``loss`` is the held-out loss of the last measurement, nats a token, ``warned_clamped`` whether
     the clamp was warned of: both are part of a checkpoint."""
 
-    def __init__(self, objective: Objective, data: RunData, splitter: Splitter):
-        self.objective = objective
+    def __init__(self, parallel: Parallel, data: RunData, splitter: Splitter):
+        self.parallel = parallel
+        self.objective = parallel.objective
         self.data = data
         self.splitter = splitter
         self.loss = math.nan
@@ -35,7 +36,7 @@ class Validation:
 
         They share the text and each take the whole of the rest, as FSDP must run in step. Raises
         FloatingPointError for a loss that is not finite."""
-        model = self.objective.model.eval()
+        self.objective.model.eval()
         self.loss = self._held_out_loss()
         if not math.isfinite(self.loss):
             raise FloatingPointError(
@@ -44,14 +45,14 @@ class Validation:
         row: dict[str, Any] = {"step": step, "loss": self.loss}
         for name, exam in self.data.exams.items():
             with self.objective.autocast:
-                share, by_depth = accuracy(model, exam, self.splitter.rows)
+                share, by_depth = accuracy(self.parallel.answers, exam, self.splitter.rows)
             row[f"{name}_accuracy"] = share
             row[f"{name}_accuracy_by_depth"] = by_depth
             row[f"{name}_chance"] = exam.chance.mean().item()
-        inputs = self.data.val_inputs[:HEALTH_BLOCKS].to(self.splitter.device)
+        inputs = self.data.val_inputs[:HEALTH_BLOCKS]
         # Compiled layers would not run the hooks that it sets.
         with self.objective.autocast, torch.compiler.set_stance("force_eager"):
-            layers = health(model, inputs)
+            layers = self.parallel.health(inputs)
         row["layers"] = [dataclasses.asdict(layer) for layer in layers]
         self._warn_clamped(layers, step)
         return row
@@ -60,7 +61,8 @@ class Validation:
         share = self.splitter.share(self.data.val_inputs, self.data.val_targets)
         pieces = self.splitter.pieces(*share, text=True)
         mine = sum(self.objective(*piece).item() for piece in pieces)
-        (total,) = self.splitter.world.sum([mine])
+        world = self.splitter.world
+        (total,) = world.sum([mine], alike=world.tensor)
         return total / int((self.data.val_targets != IGNORE).sum())
 
     def _warn_clamped(self, layers: list[Health], step: int) -> None:

@@ -102,7 +102,7 @@ def wrong_by_a_tenth_of_a_percent(x):
 def test_a_wrong_path_gets_a_reason_and_no_number(tmp_path):
     broken = case(replace(paths.EXACT_ON_CPU, name="broken", call=wrong_by_a_tenth_of_a_percent))
     right = case(paths.STOCK[1], baseline=True)
-    run = timing.Run(TINY, tmp_path, 1.0, lambda calls: [[1.0, 2.0, 3.0] for _ in calls])
+    run = timing.Run(TINY, tmp_path, lambda calls: [[1.0, 2.0, 3.0] for _ in calls])
     found = timing.measure(run, [broken, right])
     row, series = found[broken]
     assert row["status"].startswith("wrong: y is off by ")
@@ -119,7 +119,7 @@ def test_every_path_passes_its_check(path):
 def test_without_transformers_the_llama_is_left_out_with_a_reason(monkeypatch, tmp_path):
     steps = cases.step_groups(replace(TINY, models=("transformer-tiny",)))[0]
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    run = timing.Run(TINY, tmp_path, 1.0, lambda calls: [[1.0, 2.0, 3.0] for _ in calls])
+    run = timing.Run(TINY, tmp_path, lambda calls: [[1.0, 2.0, 3.0] for _ in calls])
     found = {case.path: row for case, (row, _) in timing.measure(run, steps).items()}
     assert found["llama-tiny"]["status"] == "skipped: transformers is not installed"
     assert found["transformer-tiny"]["status"] == "ok"
@@ -130,7 +130,7 @@ def test_the_ratio_is_of_medians_and_its_spread_of_rounds(tmp_path):
     """A machine ten times as slow in one round slows both: the ratios' spread stays at nought."""
     base, mine = case(paths.STOCK[1], baseline=True), case(paths.EXACT_ON_CPU)
     slow = [1.0, 1.0, 10.0, 1.0, 1.0]
-    run = timing.Run(TINY, tmp_path, 1.0, lambda calls: [slow, [2 * ms for ms in slow]])
+    run = timing.Run(TINY, tmp_path, lambda calls: [slow, [2 * ms for ms in slow]])
     row, series = timing.measure(run, [base, mine])[mine]
     assert series == [2.0, 2.0, 20.0, 2.0, 2.0]
     assert [row[column] for column in rows.RATIOS] == ["flash", "2.000", "2.000", "2.000"]

@@ -3,7 +3,9 @@
 import csv
 import itertools
 import math
+import os
 import re
+import signal
 import sys
 import time
 import warnings
@@ -17,11 +19,11 @@ from sisa_kernels.triton import tiles
 from tests.support import ROOT
 
 pytest.importorskip("sisa_kernels.triton.op", reason="needs the package triton")
-from bench import cases, gpu, paths, rows, timing
+from bench import cases, gpu, paths, plan, rows, timing
 from bench.cases import GROUPS, Setting, attention_case
 from bench.paths import ATTENTION, EXACT, failure
 from bench.rows import COLUMNS
-from bench.timing import Run, measure
+from bench.timing import Budget, Run, measure
 from sisa_kernels.triton.horizon import horizon_starts
 from sisa_kernels.triton.op import default_horizon
 from sisa_kernels.triton.prologue import prologue
@@ -59,9 +61,9 @@ def run(tmp_path, monkeypatch):
     return Run(
         replace(TINY, datasheet=DEVICES["H200"]),
         tmp_path / "results",
-        8.0,
         fake_timer,
         {"commit": "abc", "device": "none"},
+        Budget(480.0),
     )
 
 
@@ -72,43 +74,56 @@ def case(path, passes="fwd+bwd", **options):
 # ---- The command ---------------------------------------------------------------------------------
 
 
-def test_dry_run_lists_every_section_path_and_bound(capsys):
-    assert gpu.main(["--dry-run", "--sections", *gpu.SECTIONS]) == 0
+def blocks_of(out):
+    """The lines of a dry run by block."""
+    found = {}
+    for part in out.split("\n\n")[1:]:
+        title, *lines = part.splitlines()
+        if title.startswith("skipped"):
+            continue
+        found[title.partition(" (")[0]] = lines
+    return found
+
+
+def test_dry_run_lists_every_block_path_and_bound(capsys):
+    assert gpu.main(["--dry-run", "--sections", *plan.SECTIONS]) == 0
     out = capsys.readouterr().out
-    sections = {part.partition(":")[0]: part for part in out.partition("\n")[2].split("\n\n")}
-    timed = ["stock", "attention", "prologue", "augment", "layer", "decode", "model", "tune"]
-    assert list(sections) == list(gpu.SECTIONS) == ["build", "tests", *timed]
-    assert all("at most 8 minutes" in part for part in sections.values())
-    assert "setup.py build_ext --inplace" in sections["build"]
-    assert "-m sisa_kernels" in sections["build"]
-    files = [line.split()[-1] for line in sections["tests"].strip().splitlines()[1:]]
-    assert {file.rpartition("/")[2] for file in files} == {
-        f"test_{name}.py" for name in ("augment_cuda", "mamba", "one_call", "triton")
+    assert out.startswith("8 minutes in all, at most a third of them compiling; bounds of the H200")
+    blocks = blocks_of(out)
+    present = [block.name for block in plan.PLAN if block.name != "forms" or paths.STOCK_FORMS]
+    assert list(blocks) == present
+    assert "  python setup.py build_ext --inplace" in blocks["build"]
+    assert "  python -m sisa_kernels" in blocks["build"]
+    files = [line.split()[-1] for line in blocks["tests"] if "pytest" in line]
+    assert {"test_augment_cuda.py", "test_mamba.py", "test_one_call.py", "test_triton.py"} <= {
+        file.rpartition("/")[2] for file in files
     }
     assert all((ROOT / file).is_file() for file in files)
     augmented = "80/64 80/80 96/64 96/96 128/64 128/128 192/64 192/192 192/128"
     for widths in ("64/64", *augmented.split()):
-        assert f"16x2048x12 {widths} fwd+bwd: cudnn " in sections["stock"]
+        assert any(f"16x2048x12 {widths} fwd+bwd: cudnn " in line for line in blocks["stock"])
     for length, ds, passes in itertools.product(
         (1024, 2048, 4096, 8192, 16384, 32768), (16, 32, 64, 128), ("fwd", "fwd+bwd")
     ):
         label = f"  {32768 // length}x{length}x12 64+{ds}/64 {passes}: "
-        line = next(line for line in sections["attention"].splitlines() if line.startswith(label))
-        bounds = dict(part.rsplit(" ", 1) for part in line[len(label) :].split(", "))
-        assert list(bounds) == NAMES
+        lines = blocks["attention"] + blocks["widths"]
+        mine = [line[len(label) :] for line in lines if line.startswith(label)]
+        bounds = dict(part.rsplit(" ", 1) for line in mine for part in line.split(", "))
+        assert set(bounds) == set(NAMES)
         shape, h200 = Shape(32768 // length, length, 12, 64, ds, 64), DEVICES["H200"]
         near = bound_ms(
             "exact", shape, h200, backward=passes != "fwd", horizon=horizon_tokens(ds, 100)
         )
         assert bounds["sisa"] == f"{near:.3f}"
         assert bounds["cudnn"] == f"{bound_ms('plain', shape, h200, backward=passes != 'fwd'):.3f}"
-    assert "compiled" in sections["prologue"]
-    assert "eager" in sections["prologue"]
-    assert "extension" in sections["augment"]
-    assert "8x2048 eager step: transformer-152m, sisa-152m-ds16" in sections["model"]
-    assert "16x2048 fwd+bwd: transformer-152m, sisa-152m-ds16" in sections["layer"]
-    assert "1x8192 token: transformer-152m, sisa-152m-ds16" in sections["decode"]
-    assert sections["tune"].count("tuned") == 4
+    assert any("copy" in line for line in blocks["prologue"])
+    assert any("extension" in line for line in blocks["augment"])
+    models = "transformer-152m, sisa-152m-ds16, mamba2-152m"
+    assert f"  8x2048 eager step: {models}" in blocks["training"]
+    assert f"  8x2048 compiled step: {models}" in blocks["compiled training"]
+    assert f"  16x2048 fwd+bwd: {models}" in blocks["layers"]
+    assert f"  1x8192 token: {models}" in blocks["decode"]
+    assert sum("tuned" in line for line in blocks["tune"]) == 4
 
 
 def test_options_change_what_is_done(capsys):
@@ -116,17 +131,230 @@ def test_options_change_what_is_done(capsys):
         assert gpu.main(["--dry-run", "--sections", "attention", *options]) == 0
         return capsys.readouterr().out
 
+    def shapes(*options):
+        return [line for line in dry(*options).splitlines() if re.match(r"  \d+x\d+x", line)]
+
     default = dry()
     assert "sisa" in default
     assert "tune" not in gpu.DEFAULT_SECTIONS
-    assert {
-        line.split()[0] for line in dry("--lengths", "512", "--tokens", "1024").splitlines()[2:]
-    } == {"2x512x12"}
-    assert {line.split()[1] for line in dry("--d-states", "32").splitlines()[2:]} == {"64+32/64"}
-    assert "at most 3 minutes" in dry("--minutes", "3")
+    assert {line.split()[0] for line in shapes("--lengths", "512", "--tokens", "1024")} == {
+        "2x512x12"
+    }
+    assert {line.split()[1] for line in shapes("--d-states", "32")} == {"64+32/64"}
+    assert "3 minutes in all" in dry("--minutes", "3")
     assert "bounds of the A100" in dry("--device", "A100")
     assert dry("--device", "A100") != default
     assert "/elsewhere" in dry("--out", "/elsewhere")
+    with pytest.raises(SystemExit):
+        dry("--minutes", "0")
+    assert "--minutes must be > 0" in capsys.readouterr().err
+
+
+# ---- The plan ------------------------------------------------------------------------------------
+
+
+def test_the_plan_begins_with_what_is_worth_most():
+    steps = plan.plan(Setting(), gpu.DEFAULT_SECTIONS)
+    order = list(dict.fromkeys(step.block for step in steps))
+    assert order == [block.name for block in plan.PLAN if block.name in order]
+    assert order[:3] == ["build", "tests", "attention"]
+    assert [step.cases[0].shape for step in steps if step.block == "attention"] == [
+        "16x2048x12 64+16/64",
+        "16x2048x12 64+16/64 t=3",
+        "2x16384x12 64+16/64",
+        "2x16384x12 64+16/64 t=3",
+    ]
+    training = next(step for step in steps if step.block == "training")
+    assert [one.path for one in training.cases] == [
+        "transformer-152m",
+        "sisa-152m-ds16",
+        "mamba2-152m",
+    ]
+    at_work = order.index("training")
+    assert at_work < order.index("widths") < order.index("stock")
+
+
+def test_no_case_is_planned_twice_but_what_others_are_measured_against():
+    steps = plan.plan(Setting(), plan.SECTIONS)
+    cases = [plan.identity(one) for step in steps for one in step.cases if not one.baseline]
+    assert len(cases) == len(set(cases))
+    everything = {
+        plan.identity(one) for groups in GROUPS.values() for g in groups(Setting()) for one in g
+    }
+    planned = {plan.identity(one) for step in steps for one in step.cases}
+    assert everything <= planned
+
+
+def test_shares_of_the_chosen_sections_make_up_the_whole():
+    for sections in (plan.SECTIONS, ["attention"], ["tune"], ["build", "model"]):
+        steps = plan.plan(Setting(), sections)
+        shares = [step.share for step in steps]
+        assert shares == sorted(shares)
+        assert shares[-1] == pytest.approx(1)
+    estimated = list(plan.estimates(plan.plan(Setting(), gpu.DEFAULT_SECTIONS), 480))
+    # What is worth most fits the minutes, by the estimates, each block within its own.
+    valuable = ("build", "tests", "attention", "forms", "prologue", "training")
+    begin = 0.0
+    for step, takes, until in estimated:
+        if step.block in valuable:
+            assert begin <= until
+            begin += takes
+    assert begin < 8
+
+
+def test_a_form_that_is_missing_is_said(monkeypatch, capsys, run):
+    monkeypatch.setattr(plan, "STOCK_FORMS", [])
+    assert gpu.main(["--dry-run"]) == 0
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last == "skipped, bench/paths.py has no such path here: far_and_band, wide"
+    assert gpu.missing_forms() == ["far_and_band", "wide"]
+    monkeypatch.setattr(gpu, "run_timed", lambda *_: None)
+    list(gpu.run_plan(run, ["forms"]))
+    assert [(row["path"], row["status"]) for row in run.rows("forms")] == [
+        (name, "skipped: bench/paths.py has no such path here") for name in paths.FORMS
+    ]
+
+
+def test_a_form_that_is_there_is_timed_beside_both(monkeypatch):
+    form = replace(FLASH, name="wide", mode="exact")
+    monkeypatch.setattr(plan, "STOCK_FORMS", [form])
+    steps = plan.plan(Setting(), ["forms"])
+    assert [one.path for one in steps[0].cases] == ["sisa", "wide", "cudnn", "flash"] * 2
+    assert len(steps) == 4
+
+
+# ---- The minutes ---------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """A clock that stands still until it is moved."""
+    moment = [1000.0]
+    monkeypatch.setattr(time, "monotonic", lambda: moment[0])
+    return moment
+
+
+def test_unspent_minutes_are_the_next_ones(run, clock, monkeypatch):
+    """Deadlines are cumulative; compiling stops at a third; what does not fit is not begun."""
+    budget = Budget(480.0, begin=1000.0)
+    build, tests = plan.plan(Setting(), gpu.DEFAULT_SECTIONS)[:2]
+    seen = []
+    monkeypatch.setitem(gpu.ONCE, "build", lambda run: seen.append(run.deadline))
+    monkeypatch.setitem(gpu.ONCE, "tests", lambda run: seen.append(run.deadline))
+    run = replace(run, budget=budget)
+    gpu.run_once(build, run)
+    clock[0] += 10  # the build was quick: the tests have all that is left of both
+    gpu.run_once(tests, run)
+    assert seen == [pytest.approx(1000 + 480 * step.share) for step in (build, tests)]
+
+
+def test_a_step_that_is_late_or_long_is_not_begun(clock):
+    step = plan.Step("attention", "attention", 0.5, (case(EXACT), case(FLASH, baseline=True)))
+    budget = Budget(100.0, begin=1000.0)
+    assert gpu.refused_start(step, budget) == ""
+    clock[0] = 1051.0
+    assert gpu.refused_start(step, budget) == "not started: the minutes of its block were over"
+    assert gpu.refused_start(replace(step, first=True), budget) == ""
+    late = replace(step, share=1.0)
+    assert gpu.refused_start(late, budget) == ""
+    clock[0] = 1090.0
+    # Two cases' kernels at 5 s, two calls at 0.5 s and 4 s of timing.
+    assert gpu.refused_start(late, budget) == "not started: about 15 s, 10 s were left"
+    budget.kernels |= {one.kernels for one in step.cases}
+    assert gpu.refused_start(late, budget) == ""
+
+
+def test_past_a_third_nothing_begins_that_must_be_compiled(run, monkeypatch):
+    clock = itertools.count(0, 40)  # every look at the clock is 40 s later
+    budget = Budget(480.0, begin=0.0)
+    cases = [case(FLASH, baseline=True), case(EXACT)]
+    known = [replace(one, path="again") for one in cases[:1]]
+    with monkeypatch.context() as patch:
+        patch.setattr(time, "monotonic", lambda: next(clock))
+        for _ in range(4):
+            assert budget.may_start("new")
+            with budget.compiling(cases[0].kernels):
+                pass
+    assert budget.compiled == 160
+    assert not budget.may_start("new")
+    assert budget.may_start("")
+    measure(replace(run, budget=budget), cases + known)
+    rows = {row["path"]: row["status"] for row in run.rows("attention")}
+    assert rows == {
+        "flash": "ok",
+        "sisa": "not started: a third of the run was spent compiling",
+        "again": "ok",
+    }
+
+
+def test_checks_and_first_calls_count_as_compiling(run):
+    def slow(x):
+        time.sleep(0.05)
+        return FLASH.call(x)
+
+    budget = Budget(480.0)
+    measure(replace(run, budget=budget), [case(replace(FLASH, call=slow, name="slow"))])
+    assert 0.1 < budget.compiled < 30
+    assert budget.kernels == {"", "slow 16/16"}
+
+
+def test_a_build_that_hangs_is_killed_with_its_children(run, monkeypatch, tmp_path):
+    child = f"import time; time.sleep(1); open({str(tmp_path / 'late')!r}, 'w')"
+    script = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])"
+    monkeypatch.setattr(gpu, "BUILD", {"extension": ["-c", script]})
+    begin = time.monotonic()
+    gpu.run_once(plan.Step("build", "build", 0.01), replace(run, budget=Budget(10.0)))
+    assert time.monotonic() - begin < 5
+    assert [row["status"] for row in run.rows("build")] == ["failed: cut off after its minutes"]
+    time.sleep(1)
+    assert not (tmp_path / "late").exists()
+
+
+def fake_steps(run, sections):
+    """Five steps, of which the second ends its process and the fourth hangs."""
+    base = case(FLASH, baseline=True)
+    return [
+        plan.Step(f"step {n}", "attention", 1.0, (replace(base, shape=f"step {n}"),))
+        for n in range(5)
+    ]
+
+
+def fake_step(step, run):
+    """A row, or what a broken GPU does to a process."""
+    if step.block == "step 1":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if step.block == "step 3":
+        time.sleep(600)
+    run.add("attention", "flash", "ok", shape=step.block)
+    run.budget.compiled += 1.0
+
+
+def fake_work(run, sections, first, messages):
+    """In a process: what it imports anew is replaced there."""
+    gpu.timed_steps = fake_steps
+    gpu.run_step = fake_step
+    gpu.work(run, sections, first, messages)
+
+
+@pytest.mark.slow
+def test_a_process_that_dies_or_hangs_costs_one_step(run, monkeypatch):
+    """The rows of before stay, though it was killed, and the next process goes on."""
+    monkeypatch.setattr(gpu, "timed_steps", fake_steps)
+    monkeypatch.setattr(gpu, "work", fake_work)
+    monkeypatch.setattr(gpu, "PATIENCE", 1)
+    monkeypatch.setattr(gpu, "HANGS", 3.0)
+    monkeypatch.setattr(gpu, "PROCESS", 60.0)  # on a machine that does much else
+    monkeypatch.setattr(plan, "TIMING", 0.0)
+    monkeypatch.setattr(plan, "COMPILE_ATTENTION", 0.0)
+    gpu.run_timed(run, ["attention"])
+    assert [(row["shape"], row["status"]) for row in run.rows("attention")] == [
+        ("step 0", "ok"),
+        ("step 1", "died: signal 9"),
+        ("step 2", "ok"),
+        ("step 3", "died: it hung and was killed"),
+        ("step 4", "ok"),
+    ]
+    assert run.budget.compiled == 3.0
 
 
 def test_an_unknown_section_is_named(capsys):
@@ -300,8 +528,14 @@ def test_the_timer_takes_turns(monkeypatch):
 # ---- Sections and rows ---------------------------------------------------------------------------
 
 
+def run_section(section, run):
+    """All groups of a section, without the plan."""
+    for group in GROUPS[section](run.setting):
+        measure(run, group)
+
+
 def test_the_attention_section_end_to_end(run):
-    gpu.run_section("attention", run)
+    run_section("attention", run)
     rows = run.rows("attention")
     assert [(row["path"], row["pass"]) for row in rows if row["status"] == "ok"] == [
         (path, passes)
@@ -339,7 +573,7 @@ def test_the_other_sections(run, section, monkeypatch):
     groups = GROUPS[section](run.setting)
     # The model's second group takes Inductor a minute.
     monkeypatch.setitem(GROUPS, section, lambda _: groups[:1])
-    gpu.run_section(section, run)
+    run_section(section, run)
     rows = run.rows(section)
     assert {row["path"] for row in rows if row["status"] == "ok"} == {
         "stock": {"flash"},
@@ -357,7 +591,7 @@ def test_a_wrong_prologue_is_not_timed(run, monkeypatch):
         return q, k, x._replace(g=x.g * (1 + 1e-5))
 
     monkeypatch.setattr(cases, "prologue", wrong)
-    gpu.run_section("prologue", run)
+    run_section("prologue", run)
     assert [row["status"][:20] for row in run.rows("prologue") if row["path"] == "compiled"] == [
         "wrong: g is off by 1"
     ] * 2
@@ -374,7 +608,7 @@ def test_tuned_tiles_are_timed_beside_those_in_use(run, monkeypatch, capsys):
             used.append(*tiles.tuned_tiles().values())
         return fake_timer(calls)
 
-    gpu.run_section("tune", replace(run, timer=timer))
+    run_section("tune", replace(run, timer=timer))
     assert used == [SAFE, tuned]
     assert [(row["path"], float(row["ratio"])) for row in run.rows("tune")] == [
         ("in use", 1),
@@ -383,13 +617,18 @@ def test_tuned_tiles_are_timed_beside_those_in_use(run, monkeypatch, capsys):
     assert str(tuned) in capsys.readouterr().out
 
 
-def test_a_section_keeps_its_minutes(run, capsys):
-    gpu.timed("attention")(replace(run, deadline=time.monotonic()))
-    (row,) = run.rows("attention")
-    assert row["status"].startswith(
-        "cut off after 8 minutes: 1 of 1 problems not measured, from 2x64x1 16+16/16 on"
-    )
-    assert f"attention rest: {row['status']}" in gpu.table([row])
+def test_what_is_not_reached_has_a_row_each(run, capsys):
+    """And the table one line of reasons for all of them."""
+    run = replace(run, budget=Budget(480.0, begin=time.monotonic() - 481))
+    steps = plan.plan(run.setting, ["attention", "model"])
+    for step in steps:
+        gpu.run_step(step, run)
+    rows = run.rows("attention")
+    assert len(rows) == sum(step.section == "attention" for step in steps)
+    statuses = [row["status"] for row in rows]
+    assert re.fullmatch(r"not started: about \d+ s, 0 s were left", statuses[0])
+    assert statuses[1] == "not started: the minutes of its block were over"
+    assert f"attention all (1x, first {rows[1]['shape']}): {statuses[1]}" in gpu.table(rows)
 
 
 def test_what_a_path_warns_of_is_printed(run, capsys):
@@ -428,7 +667,7 @@ def test_tests_are_recorded_one_by_one(run, tmp_path, monkeypatch):
     )
     monkeypatch.setattr(gpu, "files_with_gpu_tests", lambda: [str(file)])
     monkeypatch.setenv("PYTHONPATH", "")
-    gpu.run_section("tests", run)
+    gpu.run_tests(run, "")
     rows = [(row["path"].rpartition("::")[2], row["status"]) for row in run.rows("tests")]
     assert [name for name, _ in rows] == ["test_first", "test_bad", "test_left"]
     assert rows[0][1] == "ok"
@@ -441,34 +680,37 @@ def test_a_build_that_fails_says_so(run, monkeypatch, capsys):
     broken = ["-c", "raise SystemExit('no compiler')"]
     unusable = ["-c", "print('extension: not built')"]
     monkeypatch.setattr(gpu, "BUILD", {"broken": broken, "unusable": unusable})
-    gpu.run_section("build", run)
+    gpu.run_once(plan.Step("build", "build", 1.0), run)
     assert [row["status"] for row in run.rows("build")] == [
         "failed: no compiler",
         "failed: extension: not built",
     ]
 
 
-def test_a_section_that_dies_leaves_a_row(run):
-    gpu.run_apart("unknown", run)
-    (row,) = run.rows("unknown")
+def test_a_part_that_dies_leaves_a_row(run, monkeypatch):
+    monkeypatch.setitem(gpu.ONCE, "tests", lambda run: {}["unknown"])
+    gpu.run_once(plan.Step("tests", "tests", 1.0), run)
+    (row,) = run.rows("tests")
     assert row["status"] == "died: KeyError: 'unknown'"
 
 
 def test_a_whole_run_ends_with_its_table_and_its_verdict(monkeypatch, capsys, tmp_path):
     outcome, seen = ["ok"], []
 
-    def run_apart(name, run):
-        seen.append((name, run.setting.datasheet))
-        run.add(name, "path", outcome[0], shape="1x2x3", ms_p50="1.5", **{"pass": "fwd"})
+    def run_timed(run, sections):
+        for name in sections:
+            seen.append((name, run.setting.datasheet, run.budget.seconds))
+            run.add(name, "path", outcome[0], shape="1x2x3", ms_p50="1.5", **{"pass": "fwd"})
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H100 80GB HBM3")
-    monkeypatch.setattr(gpu, "run_apart", run_apart)
-    command = ["--out", str(tmp_path), "--sections", "stock", "model"]
+    monkeypatch.setattr(gpu, "run_timed", run_timed)
+    command = ["--out", str(tmp_path), "--minutes", "3", "--sections", "model", "stock"]
     assert gpu.main(command) == 0
-    assert seen == [("stock", DEVICES["H100"]), ("model", DEVICES["H100"])]
-    first, *_, last = capsys.readouterr().out.splitlines()
+    assert seen == [("model", DEVICES["H100"], 180), ("stock", DEVICES["H100"], 180)]
+    first, *_, minutes, _, _, _, _, _, last = capsys.readouterr().out.splitlines()
     assert first.startswith("device NVIDIA H100 80GB HBM3, threads ")
+    assert minutes.startswith("minutes: timing 0.0, compiling, in all of it, 0.0 of at most 1.0")
     assert last.split() == ["1x2x3", "fwd", "1.5"]
     for outcome[0], code in (
         ("RuntimeError: refused", 0),
@@ -478,7 +720,7 @@ def test_a_whole_run_ends_with_its_table_and_its_verdict(monkeypatch, capsys, tm
     ):
         assert gpu.main([*command, "--device", "A100"]) == code
         assert f"stock path (1x, first 1x2x3): {outcome[0]}" in capsys.readouterr().out
-    assert seen[-1] == ("model", DEVICES["A100"])
+    assert seen[-1] == ("stock", DEVICES["A100"], 180)
 
 
 def test_the_table_of_a_full_run_stays_small():
@@ -489,10 +731,10 @@ def test_the_table_of_a_full_run_stays_small():
         "over_bound": "12.34",
     }
     rows = [row | {"op": "tests", "path": str(n)} for n in range(200)]
-    for name in gpu.DEFAULT_SECTIONS[2:]:
-        for one in itertools.chain(*GROUPS[name](Setting())):
+    for step in plan.plan(Setting(), gpu.DEFAULT_SECTIONS):
+        for one in step.cases:
             rows.append(
-                row | {"op": name, "path": one.path, "shape": one.shape, "pass": one.passes}
+                row | {"op": one.op, "path": one.path, "shape": one.shape, "pass": one.passes}
             )
     text = gpu.table(rows)
     assert len(text) < gpu.TABLE_LIMIT

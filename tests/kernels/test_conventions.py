@@ -1,5 +1,6 @@
 """What operators share with PyTorch's own: autocast, layouts, dtypes, imports, environment."""
 
+import contextlib
 import os
 import shutil
 import subprocess
@@ -11,6 +12,9 @@ import torch
 import sisa_kernels as sk
 import sisa_model as sm
 from sisa_kernels import _extension, selfcheck
+from sisa_kernels.inputs import SisaInputs
+from sisa_kernels.ops import matmul
+from sisa_kernels.paths import chunked, one_call
 from sisa_kernels.testing import (
     forgetting_problem,
     in_fp64,
@@ -18,6 +22,9 @@ from sisa_kernels.testing import (
     relative_errors,
     value_and_grads,
 )
+from sisa_model.models.linear import linear
+from sisa_model.models.scan import decayed_scan
+from sisa_model.training.loss import Objective, linear_cross_entropy
 from tests.support import ROOT
 from tests.support.attention import first_use, needs_extension
 from tests.support.problems import problem
@@ -78,10 +85,115 @@ def test_gradients_of_mixed_dtypes_keep_their_dtypes():
     assert {n: x.dtype for n, x in grads.items()} == {n: x.dtype for n, x in inputs.items()}
 
 
+def paths():
+    """(function, inputs) of every path that has a gradient, of one dtype."""
+    inputs = {name: x.detach() for name, x in problem(Ds=4, **SHAPE)[0].items()}
+    gated = {name: x.detach() for name, x in forgetting_problem(**SHAPE)[0].items()}
+    plain = {name: gated[name] for name in ("q", "k", "v")}
+
+    def by(function, **options):
+        return lambda **x: function(**x, **options)
+
+    def row(name):
+        kernel = next(kernel for kernel in one_call.TABLE if kernel.name == name)
+        return lambda **x: one_call.one_call(SisaInputs(**x), "exact", kernel)
+
+    def by_triton(**x):
+        return pytest.importorskip("sisa_kernels.triton.op").causal_attention(**x)
+
+    def augmented(v, **x):
+        return torch.cat(sk.augment_qk(**x), 2)
+
+    sisa = ["native", "chunked", "one_call", "triton", "reference"]
+    return {
+        **{f"sisa {name}": (by(sk.sisa_attention, backend=name), inputs) for name in sisa},
+        **{f"one_call {name}": (row(name), inputs) for name in ("cpu", "math")},
+        "clamped": (by(sk.sisa_attention, mode="clamped"), inputs),
+        "augment": (augmented, inputs),
+        "forgetting native": (by(sk.forgetting_attention, backend="native"), gated),
+        "forgetting chunked": (by(sk.forgetting_attention, backend="chunked"), gated),
+        "causal native": (by(sk.causal_attention, backend="native"), plain),
+        "causal sdpa": (by(sk.causal_attention, backend="sdpa"), plain),
+        "causal triton": (by_triton, plain),
+    }
+
+
+def gradients(leaves, forward, inside, autocast=True):
+    """Those of ``forward()``, with autocast on in it; ``inside``: in the backward, too."""
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        y = forward()
+    with torch.autocast("cpu", torch.bfloat16, enabled=inside):
+        return torch.autograd.grad(y, leaves, torch.ones_like(y))
+
+
 @pytest.mark.parametrize(
-    "preset",
-    ["sisa-tiny-ds16", "transformer-tiny", "fox-tiny", "alibi-tiny", "mamba2-tiny", "mamba3-tiny"],
+    ("name", "dense"),
+    [*((name, False) for name in paths()), ("sisa chunked", True), ("forgetting chunked", True)],
 )
+def test_a_backward_inside_autocast_has_the_gradients_of_one_outside(monkeypatch, name, dense):
+    """``dense``: as where stock flash attention takes not every width."""
+    if "native" in name and not _extension.LOADED:
+        pytest.skip("needs the library")
+    if dense:
+        monkeypatch.setattr(chunked, "has_flash", lambda device: False)
+    function, inputs = paths()[name]
+    leaves = {n: x.clone().requires_grad_() for n, x in inputs.items()}
+    wanted = [x for n, x in leaves.items() if (name, n) != ("augment", "v")]
+    outside, inside = (
+        gradients(wanted, lambda: function(**leaves), where) for where in (False, True)
+    )
+    assert all(torch.equal(*pair) for pair in zip(outside, inside))
+
+
+FAMILIES = [
+    "sisa-tiny-ds16",
+    "transformer-tiny",
+    "fox-tiny",
+    "alibi-tiny",
+    "mamba2-tiny",
+    "mamba3-tiny",
+]
+
+
+@pytest.mark.parametrize("preset", FAMILIES)
+def test_so_has_a_models_loss(preset):
+    torch.manual_seed(0)
+    model = sm.build(preset, n_layers=2, vocab_size=50)
+    ids = torch.randint(0, 50, (2, 80))
+    objective = Objective(model, contextlib.nullcontext())
+    outside, inside = (
+        gradients([*model.parameters()], lambda: objective(ids[:, :-1], ids[:, 1:]), where)
+        for where in (False, True)
+    )
+    assert all(torch.equal(*pair) for pair in zip(outside, inside))
+
+
+def test_so_have_products_and_layers_of_fp32():
+    """Whose forward, too, was outside; PyTorch's own linear layers follow the autocast there."""
+    torch.manual_seed(0)
+    x = torch.randn(2, 70, 3, 20, requires_grad=True)
+    log_decay = -torch.rand(2, 70, 3)
+    weight = torch.randn(37, 20, requires_grad=True)
+    functions = {
+        "scan": lambda: decayed_scan(x, x, x, log_decay, torch.zeros(2, 3, 20, 20))[0],
+        "linear": lambda: linear(x, weight),
+        "loss": lambda: linear_cross_entropy(x, weight, torch.arange(420).view(2, 70, 3) % 37),
+    }
+    for name, function in functions.items():
+        outside, inside = (
+            gradients([x], function, where, autocast=False) for where in (False, True)
+        )
+        assert torch.equal(outside[0], inside[0]), name
+
+
+def test_the_product_of_the_scans_is_twice_differentiable():
+    a, b = (torch.randn(shape, dtype=torch.float64) for shape in ((2, 3, 4), (2, 4, 5)))
+    assert torch.autograd.gradgradcheck(matmul, (a.requires_grad_(), b.requires_grad_()))
+    vmapped = torch.func.vmap(torch.func.grad(lambda a, b: matmul(a, b).sum()))(a, b)
+    torch.testing.assert_close(vmapped, b.sum(2)[:, None].expand_as(a))
+
+
+@pytest.mark.parametrize("preset", FAMILIES)
 def test_a_model_cast_to_bf16_runs_and_trains(preset):
     torch.manual_seed(0)
     model = sm.build(preset, n_layers=2, vocab_size=50)

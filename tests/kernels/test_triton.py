@@ -683,7 +683,7 @@ def test_compiled_ahead_of_time_nothing_spills_and_hopper_runs_wgmma():
 @pytest.mark.slow
 @pytest.mark.parametrize("arch", ["80", "90", "100"])
 def test_compiled_ahead_of_time_at_the_other_widths(arch):
-    widths = "--widths", "16", "128", "--d-states", "0", "16", "128", "--variants", "packed"
+    widths = "--widths", "16", "128", "--d-states", "0", "16", "128", "--variants", "packed+gqa"
     assert len(resources("--arch", arch, *widths)) == 2 * 3 * 3 + 1
 
 

@@ -9,8 +9,17 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 import sisa_model as sm
+from sisa_kernels.testing import relative
 from sisa_model.models.layers import SwiGLU
-from sisa_model.models.linear import FEW_WEIGHTS, MANY_ROWS, Linear, PackedLinear, linear
+from sisa_model.models.linear import (
+    FEW_WEIGHTS,
+    MANY_ROWS,
+    PADDED,
+    Linear,
+    PackedLinear,
+    linear,
+    padded_width,
+)
 from sisa_model.models.presets import PRESETS
 from sisa_model.utils import buffers
 from tests.support.models import tiny, tokens
@@ -340,3 +349,125 @@ def test_swiglu_has_a_second_derivative():
     assert torch.autograd.gradgradcheck(ffn, x)
     each = torch.stack([torch.func.grad(lambda row: ffn(row).sum())(row) for row in x])
     torch.testing.assert_close(torch.func.vmap(torch.func.grad(lambda r: ffn(r).sum()))(x), each)
+
+
+# ---- Widths that products like, as on a GPU in half precision ------------------------------------
+
+
+@pytest.fixture
+def widened(monkeypatch):
+    """Padding as on a GPU in half precision, here and in any dtype."""
+    monkeypatch.setattr("sisa_model.models.linear.alignment", lambda device, dtype: PADDED)
+
+
+def test_only_a_gpu_in_half_precision_pads():
+    cuda = torch.device("cuda")
+    for width, found in [(2796, 2816), (2908, 2944), (50277, 50304), (2800, 2800), (1, 64)]:
+        assert padded_width(width, cuda, torch.bfloat16) == found
+        assert padded_width(width, cuda, torch.float16) == found
+        assert padded_width(width, cuda, torch.float32) == width
+        assert padded_width(width, torch.device("cpu"), torch.bfloat16) == width
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_padding_changes_no_result(widened, monkeypatch, autocast):
+    """Of projections, of a SwiGLU and of one linear layer; gradients are contiguous."""
+    torch.manual_seed(0)
+    x = torch.randn(2, 40, 48, requires_grad=True)
+    ffn = SwiGLU(48, 37)
+    ffn.w_in.reset_parameters(0.5)
+    proj = packed(d_in=48)
+    single = Linear(48, 35)
+    functions = [ffn, proj.side_by_side, lambda x: torch.cat(proj(x), -1), single]
+    for function in functions:
+        results = []
+        leaves = [x, *ffn.parameters(), *proj.parameters(), *single.parameters()]
+        for multiple in (PADDED, 1):
+            monkeypatch.setattr("sisa_model.models.linear.alignment", lambda d, t, m=multiple: m)
+            for leaf in leaves:
+                leaf.grad = None
+            with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                y = function(x)
+                with torch.no_grad():
+                    torch.testing.assert_close(function(x), y)
+            y.sum().backward()
+            grads = [leaf.grad for leaf in leaves if leaf.grad is not None]
+            assert all(grad.is_contiguous() for grad in grads)
+            results.append([y.detach(), *grads])
+        bound = 2**-8 if autocast else 1e-6
+        assert max(relative(a, b.double()) for a, b in zip(*results, strict=True)) < bound
+        assert [a.shape for a in results[0]] == [b.shape for b in results[1]]
+
+
+def test_rows_of_padded_products_are_aligned(widened):
+    """v, beside the other operands, from tokens that begin at multiples of 16 elements."""
+    attn = sm.build("sisa-tiny-ds16", n_layers=1).layers[0].attn
+    assert sum(len(p.weight) for p in attn.proj.children()) % 16
+    inputs = attn.operands(torch.randn(2, 65, attn.W_O.in_features))
+    assert all(
+        stride % 16 == 0 for x in (inputs.q, inputs.k, inputs.v) for stride in x.stride()[:3]
+    )
+    assert all(x.storage_offset() % 16 == 0 for x in (inputs.q, inputs.k, inputs.v))
+
+
+@pytest.mark.parametrize("name", ["w_in.w_up", "w_down"])
+@pytest.mark.parametrize("change", [hook, own_forward, subclass, bias])
+def test_what_is_done_to_a_layer_has_effect_where_products_are_padded(widened, name, change):
+    torch.manual_seed(0)
+    ffn = SwiGLU(48, 37)
+    ffn.w_in.reset_parameters(0.5)
+    x = torch.randn(2, 40, 48)
+    plain = copy.deepcopy(ffn)
+    change(ffn.get_submodule(name))
+    weights = (plain.w_in.w_gate.weight, plain.w_in.w_up.weight, plain.w_down.weight)
+    gate, up = (F.linear(x, weight) for weight in weights[:2])
+    added = float(change is bias)
+    if name == "w_down":
+        y = F.linear(F.silu(gate) * up, weights[2])
+        expected = y + 1 if added else 2 * y
+    else:
+        expected = F.linear(F.silu(gate) * (up + 1 if added else 2 * up), weights[2])
+    torch.testing.assert_close(ffn(x), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("preset", ["sisa-tiny-ds16", "mamba2-tiny", "mamba3-tiny"])
+def test_a_model_with_padded_products_is_the_same(widened, monkeypatch, preset):
+    ids = tokens()
+    model = tiny(preset)
+    names = list(model.state_dict())
+    found = model(ids)
+    found.logsumexp(-1).sum().backward()
+    grads = [p.grad for p in model.parameters()]
+    monkeypatch.undo()
+    model.zero_grad()
+    wanted = model(ids)
+    wanted.logsumexp(-1).sum().backward()
+    assert relative(found.detach(), wanted.detach().double()) < 1e-5
+    for name, grad, p in zip(names, grads, model.parameters()):
+        assert relative(grad, p.grad.double()) < 2e-5, name
+        assert grad.shape == p.shape
+
+
+def test_compiled_layers_pad_too(widened):
+    from functorch.compile import make_boxed_func
+    from torch._dynamo.backends.common import aot_autograd
+
+    torch.manual_seed(0)
+    ffn = SwiGLU(48, 37)
+    ffn.w_in.reset_parameters(0.5)
+    x = torch.randn(2, 40, 48, requires_grad=True)
+    widths = []
+
+    def see(graph, inputs):
+        products = graph.graph.find_nodes(op="call_function", target=torch.ops.aten.mm.default)
+        widths.extend(size for node in products for size in node.meta["val"].shape)
+        return make_boxed_func(graph.forward)
+
+    with torch.autocast("cpu", torch.bfloat16):
+        backend = aot_autograd(fw_compiler=see, bw_compiler=see)
+        compiled = torch.compile(ffn, backend=backend, fullgraph=True)
+        found, wanted = compiled(x), ffn(x)
+    torch.testing.assert_close(found, wanted, rtol=2**-7, atol=2**-7)
+    found.sum().backward()
+    assert len(widths) == 2 * 6
+    assert not [width for width in widths if width % 16]

@@ -57,6 +57,25 @@ def test_it_is_cross_entropy_of_the_whole_logits(monkeypatch, shape, width, voca
     assert [f.dtype for f in found] == [torch.float32, torch.float32]
 
 
+@pytest.mark.parametrize("autocast", [False, True])
+def test_padded_logits_and_targets_that_stay_count_for_nothing(monkeypatch, autocast):
+    """As on a GPU, where the vocabulary is padded and nothing is asked of the targets."""
+    monkeypatch.setattr("sisa_model.models.linear.alignment", lambda device, dtype: 64)
+    monkeypatch.setattr(module, "CHUNK_LOGITS", 1000)
+    hidden, weight, targets = operands((77,), 24, 101, 0.4)
+    dtype = torch.bfloat16 if autocast else torch.float32
+    loss = module._ChunkedCrossEntropy.apply(hidden, weight, targets, dtype)
+    found = torch.autograd.grad(0.7 * loss, (hidden, weight))
+    exact = [x.detach().to(dtype).double().requires_grad_() for x in (hidden, weight)]
+    wanted_loss = whole(*exact, targets)
+    wanted = torch.autograd.grad(0.7 * wanted_loss, exact)
+    band = 4 * 2**-8 if autocast else 1e-6
+    assert relative(loss.detach(), wanted_loss.detach()) < band
+    assert max(relative(f, w) for f, w in zip(found, wanted)) < band
+    assert not found[0][targets == IGNORE].any()
+    assert found[1].shape == weight.shape
+
+
 def test_under_autocast_the_products_are_bf16_and_the_rest_fp32():
     hidden, weight, targets = operands((64,), 48, 301, 0.2)
     with torch.autocast("cpu", torch.bfloat16):

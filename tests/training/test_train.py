@@ -269,6 +269,8 @@ ELSEWHERE = {
     "log",
     "compile",
     "parallel",  # test_parallel.py
+    "context_parallel",
+    "tensor_parallel",
 }
 
 

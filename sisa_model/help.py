@@ -99,7 +99,7 @@ def _grouped(flags: list[Flag]) -> dict[str, list[Flag]]:
     headings = {field: title for title, fields in GROUPS.items() for field in fields}
     order = {field: place for place, field in enumerate(headings)}
     found: dict[str, list[Flag]] = {}
-    for title in ("Arguments", *GROUPS, OTHERS):
+    for title in ("Arguments", OTHERS, *GROUPS):
         found[title] = []
     for flag in sorted(flags, key=lambda flag: order.get(flag.path[0], len(order)) * (not few)):
         if flag.positional:

@@ -106,10 +106,10 @@ def prepare(config: PrepareConfig) -> Shards:
     disk or a killed worker. Shards that are finished stay."""
     workers = _cores() if config.workers is None else config.workers
     _check(config, workers)
-    tokenizer = _find_tokenizer(config.tokenizer)
-    encoder = Encoder(tokenizer)
     sources = find_sources(config.sources, config.format)
     _check_hub(config, sources)
+    tokenizer = _find_tokenizer(config.tokenizer)  # after the sources: it may need the network
+    encoder = Encoder(tokenizer)
     dtype = np.dtype("<u2" if encoder.size <= 2**16 else "<u4")
     options = _options(config, sources, tokenizer)
     if _is_finished(config.out, options):

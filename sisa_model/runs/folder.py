@@ -178,8 +178,8 @@ def _fill(folder: Path, record: RunRecord, held_out: np.ndarray) -> None:
         np.save(folder / HELD_OUT, held_out)
 
 
-def go_on(folder: Path, record: RunRecord) -> None:
-    """Bring the record of the run in ``folder`` up to date, before it goes on.
+def go_on(folder: Path, record: RunRecord) -> ResolvedConfig:
+    """Bring the record of the run in ``folder`` up to date, before it goes on; its settings so far.
 
     What a run to more steps has no use for goes: a schedule's decay that ended too early, of which
     the final weights stay as final-N. Raises ValueError for a run that cannot go on: its tokens are
@@ -202,6 +202,7 @@ def go_on(folder: Path, record: RunRecord) -> None:
     changed = {name: getattr(record.train, name) for name in PATHS | GOING_ON}
     train = dataclasses.replace(begun.train, **changed)
     write_run(folder, dataclasses.replace(begun, train=train))
+    return begun.train
 
 
 def _make_room(folder: Path, before: ResolvedConfig) -> None:

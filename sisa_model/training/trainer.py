@@ -23,7 +23,6 @@ from sisa_model.runs.folder import (
     begin_run,
     go_on,
     own_folder,
-    read_run,
     require_same_run,
     resumed,
 )
@@ -115,8 +114,7 @@ def _train(config: ResolvedConfig, world: World) -> TrainResult:
     unigram, bigram = data.ngram_losses(model_config.vocab_size)
     with contextlib.ExitStack() as held:
         record = _record(config, model_config, data)
-        begun = read_run(record.train.out).train if config.resume and record.train.out else config
-        folder = world.from_main(lambda: _open(record, data, named, held))
+        folder, before = world.from_main(lambda: _open(record, data, named, held))
         config = dataclasses.replace(config, out=folder)
         checkpointer = held.enter_context(Checkpointer(folder, config.keep, world))
         trainer = Trainer(
@@ -132,7 +130,7 @@ def _train(config: ResolvedConfig, world: World) -> TrainResult:
         if config.resume:
             trainer.restore()
             if world.main:
-                _say_what_changed(trainer.step, begun, config)
+                _say_what_changed(trainer.step, before, config)
         rows = RunLog(folder, trainer.step, config.log) if world.main else NoLog()
         if world.main:
             _announce(parallel, config, data, device)
@@ -148,17 +146,20 @@ def _train(config: ResolvedConfig, world: World) -> TrainResult:
     return result
 
 
-def _open(record: RunRecord, data: RunData, named: bool, held: contextlib.ExitStack) -> Path:
-    """The run's folder, begun or found, in which ``held`` keeps others from writing."""
+def _open(
+    record: RunRecord, data: RunData, named: bool, held: contextlib.ExitStack
+) -> tuple[Path, ResolvedConfig]:
+    """The run's folder, begun or found, and the run's settings until this launch.
+
+    ``held`` keeps others from writing there."""
     folder = record.train.out
     assert folder is not None
     if record.train.resume:
         held.enter_context(only_writer(folder))
-        go_on(folder, record)
-        return folder
+        return folder, go_on(folder, record)
     folder = begin_run(record, data.held_out(), named)
     held.enter_context(only_writer(folder))
-    return folder
+    return folder, record.train
 
 
 def run_device(config: ResolvedConfig, world: World) -> torch.device:
@@ -225,14 +226,14 @@ def _announce(
     log.info(data.about)
 
 
-def _say_what_changed(step: int, begun: ResolvedConfig, config: ResolvedConfig) -> None:
+def _say_what_changed(step: int, before: ResolvedConfig, config: ResolvedConfig) -> None:
     """Of steps and learning rate, told anew to a run that goes on."""
-    if (begun.steps, begun.lr) == (config.steps, config.lr):
+    if (before.steps, before.lr) == (config.steps, config.lr):
         return
-    before, after = (learning_rate(step, x) for x in (begun, config))
+    was, is_now = (learning_rate(step, x) for x in (before, config))
     log.info(
-        f"{begun.steps:,} steps become {config.steps:,} ({config.schedule}): from step {step:,} on "
-        f"the learning rate is {after:.3g}, where it was {before:.3g}"
+        f"{before.steps:,} steps become {config.steps:,} ({config.schedule}): from step {step:,} "
+        f"on the learning rate is {is_now:.3g}, where it was {was:.3g}"
     )
 
 

@@ -183,6 +183,7 @@ def test_two_runs_begun_at_once_take_two_folders(text, tmp_path, monkeypatch):
         return really(*args)
 
     monkeypatch.setattr(trainer_module, "begin_run", begin_run)
+    monkeypatch.setattr(trainer_module, "draw_figures", lambda *_: None)  # no two threads may draw
     folders = []
     settings = {**SETTINGS, "steps": 1}
     threads = [

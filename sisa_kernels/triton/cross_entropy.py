@@ -11,6 +11,7 @@ from torch import Tensor
 from sisa_kernels import selfcheck
 from sisa_kernels.ops import register
 from sisa_kernels.testing import relative
+from sisa_kernels.triton.prologue import launch
 
 BLOCK = 4096  # logits that a program holds at a time
 WARPS = 8
@@ -69,19 +70,20 @@ def cross_entropy_eager(
     rows, width = logits.shape
     losses = torch.empty(rows, dtype=torch.float32, device=logits.device)
     block = min(BLOCK, triton.next_power_of_2(width))
-    with torch.cuda.device_of(logits):  # Triton launches on the current device
-        _kernel[(rows,)](
-            logits,
-            targets.contiguous(),
-            losses,
-            logits.stride(0),
-            width,
-            vocab,
-            ignored,
-            GRADIENT=gradient,
-            BLOCK=block,
-            num_warps=WARPS,
-        )
+    launch(
+        _kernel,
+        rows,
+        logits,
+        targets.contiguous(),
+        losses,
+        logits.stride(0),
+        width,
+        vocab,
+        ignored,
+        GRADIENT=gradient,
+        BLOCK=block,
+        num_warps=WARPS,
+    )
     return losses
 
 

@@ -52,10 +52,10 @@ class Importance(NamedTuple):
     """[B, L, G, Ds / 2] int32, in 2^-32 turns; for the backward only."""
 
 
-def launch(kernel: Any, programs: int, *args: Any) -> None:
+def launch(kernel: Any, programs: int, *args: Any, **options: Any) -> None:
     """Run a kernel of one axis of programs on the device of its first argument."""
     with torch.cuda.device_of(args[0]):  # Triton launches on the current device
-        kernel[(programs,)](*args)
+        kernel[(programs,)](*args, **options)
 
 
 def block_of(width: int) -> int:

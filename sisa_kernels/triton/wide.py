@@ -11,7 +11,7 @@ import torch
 import triton
 from torch import Tensor
 
-from sisa_kernels.triton.prologue import Importance
+from sisa_kernels.triton.prologue import Importance, launch
 from sisa_kernels.triton.wide_kernels import narrow_kernel, widen_kernel
 
 ROWS = 64  # tokens of a program
@@ -30,8 +30,7 @@ def _widened(x: Tensor, y: Tensor, level: Tensor, lam: Tensor | None) -> Tensor:
     widths = x.shape[3], y.shape[3]
     programs, sizes = _sizes(x.shape, level.shape[1], widths)
     out = x.new_empty(*x.shape[:3], sum(widths))
-    with torch.cuda.device_of(x):  # Triton launches on the current device
-        widen_kernel[(programs,)](x, y, level, lam, out, *x.stride()[:3], **sizes)
+    launch(widen_kernel, programs, x, y, level, lam, out, *x.stride()[:3], **sizes)
     return out
 
 
@@ -42,8 +41,7 @@ def _narrowed(
     programs, sizes = _sizes(d_out.shape, level.shape[1], widths)
     dx = d_out.new_empty(*d_out.shape[:3], width)
     dy = d_out.new_empty(*d_out.shape[:3], widths[1], dtype=torch.float32)
-    with torch.cuda.device_of(d_out):
-        narrow_kernel[(programs,)](d_out, level, lam, dx, dy, **sizes)
+    launch(narrow_kernel, programs, d_out, level, lam, dx, dy, **sizes)
     return dx, dy
 
 

@@ -7,6 +7,15 @@ import triton.language as tl
 
 
 @triton.jit
+def _place(L, H, ROWS: tl.constexpr):
+    """The program's sequence, its head and its tokens."""
+    tiles = tl.cdiv(L, ROWS)
+    i_bh = tl.program_id(0) // tiles
+    o_t = tl.program_id(0) % tiles * ROWS + tl.arange(0, ROWS)
+    return tl.cast(i_bh // H, tl.int64), tl.cast(i_bh % H, tl.int64), o_t
+
+
+@triton.jit
 def _factor(level, lam, scale, o_t, L):
     """What the importance channels of the tokens o_t are multiplied by; lam None: of a key."""
     middle = (tl.load(level) + tl.load(level + L - 1)) >> 1
@@ -50,10 +59,7 @@ def widen_kernel(
     ROWS: tl.constexpr,
 ):
     """out [B, L, H, DX + DY]: the rows of x, then those of y [B, L, H, DY] times their factor."""
-    tiles = tl.cdiv(L, ROWS)
-    i_bh = tl.program_id(0) // tiles
-    i_b, i_h = tl.cast(i_bh // H, tl.int64), tl.cast(i_bh % H, tl.int64)
-    o_t = tl.program_id(0) % tiles * ROWS + tl.arange(0, ROWS)
+    i_b, i_h, o_t = _place(L, H, ROWS)
     level += (i_b * (H // REPEAT) + i_h // REPEAT) * L
     factor = _factor(level, lam if lam is None else lam + i_h, scale, o_t, L)
     out += (i_b * L * H + i_h) * (DX + DY)
@@ -84,10 +90,7 @@ def narrow_kernel(
     ROWS: tl.constexpr,
 ):
     """Gradients dx [B, L, H, DX], and dy [B, L, H, DY] fp32, of :func:`widen_kernel`."""
-    tiles = tl.cdiv(L, ROWS)
-    i_bh = tl.program_id(0) // tiles
-    i_b, i_h = tl.cast(i_bh // H, tl.int64), tl.cast(i_bh % H, tl.int64)
-    o_t = tl.program_id(0) % tiles * ROWS + tl.arange(0, ROWS)
+    i_b, i_h, o_t = _place(L, H, ROWS)
     level += (i_b * (H // REPEAT) + i_h // REPEAT) * L
     factor = _factor(level, lam if lam is None else lam + i_h, scale, o_t, L)
     d_out += (i_b * L * H + i_h) * (DX + DY)

@@ -5,6 +5,7 @@ without leave to go on, "odd" the products with rows that begin at no multiple o
 
 import contextlib
 import json
+import math
 import traceback
 import warnings
 
@@ -18,7 +19,8 @@ from torch._subclasses.fake_tensor import (
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import sisa_model as sm
-from sisa_kernels import attention
+from sisa_kernels import attention, forgetting
+from sisa_kernels.paths import chunked
 from sisa_kernels.testing import problem
 from sisa_kernels.triton import epilogue, horizon, op, prologue
 from sisa_model.models import linear
@@ -101,6 +103,20 @@ def triton_wrapper(packed):
         op.triton_exact_backward_eager(dy, y, lse, *operands, bounds, 2**-8)
 
 
+def chunked_wrapper(packed, on):
+    """SISA and FoX by dense scores, with bounds on a device: the ops have no values to run on."""
+    inputs, dy = problem(L=LENGTH, H=4, G=2, Dh=16, Ds=16, Dv=16)
+    gates = torch.zeros(1, LENGTH, 4)
+    operands = [None if x is None else x.detach().cuda() for x in inputs.flat()]
+    bounds = DOCUMENTS.to(on) if packed else None
+    dy, gates = dy.cuda(), gates.cuda()
+    with Copies():
+        y, lse = chunked.chunked_eager(*operands, bounds, math.inf)
+        chunked.chunked_backward_eager(dy, y, lse, *operands, bounds, math.inf)
+        y, lse = forgetting.forgetting_eager(*operands[:3], gates, bounds)
+        forgetting.forgetting_backward_eager(dy, y, lse, *operands[:3], gates, bounds)
+
+
 def read(how):
     """What must be found."""
     x = torch.zeros(4, device="cuda")
@@ -129,6 +145,7 @@ CASES = [
     *((step, {**model, "packed": packed}) for model in MODELS for packed in (False, True)),
     *((step, {"preset": preset, "packed": False}) for preset in SIZES),
     *((triton_wrapper, {"packed": packed}) for packed in (False, True)),
+    *((chunked_wrapper, {"packed": bool(on), "on": on}) for on in (None, "cpu", "cuda")),
     *((read, {"how": how}) for how in ("item", "bool", "mask", "list", "copy")),
 ]
 

@@ -233,7 +233,7 @@ class Piece(NamedTuple):
     targets: Tensor
     """[B, L] int64."""
     cu_seqlens: Tensor | None = None
-    """Bounds of packed documents, of the whole micro-batch."""
+    """Bounds of packed documents, of the whole micro-batch; on the CPU."""
     layout: SequenceLayout | None = None
     """Which tokens of the micro-batch these are, where context parallel cuts it."""
 
@@ -258,6 +258,8 @@ class Objective(nn.Module):
         cu_seqlens: Tensor | None = None,
         layout: SequenceLayout | None = None,
     ) -> Tensor:
+        # As integers, since FSDP moves tensors to the device, which waits for it.
+        bounds = None if cu_seqlens is None else cu_seqlens.tolist()
         with self.autocast:
-            hidden = self.model.hidden(inputs, cu_seqlens, group=self.group, layout=layout)
+            hidden = self.model.hidden(inputs, bounds, group=self.group, layout=layout)
             return linear_cross_entropy(hidden, self.model.embed.weight, targets)

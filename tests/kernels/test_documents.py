@@ -167,7 +167,9 @@ def test_models_take_padded_bounds(preset):
     torch.manual_seed(0)
     model = sm.build(preset, n_layers=2, vocab_size=50)
     ids = torch.randint(0, 50, (1, L))
-    found = model(ids, torch.tensor([0, 0, 17, 17, 30, 30]))
+    bounds = [0, 0, 17, 17, 30, 30]
+    found = model(ids, torch.tensor(bounds))
+    assert torch.equal(model(ids, bounds), found)
     for rows in (slice(0, 17), slice(17, 30)):
         torch.testing.assert_close(found[:, rows], model(ids[:, rows]), rtol=1e-4, atol=1e-4)
     found[:, :30].sum().backward()

@@ -44,7 +44,7 @@ def found(tmp_path_factory):
 def test_no_step_waits_for_the_device(found):
     """Steps of every family, packed and not; the code around Triton's kernels; dense scores."""
     steps = [row for row in found if not row["case"].startswith("read")]
-    assert len(steps) == 26
+    assert len(steps) == 33
     assert {row["case"]: row["wait"] for row in steps if row["wait"]} == {}
 
 

@@ -164,7 +164,7 @@ def shard(model: LanguageModel, mesh: DeviceMesh, whole: list[nn.Parameter], bf1
     gathered in fp32: its rows are the residual stream's first term."""
     fp32 = MixedPrecisionPolicy(cast_forward_inputs=False, reduce_dtype=torch.float32)
     half = replace(fp32, param_dtype=torch.bfloat16)
-    # Of the final states over tensor parallel, into which nobody writes. Not around each call, which
+    # Of the final states over tensor parallel, into which nobody writes. Not around each call: that
     # would make Python forget what it has said once.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     settings: dict[str, Any] = {

@@ -21,8 +21,8 @@ from sisa_kernels.cache import TokenCache, refuse_gradients
 from sisa_kernels.checks import check_forgetting
 from sisa_kernels.distributed.attention import attend_over_ranks, find_place
 from sisa_kernels.distributed.layout import SequenceLayout
-from sisa_kernels.distributed.local import Native, Operands, Softmax, row_sums
-from sisa_kernels.inputs import Rotary, by_document, is_grouped, spans
+from sisa_kernels.distributed.local import Native, Softmax, row_sums
+from sisa_kernels.inputs import Operands, Rotary, by_document, is_grouped, spans
 from sisa_kernels.ops import (
     no_second_derivative,
     of_one_dtype,
@@ -33,7 +33,7 @@ from sisa_kernels.ops import (
 from sisa_kernels.paths import chunked, dense, native
 from sisa_kernels.rotation import rotate
 from sisa_kernels.scans import cumulative_decay, to_query_heads, work_dtype
-from sisa_kernels.step import NewTokens, extend, held_by
+from sisa_kernels.step import extend, held_by
 
 # Queries a call in half precision: over them g falls by less than 2^14 unless its mean step passes
 # -8.
@@ -183,7 +183,7 @@ def forgetting_decode(
     compiled = native.choose_plain(backend, "chunked", q, v, "forgetting attention", forgets=True)
     cache.reserve(new)
     with without_autocast(q.device):
-        y = extend(NewTokens(q, k, v, log_decay=log_forget), held_by(cache), compiled=compiled)
+        y = extend(Operands(q, k, v, log_decay=log_forget), held_by(cache), compiled=compiled)
     cache.advance(q.shape[1], None)  # last: after an error the cache is as it was
     return y
 

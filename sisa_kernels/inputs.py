@@ -137,5 +137,44 @@ class SisaInputs(NamedTuple):
         return SisaInputs._make((*tokens, self.lam, rotary, None))
 
 
+class Operands(NamedTuple):
+    """Tokens and what some kind of attention takes of them; what it does not take is None.
+
+    With all, SISA, under the names of :class:`SisaInputs`; with q, k, v and log_decay FoX or ALiBi;
+    with q, k and v plain attention."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    b: Tensor | None = None
+    c: Tensor | None = None
+    log_decay: Tensor | None = None
+    """[B, L, G] with b; without it FoX's [B, L, H]."""
+    theta: Tensor | None = None
+    lam: Tensor | None = None
+    rotary: Rotary | None = None
+    """As in SisaInputs; of new tokens over a cache also [B, L, Dh / 2]."""
+
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        """All that gradients flow to."""
+        return self[:8]
+
+    def given(self) -> list[Tensor]:
+        """:meth:`tensors` without those that there are not."""
+        return [x for x in self[:8] if x is not None]
+
+    def flat(self) -> tuple[Tensor | None, ...]:
+        """As a registered op takes it: (q, k, v, b, c, log_decay, theta, lam, cos, sin)."""
+        return *self[:8], *(self.rotary or (None, None))
+
+    def token(self, t: int) -> "Operands":
+        """The operands of the token t."""
+        parts = (None if x is None else x[:, t : t + 1] for x in self[:7])
+        rotary = self.rotary
+        if rotary is not None:
+            rotary = (rotary[0][..., t : t + 1, :], rotary[1][..., t : t + 1, :])
+        return Operands._make((*parts, self.lam, rotary))
+
+
 # The fields of SisaInputs that have a gradient.
 NAMES = SisaInputs._fields[:8]

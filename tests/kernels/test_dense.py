@@ -4,8 +4,9 @@ import pytest
 import torch
 
 import sisa_kernels as sk
-from sisa_kernels.distributed.local import Chunked, Operands
+from sisa_kernels.distributed.local import Chunked
 from sisa_kernels.forgetting import StockPieces
+from sisa_kernels.inputs import Operands
 from sisa_kernels.paths import dense
 from sisa_kernels.testing import forgetting_problem
 from tests.support.problems import problem

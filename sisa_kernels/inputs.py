@@ -1,8 +1,10 @@
 """The operands of SISA attention as records, and the choices that go with them."""
 
+import functools
+import inspect
 import itertools
 from collections.abc import Callable
-from typing import Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -174,6 +176,32 @@ class Operands(NamedTuple):
         if rotary is not None:
             rotary = (rotary[0][..., t : t + 1, :], rotary[1][..., t : t + 1, :])
         return Operands._make((*parts, self.lam, rotary))
+
+
+def takes_flat(function: Callable) -> Callable:
+    """``function`` of one record of operands as a registered op takes it, with that signature.
+
+    In the place of the record stand what its ``flat()`` gives: its tensors, cos and sin."""
+    signature = inspect.signature(function)
+    parameters = list(signature.parameters.values())
+    kinds = [parameter.annotation for parameter in parameters]
+    (start,) = (n for n, kind in enumerate(kinds) if kind in (ScoreInputs, SisaInputs, Operands))
+    record = kinds[start]
+    tensors = record._fields[: record._fields.index("rotary")]
+    flat = {name: record.__annotations__[name] for name in tensors}
+    flat |= dict.fromkeys(("cos", "sin"), Tensor | None)
+    cos = start + len(tensors)
+
+    @functools.wraps(function)
+    def run(*args: Any) -> Any:
+        rotary = as_rotary(*args[cos : cos + 2])
+        return function(*args[:start], record(*args[start:cos], rotary), *args[cos + 2 :])
+
+    parameters[start : start + 1] = [
+        parameters[start].replace(name=name, annotation=kind) for name, kind in flat.items()
+    ]
+    run.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+    return run
 
 
 # The fields of SisaInputs that have a gradient.

@@ -24,7 +24,7 @@ from sisa_kernels.checks import (
     check_values,
     wide_dtypes,
 )
-from sisa_kernels.inputs import Operands, Rotary, ScoreInputs, as_rotary
+from sisa_kernels.inputs import Operands, Rotary, ScoreInputs, as_rotary, takes_flat
 from sisa_kernels.ops import register
 from sisa_kernels.paths import native
 from sisa_kernels.rotation import rotate
@@ -303,17 +303,9 @@ def _attend_rows(new: Rotated, held: Held, rows: slice, offset: int, T: int) -> 
     return native.attention_op(*operands, None, None, None, offset)[0]
 
 
+@takes_flat
 def decode_eager(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    b: Tensor | None,
-    c: Tensor | None,
-    log_decay: Tensor | None,
-    theta: Tensor | None,
-    lam: Tensor | None,
-    cos: Tensor | None,
-    sin: Tensor | None,
+    new: Operands,
     k_cache: Tensor,
     v_cache: Tensor,
     b_cache: Tensor | None,
@@ -326,15 +318,14 @@ def decode_eager(
 
     Caches are those of :class:`Held`, ``phase`` and ``reach`` move on to the new token, ``cos`` and
     ``sin`` [B or 1, 1, Dh/2] are of its position; the others are those of :class:`Operands`."""
-    new = Operands(q, k, v, b, c, log_decay, theta, lam, as_rotary(cos, sin))
     held = Held(k_cache, v_cache, b_cache, g_cache, phase, reach, lengths)
     _check_step(new, held)
     return _step(new, held, _attend)
 
 
-def _decode_fake(*arguments: Any) -> Tensor:
-    new = Operands._make((*arguments[:8], as_rotary(*arguments[8:10])))
-    _check_step(new, Held(*arguments[10:]))
+@takes_flat
+def _decode_fake(new: Operands, *held: Any) -> Tensor:
+    _check_step(new, Held(*held))
     return new.q.new_empty(*new.q.shape[:3], new.v.shape[3])
 
 

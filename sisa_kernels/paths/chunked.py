@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sisa_kernels.inputs import SisaInputs, as_rotary, spans
+from sisa_kernels.inputs import SisaInputs, spans, takes_flat
 from sisa_kernels.ops import no_second_derivative, register
 from sisa_kernels.paths import dense
 from sisa_kernels.paths.augment import augment, augment_backward
@@ -192,13 +192,15 @@ def _is_dense(inputs: SisaInputs, clamp: float) -> bool:
     return clamp == math.inf and not dense.has_flash(inputs.q.device)
 
 
-def _apart(inputs: SisaInputs, clamp: float) -> list[tuple[slice, SisaInputs]]:
+def _apart(
+    inputs: SisaInputs, cu_seqlens: Tensor | None, clamp: float
+) -> list[tuple[slice, SisaInputs]]:
     """Rows and inputs of what is attended to on its own: documents, or some that are a mask."""
     L = inputs.q.shape[1]
     if _is_dense(inputs, clamp):
-        parts = dense.apart(inputs.cu_seqlens, L)
+        parts = dense.apart(cu_seqlens, L)
     else:
-        parts = [(rows, None) for rows in spans(inputs.cu_seqlens, L)]
+        parts = [(rows, None) for rows in spans(cu_seqlens, L)]
     return [(rows, inputs.rows(rows)._replace(cu_seqlens=bounds)) for rows, bounds in parts]
 
 
@@ -230,17 +232,9 @@ def _dense_backward(dy: Tensor, y: Tensor, lse: Tensor, inputs: SisaInputs) -> t
     return tuple(grad.to(t.dtype).contiguous() for grad, t in zip(grads, inputs.tensors()))
 
 
+@takes_flat
 def chunked_eager(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    b: Tensor,
-    c: Tensor,
-    log_decay: Tensor,
-    theta: Tensor,
-    lam: Tensor,
-    cos: Tensor | None,
-    sin: Tensor | None,
+    inputs: SisaInputs,
     cu_seqlens: Tensor | None,
     clamp: float,
 ) -> tuple[Tensor, Tensor]:
@@ -250,12 +244,11 @@ def chunked_eager(
     precision is computed in fp32, and y stays fp32 for the backward: augmented operands rounded to
     bf16 would cost up to 2.7e-3 of y (1e-2 of a row), and bf16 flash is slow on CPUs without bf16
     matrix hardware. Past the last document y is 0 and the log-sum-exp -inf."""
-    inputs = SisaInputs(q, k, v, b, c, log_decay, theta, lam, as_rotary(cos, sin), cu_seqlens)
-    B, L, H, _ = q.shape
-    work = work_dtype(q)
-    y = q.new_zeros(B, L, H, v.shape[3], dtype=work)
-    lse = q.new_full((B, H, L), -math.inf, dtype=work)
-    for rows, document in _apart(inputs, clamp):
+    B, L, H, _ = inputs.q.shape
+    work = work_dtype(inputs.q)
+    y = inputs.q.new_zeros(B, L, H, inputs.v.shape[3], dtype=work)
+    lse = inputs.q.new_full((B, H, L), -math.inf, dtype=work)
+    for rows, document in _apart(inputs, cu_seqlens, clamp):
         _attend_document(document, clamp, y[:, rows], lse[..., rows])
     return y, lse
 
@@ -288,29 +281,20 @@ def _chunked_fake(q: Tensor, k: Tensor, v: Tensor, *rest: Tensor | None) -> tupl
     return q.new_empty(B, L, H, v.shape[3], dtype=dtype), q.new_empty(B, H, L, dtype=dtype)
 
 
+@takes_flat
 def chunked_backward_eager(
     dy: Tensor,
     y: Tensor,
     lse: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    b: Tensor,
-    c: Tensor,
-    log_decay: Tensor,
-    theta: Tensor,
-    lam: Tensor,
-    cos: Tensor | None,
-    sin: Tensor | None,
+    inputs: SisaInputs,
     cu_seqlens: Tensor | None,
     clamp: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of :func:`chunked_eager`, from its inputs and outputs alone."""
-    inputs = SisaInputs(q, k, v, b, c, log_decay, theta, lam, as_rotary(cos, sin), cu_seqlens)
     if cu_seqlens is None:
         return _document_backward(dy, y, lse, inputs, clamp)
     dq, dk, dv, db, dc, dlog_decay, dtheta, dlam = (x.new_zeros(x.shape) for x in inputs.tensors())
-    for rows, document in _apart(inputs, clamp):
+    for rows, document in _apart(inputs, cu_seqlens, clamp):
         saved = (dy[:, rows], y[:, rows], lse[..., rows])
         *grads, of_lam = _document_backward(*saved, document, clamp)
         for total, grad in zip((dq, dk, dv, db, dc, dlog_decay, dtheta), grads):

@@ -244,6 +244,16 @@ def test_wide_down_to_the_half_life_that_it_takes(dtype, L, monkeypatch):
     check_errors(solved, inputs._replace(log_decay=steps), dy)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_wide_has_a_gradient_for_a_lambda_of_zero(dtype):
+    """Its operands are then 0 in fp16, and so small in bf16 that their squares are."""
+    inputs, dy = problem(L=63, decay=-7.0, lam=0.0, Dh=16, Ds=6, dtype=dtype, device=DEVICE)
+    solved = solve("wide", inputs, dy)
+    assert not choice.flags(solved.needed, "wide", 0, 63, dtype).any()
+    check_errors(solved, inputs, dy)
+    assert solved.found[1]["lam"].all()
+
+
 def test_heads_that_no_exponent_holds_are_overwritten():
     """Their augmented operands are infinite or no numbers; the other heads' are not touched."""
     inputs, dy = mixed("wide", 70, H=4, Dh=16, dtype=torch.float16)

@@ -53,7 +53,9 @@ def augmented(q: Tensor, k: Tensor, x: Importance) -> tuple[Tensor, Tensor]:
 def split_gradients(
     dq_aug: Tensor, dk_aug: Tensor, x: Importance, Dh: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(dq, dk, dc, db) of :func:`augmented`'s contiguous gradients, the last two in fp32."""
+    """(dq, dk, dc, db) of :func:`augmented`'s contiguous gradients, the last two in fp32.
+
+    dc has with c the products that the gradient of c as lam rounded it has with that."""
     dq, dc = _narrowed(dq_aug, Dh, x.c, x.level, x.lam)
     dk, db = _narrowed(dk_aug, Dh, x.b, x.level, None)
     return dq, dk, dc, db

@@ -109,7 +109,9 @@ def narrow_kernel(
     BY: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """Gradients dx [B, L, H, DX], and dy [B, L, H, DY] fp32, of :func:`widen_kernel`."""
+    """Gradients dx [B, L, H, DX], and dy [B, L, H, DY] fp32, of :func:`widen_kernel`.
+
+    y as there; read where there is lam, which has rounded it."""
     i_b, i_h, o_t = _place(L, H, ROWS)
     level += (i_b * (H // REPEAT) + i_h // REPEAT) * L
     factor = _factor(level, lam if lam is None else lam + i_h, scale, o_t, L)

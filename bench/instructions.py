@@ -20,7 +20,11 @@ from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
+
 from bench.roofline import (
+    BF16,
+    FP32,
     Device,
     Shape,
     Stage,
@@ -29,6 +33,7 @@ from bench.roofline import (
     prologue_bytes,
     two_product_kernels,
 )
+from sisa_kernels.paths.choice import WIDE_HALF_LIFE, WIDE_RANGE, window_of
 
 TABLE = Path(__file__).parent / "instructions.csv"
 FLOPS_A_CYCLE = {80: 2048, 90: 4096, 100: 8192}  # of a multiprocessor, dense bf16
@@ -66,13 +71,18 @@ class Steps(NamedTuple):
 
 
 @cache
-def compiled_kernels(arch: int, head_dim: int, d_state: int) -> dict[str, Kernel]:
-    """The forward, query and key kernels at these widths; ValueError: the table has none."""
+def compiled_kernels(
+    arch: int, head_dim: int, d_state: int, variant: str = "plain"
+) -> dict[str, Kernel]:
+    """The forward, query and key kernels at these widths; ValueError: the table has none.
+
+    ``variant``: "plain", of one document, or "band"."""
+    wanted = str(arch), str(head_dim), str(d_state), variant
     with open(TABLE, newline="", encoding="utf-8") as file:
         rows = [
             row
             for row in csv.DictReader(file)
-            if (int(row["arch"]), int(row["Dh"]), int(row["Ds"])) == (arch, head_dim, d_state)
+            if (row["arch"], row["Dh"], row["Ds"], row["variant"]) == wanted
         ]
     if not rows:
         raise ValueError(f"{TABLE.name} has no sm_{arch} kernels of widths {head_dim}+{d_state}")
@@ -89,32 +99,38 @@ def reach_of(length: int, horizon: float) -> int:
     return max(0, math.ceil(min(horizon, length)) - 1)
 
 
-def steps_over_keys(length: int, kernel: Kernel, horizon: float) -> Steps:
-    """Of the programs that walk the keys of a tile of queries."""
+def steps_over_keys(
+    length: int, kernel: Kernel, horizon: float, window: int | None = None
+) -> Steps:
+    """Of the programs that walk the keys of a tile of queries; ``window``: of a band so wide."""
     near = diagonal = far = 0
     reach = reach_of(length, horizon)
     for start in range(0, length, kernel.m):
         whole = start // kernel.n
-        past = min(max(0, (start - reach) // kernel.n), whole)
+        begin = 0 if window is None else max(0, start - (window - 1)) // kernel.n
+        past = min(max(begin, (start - reach) // kernel.n), whole)
         end = min(start + kernel.m, length)
         near += whole - past
-        far += past
+        far += past - begin
         diagonal += -(-(end - whole * kernel.n) // kernel.diagonal)
     return Steps(near, diagonal, far)
 
 
-def steps_over_queries(length: int, kernel: Kernel, horizon: float) -> Steps:
-    """Of the programs that walk the queries of a tile of keys."""
+def steps_over_queries(
+    length: int, kernel: Kernel, horizon: float, window: int | None = None
+) -> Steps:
+    """Of the programs that walk the queries of a tile of keys; ``window``: of a band so wide."""
     near = diagonal = far = 0
     reach = reach_of(length, horizon)
     for start in range(0, length, kernel.n):
         first = start // kernel.m * kernel.m
         below = min(-(-(start + kernel.n) // kernel.m) * kernel.m, length)
+        end = length if window is None else min(start + kernel.n - 1 + window, length)
         last = -(-(start + kernel.n + reach) // kernel.m) * kernel.m
-        past = min(max(below, last), length)
+        past = max(below, min(last, end))
         diagonal += -(-(below - first) // kernel.diagonal)
         near += -(-(past - below) // kernel.m)
-        far += -(-(length - past) // kernel.m)
+        far += max(0, -(-(end - past) // kernel.m))
     return Steps(near, diagonal, far)
 
 
@@ -128,20 +144,28 @@ def macs_of(name: str, shape: Shape) -> tuple[int, int]:
     }[name]
 
 
-def bytes_of(name: str, shape: Shape) -> int:
-    """What a kernel moves, by roofline.py."""
+def bytes_of(name: str, shape: Shape, window: int | None = None) -> int:
+    """What a kernel moves, by roofline.py; of a band also what it continues, once more."""
     forward, (_, key, query) = two_product_kernels(shape, (1, 1), math.inf, 0)
-    return {"forward": forward, "query": query, "key": key}[name].bytes
+    moved = {"forward": forward, "query": query, "key": key}[name].bytes
+    if window is None:
+        return moved
+    Dh, Dv = shape.head_dim, shape.value_dim
+    row = {"forward": BF16 * Dv + FP32, "query": BF16 * Dh, "key": BF16 * (Dh + Dv)}[name]
+    return moved + row * shape.batch * shape.heads * (shape.length - window)
 
 
 def kernel_seconds(
-    name: str, kernel: Kernel, shape: Shape, device: Device, horizon: float, far: bool = True
+    name: str,
+    kernel: Kernel,
+    shape: Shape,
+    device: Device,
+    horizon: float,
+    window: int | None = None,
 ) -> float:
-    """The longest of issue, exponentials, products and bytes; without ``far``, of a band alone."""
+    """The longest of issue, exponentials, products and bytes; ``window``: of a band so wide."""
     count = steps_over_queries if name == "key" else steps_over_keys
-    steps = count(shape.length, kernel, horizon)
-    if not far:
-        steps = steps._replace(far=0)
+    steps = count(shape.length, kernel, horizon, window)
     walked, stays = (kernel.m, kernel.n) if name == "key" else (kernel.n, kernel.m)
     widths = (walked, kernel.diagonal, walked)
     content, importance = macs_of(name, shape)
@@ -157,7 +181,7 @@ def kernel_seconds(
     )
     heads = shape.batch * shape.heads
     seconds = heads * cycles / (device.multiprocessors * clock(device))
-    return max(seconds, bytes_of(name, shape) / (1e12 * device.terabytes))
+    return max(seconds, bytes_of(name, shape, window) / (1e12 * device.terabytes))
 
 
 def clock(device: Device) -> float:
@@ -179,38 +203,44 @@ def stock_seconds(shape: Shape, device: Device) -> float:
 
 
 def exact_seconds(
-    shape: Shape, device: Device, horizon: float, kernels: dict[str, Kernel], far: bool = True
+    shape: Shape,
+    device: Device,
+    horizon: float,
+    kernels: dict[str, Kernel],
+    window: int | None = None,
 ) -> float:
     """The three kernels one after the other."""
     return sum(
-        kernel_seconds(name, kernel, shape, device, horizon, far)
+        kernel_seconds(name, kernel, shape, device, horizon, window)
         for name, kernel in kernels.items()
     )
 
 
-def band_of(horizon: float, length: int, tile: int = 128) -> int:
-    """Tokens of the band: past the horizon, in whole tiles."""
-    return min(length, tile * math.ceil(min(horizon, length) / tile))
+def serves(form: str, length: int, half_life: float, horizon: float) -> bool:
+    """Whether a form takes heads of such a memory in bf16, sisa_kernels/paths/choice.py."""
+    if form == "far_and_band":
+        return horizon <= window_of(length)
+    if form.startswith("wide"):
+        return half_life >= WIDE_HALF_LIFE and length / half_life <= WIDE_RANGE[torch.bfloat16]
+    return True
 
 
 def attention_seconds(form: str, shape: Shape, device: Device, horizon: float) -> float:
     """The attention kernels of a form, forward and backward, without what runs before and after."""
-    kernels = compiled_kernels(device.arch, shape.head_dim, shape.d_state)
-    width = shape.head_dim + shape.d_state
-    if form == "exact":
-        return exact_seconds(shape, device, horizon, kernels)
+    widths = shape.head_dim, shape.d_state
+    window = window_of(shape.length)
+    if form == "exact" or (form == "far_and_band" and shape.length <= window):
+        return exact_seconds(shape, device, horizon, compiled_kernels(device.arch, *widths))
+    if form == "far_and_band":
+        kernels = compiled_kernels(device.arch, *widths, "band")
+        far = stock_seconds(replace(shape, length=shape.length - window), device)
+        return far + exact_seconds(shape, device, horizon, kernels, window)
     if form == "wide":
-        return stock_seconds(replace(shape, head_dim=width), device)
+        return stock_seconds(replace(shape, head_dim=sum(widths)), device)
     if form == "wide, v padded":
-        return stock_seconds(replace(shape, head_dim=width, value_dim=width), device)
-    if form != "far_and_band":
-        raise ValueError(f"form must be one of {', '.join(FORMS)}, got {form!r}")
-    band = band_of(horizon, shape.length)
-    total = exact_seconds(shape, device, band, kernels, far=False)
-    if band == shape.length:
-        return total
-    far = stock_seconds(replace(shape, length=shape.length - band), device)
-    return total + far
+        padded = replace(shape, head_dim=sum(widths), value_dim=sum(widths))
+        return stock_seconds(padded, device)
+    raise ValueError(f"form must be one of {', '.join(FORMS)}, got {form!r}")
 
 
 def prologue_seconds(form: str, shape: Shape, device: Device) -> float:
@@ -237,13 +267,16 @@ def lines(
     half_lives: Sequence[float],
     tolerance: float,
 ) -> Iterator[str]:
-    """The table: each form over plain attention, forward and backward."""
+    """The table: each form over plain attention, forward and backward; -: not such heads."""
     yield "over plain attention: the kernels alone, and with prologue and epilogue"
     yield f"{'L':>6} {'Ds':>4} {'half-life':>9} | " + " | ".join(f"{form:^14}" for form in FORMS)
     tokens = batch.batch * batch.length
     for length, d_state, half_life in product(lengths, d_states, half_lives):
         shape = replace(batch, batch=tokens // length, length=length, d_state=d_state)
         horizon = horizon_tokens(d_state, half_life, tolerance)
-        pairs = (over_plain(form, shape, device, horizon) for form in FORMS)
-        cells = (f"{alone:6.2f}  {whole:6.2f}" for alone, whole in pairs)
+        cells = []
+        for form in FORMS:
+            alone, whole = over_plain(form, shape, device, horizon)
+            served = serves(form, length, half_life, horizon)
+            cells.append(f"{alone:6.2f}  {whole:6.2f}" if served else f"{'-':>6}  {'-':>6}")
         yield f"{length:6} {d_state:4} {half_life:9g} | " + " | ".join(cells)

@@ -40,7 +40,14 @@ from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from sisa_kernels.triton import epilogue_kernels, horizon_kernels, kernels, prologue_kernels
+from sisa_kernels.triton import (
+    epilogue_kernels,
+    horizon_kernels,
+    kernels,
+    prologue_kernels,
+    wide,
+    wide_kernels,
+)
 from sisa_kernels.triton.prologue import TOKENS, block_of, rows_of_program
 from sisa_kernels.triton.tiles import SAFE, Tile, Tiles, table_tiles
 
@@ -151,6 +158,13 @@ BOTH = {
     "END_N": lambda job: job.tiles.key.n,
     "reach": None,
 }
+WIDE = {
+    "DX": lambda job: job.width,
+    "DY": lambda job: job.d_state,
+    "BX": lambda job: block_of(job.width),
+    "BY": lambda job: block_of(job.d_state),
+    "ROWS": wide.ROWS,
+}
 FP32_STEPS = dict.fromkeys(("log_decay", "theta", "fraction", "square_b", "square_c"), "*fp32")
 FP32_SUMS = dict.fromkeys(("decay_sums", "phase_sums", "lam_sums"), "*fp32")
 STEPS = FP32_STEPS | {"decay_sums": "*i64", "phase_sums": "*i64", "phase": "*i32"}
@@ -192,6 +206,10 @@ AROUND = {
         {"out": "*fp32"},
         importance=False,
     ),
+    "widen_q": around(wide_kernels.widen_kernel, WIDE, {}),
+    "widen_k": around(wide_kernels.widen_kernel, WIDE | {"lam": None}, {}),
+    "narrow_q": around(wide_kernels.narrow_kernel, WIDE, {"dy": "*fp32"}),
+    "narrow_k": around(wide_kernels.narrow_kernel, WIDE | {"lam": None}, {"dy": "*fp32"}),
     "products": around(epilogue_kernels.products_kernel, CHANNELS, BACK | {"phase": "*i32"}),
     "reverse": around(epilogue_kernels.reverse_sums_kernel, CHANNELS, BACK),
 }
@@ -472,7 +490,7 @@ def line(row: Row) -> str:
     return aligned(cells) + fault
 
 
-LOOP = ("version", "arch", "Dh", "Ds", "kernel", "m", "n", "diagonal", "warps")
+LOOP = ("version", "arch", "Dh", "Ds", "kernel", "variant", "m", "n", "diagonal", "warps")
 
 
 def loops_of(row: Row) -> Iterator[str]:

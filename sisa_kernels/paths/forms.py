@@ -9,7 +9,8 @@ What heads learn leaves most of the work to plain attention, which stock kernels
   add to its gradients.
 - "wide", for long memories. While a head's range of g fits the exponents of the dtype, the decay
   can be in the operands, ``[q ; sqrt(Dh) lam 2^(g_i - m) c]`` and ``[k ; 2^(m - g_j) b]``: one
-  causal call of width Dh + Ds.
+  causal call of width Dh + Ds. Its gradients of log_decay are right to the dtype where memories are
+  long alone: :data:`choice.WIDE_HALF_LIFE`.
 - "exact": our kernels alone.
 
 Which heads a form cannot serve is a flag a sequence and key head, on the device: nothing waits for
@@ -124,10 +125,7 @@ def _results(p: Problem) -> tuple[Tensor, Tensor]:
 
 @takes_flat
 def form_eager(
-    inputs: SisaInputs,
-    horizon: float,
-    form: str,
-    window: int,
+    inputs: SisaInputs, horizon: float, form: str, window: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """y [B, L, H, Dv], log2 of each softmax's sum [B, H, L], and :func:`needs` [B, G, 2].
 
@@ -140,7 +138,7 @@ def form_eager(
         y, lse = _results(p)
         exact.run_forward(p.launch, p.x, past, y, lse)
         return y, lse, needed
-    flagged = flags(needed, form, window, p.q.dtype)
+    flagged = flags(needed, form, window, p.q.shape[1], p.q.dtype)
     if form == "far_and_band":
         y, lse = _far_and_band(p, past, window, flagged)
     else:
@@ -176,7 +174,7 @@ def form_backward_eager(
         raw = exact.empty_gradients(p.q, p.k, p.v, p.x)
         exact.run_backward(p.launch, p.x, past, saved, raw)
         return exact.finished(raw, p.x, inputs.rotary, None)
-    flagged = flags(needed, form, window, p.q.dtype)
+    flagged = flags(needed, form, window, p.q.shape[1], p.q.dtype)
     if form == "far_and_band":
         raw = _far_and_band_backward(p, y, saved, past, window, flagged)
     else:
@@ -243,7 +241,7 @@ def fault(form: Form, inputs: SisaInputs) -> str | None:
     def solve() -> tuple[ValueAndGrads, ValueAndGrads]:
         shape = {"H": 4 if grouped else 2, "G": 2, **widths}
         x, dy = problem(**shape, decay=3.0, dtype=q.dtype, device=q.device)
-        slower = torch.tensor([1.0, 1 / 128], device=q.device)  # from 4 bits a token
+        slower = torch.tensor([1.0, 1 / 512], device=q.device)  # from 4 bits a token
         x = x._replace(log_decay=x.log_decay.detach() * slower)
         found = value_and_grads(lambda **x: attend(SisaInputs(**x), form), x, dy)
         return found, oracle(x, dy)

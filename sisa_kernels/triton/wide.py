@@ -35,13 +35,13 @@ def _widened(x: Tensor, y: Tensor, level: Tensor, lam: Tensor | None) -> Tensor:
 
 
 def _narrowed(
-    d_out: Tensor, width: int, level: Tensor, lam: Tensor | None
+    d_out: Tensor, width: int, y: Tensor, level: Tensor, lam: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     widths = width, d_out.shape[3] - width
     programs, sizes = _sizes(d_out.shape, level.shape[1], widths)
     dx = d_out.new_empty(*d_out.shape[:3], width)
     dy = d_out.new_empty(*d_out.shape[:3], widths[1], dtype=torch.float32)
-    launch(narrow_kernel, programs, d_out, level, lam, dx, dy, **sizes)
+    launch(narrow_kernel, programs, d_out, y, level, lam, dx, dy, **sizes)
     return dx, dy
 
 
@@ -53,7 +53,9 @@ def augmented(q: Tensor, k: Tensor, x: Importance) -> tuple[Tensor, Tensor]:
 def split_gradients(
     dq_aug: Tensor, dk_aug: Tensor, x: Importance, Dh: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(dq, dk, dc, db) of :func:`augmented`'s contiguous gradients, the last two in fp32."""
-    dq, dc = _narrowed(dq_aug, Dh, x.level, x.lam)
-    dk, db = _narrowed(dk_aug, Dh, x.level, None)
+    """(dq, dk, dc, db) of :func:`augmented`'s contiguous gradients, the last two in fp32.
+
+    dc has with c the products that the gradient of c as lam rounded it has with that."""
+    dq, dc = _narrowed(dq_aug, Dh, x.c, x.level, x.lam)
+    dk, db = _narrowed(dk_aug, Dh, x.b, x.level, None)
     return dq, dk, dc, db

@@ -5,6 +5,8 @@ A program a tile of tokens and head; every element is written by one program."""
 import triton
 import triton.language as tl
 
+from sisa_kernels.triton.prologue_kernels import load_pairs, store_pairs
+
 
 @triton.jit
 def _place(L, H, ROWS: tl.constexpr):
@@ -36,6 +38,23 @@ def _channels(x, o_t, stride, first, WIDTH: tl.constexpr, BLOCK: tl.constexpr, L
     o_d = tl.arange(0, BLOCK)
     p = x + tl.cast(o_t, tl.int64)[:, None] * stride + (first + o_d)[None, :]
     return p, (o_t < L)[:, None] & (o_d < WIDTH)[None, :]
+
+
+@triton.jit
+def _as_rounded(d0, d1, y0, y1, factor, dtype: tl.constexpr):
+    """The gradient of y from that of u, which is y times the factor, rounded to the dtype.
+
+    As complex numbers of two channels, d times the conjugate of u / y: then y and its gradient have
+    the products, real and imaginary, of u and its own. dL/dg and dL/dPhi are differences of these
+    between queries and keys, in which the rounding of u would stay."""
+    u0 = (y0 * factor).to(dtype).to(tl.float32)
+    u1 = (y1 * factor).to(dtype).to(tl.float32)
+    size = y0 * y0 + y1 * y1
+    seen = (size > 0) & (u0 * u0 + u1 * u1 > 0)  # past them lam is 0, whose gradient is not
+    size = tl.where(seen, size, 1.0)
+    along = tl.where(seen, (u0 * y0 + u1 * y1) / size, factor)
+    across = tl.where(seen, (u1 * y0 - u0 * y1) / size, 0.0)
+    return d0 * along + d1 * across, d1 * along - d0 * across
 
 
 @triton.jit
@@ -75,6 +94,7 @@ def widen_kernel(
 @triton.jit
 def narrow_kernel(
     d_out,
+    y,
     level,
     lam,
     dx,
@@ -89,7 +109,9 @@ def narrow_kernel(
     BY: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """Gradients dx [B, L, H, DX], and dy [B, L, H, DY] fp32, of :func:`widen_kernel`."""
+    """Gradients dx [B, L, H, DX], and dy [B, L, H, DY] fp32, of :func:`widen_kernel`.
+
+    y as there; read where there is lam, which has rounded it."""
     i_b, i_h, o_t = _place(L, H, ROWS)
     level += (i_b * (H // REPEAT) + i_h // REPEAT) * L
     factor = _factor(level, lam if lam is None else lam + i_h, scale, o_t, L)
@@ -97,6 +119,13 @@ def narrow_kernel(
     p, there = _channels(d_out, o_t, H * (DX + DY), 0, DX, BX, L)
     p_dx, _ = _channels(dx + (i_b * L * H + i_h) * DX, o_t, H * DX, 0, DX, BX, L)
     tl.store(p_dx, tl.load(p, mask=there, other=0.0), mask=there)
-    p, there = _channels(d_out, o_t, H * (DX + DY), DX, DY, BY, L)
-    p_dy, _ = _channels(dy + (i_b * L * H + i_h) * DY, o_t, H * DY, 0, DY, BY, L)
-    tl.store(p_dy, tl.load(p, mask=there, other=0.0).to(tl.float32) * factor[:, None], mask=there)
+    d0, d1 = load_pairs(d_out + DX, o_t, H * (DX + DY), 1, L, 0, DY // 2, BY // 2)
+    scales = factor[:, None]
+    if lam is None:  # a power of two: nothing was rounded
+        d0 *= scales
+        d1 *= scales
+    else:
+        y += (i_b * L * H + i_h) * DY
+        y0, y1 = load_pairs(y, o_t, H * DY, 1, L, 0, DY // 2, BY // 2)
+        d0, d1 = _as_rounded(d0, d1, y0, y1, scales, d_out.dtype.element_ty)
+    store_pairs(dy + (i_b * L * H + i_h) * DY, d0, d1, o_t, H * DY, L, 0, DY // 2, BY // 2)

@@ -89,17 +89,53 @@ def test_what_the_model_says_at_two_thousand_tokens():
     assert 1.9 < took / instructions.stock_seconds(SHAPE, H200) < 2.3
 
 
-def test_a_band_is_whole_tiles_and_all_of_a_short_sequence():
-    assert instructions.band_of(1, 2048) == 128
-    assert instructions.band_of(129, 2048) == 256
-    assert instructions.band_of(math.inf, 2048) == 2048
-    short = replace(SHAPE, length=128)
+@pytest.mark.parametrize(("m", "n"), [(32, 16), (16, 32), (32, 32)])
+@pytest.mark.parametrize("window", [1, 20, 64])
+def test_steps_of_a_band_against_a_count_of_tiles(m, n, window):
+    """Of the tiles past the diagonal those with a pair less than ``window`` apart."""
+    length, horizon, tiled = 128, 17.0, kernel(m, n)
+
+    def counted(tiles):
+        distances = [max(0, row - (column + n - 1)) for row, column in tiles]
+        near = sum(distance < min(horizon, window) for distance in distances)
+        return near, sum(distance < window for distance in distances) - near
+
+    over_keys = [(i, j) for i in range(0, length, m) for j in range(0, i // n * n, n)]
+    found = instructions.steps_over_keys(length, tiled, horizon, window)
+    assert (found.near, found.far) == counted(over_keys)
+    over_queries = [
+        (i, j) for j in range(0, length, n) for i in range(-(-(j + n) // m) * m, length, m)
+    ]
+    found = instructions.steps_over_queries(length, tiled, horizon, window)
+    assert (found.near, found.far) == counted(over_queries)
+
+
+def test_a_band_alone_where_there_is_nothing_past_it():
+    short = replace(SHAPE, length=16)
     band, exact = (attention_seconds(f, short, H200, 1e3) for f in ("far_and_band", "exact"))
     assert band == exact
+    moved = instructions.bytes_of("forward", SHAPE, 256) - instructions.bytes_of("forward", SHAPE)
+    assert moved == 16 * 12 * (2048 - 256) * (2 * 64 + 4)  # far attention's y and log-sum-exp
     with pytest.raises(ValueError, match="form must be one of exact, far_and_band"):
         attention_seconds("band", SHAPE, H200, 1.0)
     with pytest.raises(ValueError, match="no sm_90 kernels of widths 48"):
         compiled_kernels(90, 48, 16)
+
+
+@pytest.mark.parametrize(
+    ("form", "length", "half_life", "served"),
+    [
+        ("far_and_band", 4096, 20.0, True),
+        ("far_and_band", 4096, 22.0, False),
+        ("wide", 4096, 64.0, True),
+        ("wide", 4096, 63.0, False),
+        ("wide, v padded", 16384, 81.0, False),  # 202 bits
+        ("exact", 16384, 1.0, True),
+    ],
+)
+def test_a_form_is_compared_where_it_serves(form, length, half_life, served):
+    horizon = horizon_tokens(16, half_life)
+    assert instructions.serves(form, length, half_life, horizon) == served
 
 
 def test_stock_attention_is_counted_in_whole_tiles():
@@ -114,7 +150,10 @@ def test_the_roofline_prints_the_table_on_paper(capsys):
     assert main(command) == 0
     out = capsys.readouterr().out
     _, table = out.split("as compiled, on paper\n")
-    assert [line.split()[2] for line in table.splitlines()[2:]] == ["3", "20", "100"]
+    rows = [line.split() for line in table.splitlines()[2:]]
+    assert [row[2] for row in rows] == ["3", "20", "100"]
+    far_and_band, wide = ([row[i] == "-" for row in rows] for i in (7, 10))
+    assert (far_and_band, wide) == ([False, False, True], [True, True, False])
     assert main([*command, "--head-dim", "48"]) == 0
     assert "none: instructions.csv has no sm_90 kernels" in capsys.readouterr().out
 
@@ -125,11 +164,12 @@ def test_the_counts_are_what_this_triton_compiles():
     table = (ROOT / "bench" / "instructions.csv").read_text().splitlines()
     if not table[1].startswith(f"{triton.__version__},"):
         pytest.skip(f"the table is another Triton's: {table[1].partition(',')[0]}")
-    command = [sys.executable, "tools/resources.py", "--loops", "--variants", "plain"]
-    command += ["--arch", "90", "--d-states", "16"]
+    command = [sys.executable, "tools/resources.py", "--loops", "--arch", "90"]
+    command += ["--d-states", "16", "--variants", "plain", "band"]
+    command += ["--kernels", "forward", "query", "key"]
     env = {**os.environ, "TRITON_INTERPRET": "0", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=True)
     header, *found = done.stdout.splitlines()
     assert header == table[0]
-    assert len(found) == 9
+    assert len(found) == 18
     assert set(found) <= set(table)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+import os
 import shlex
 import subprocess
 import sys
@@ -23,6 +24,20 @@ from tests.support.commands import run_instead
 def shown(capsys, *args):
     assert main([*args]) == 0
     return capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("said", "set_"),
+    [({}, "1000"), ({"OMP_WAIT_POLICY": "active"}, None), ({"GOMP_SPINCOUNT": "7"}, "7")],
+)
+def test_idle_threads_leave_the_cores_unless_told_otherwise(said, set_, monkeypatch, capsys):
+    for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT"):
+        monkeypatch.setenv(name, "")  # so that it is put back
+        monkeypatch.delenv(name)
+    for name, value in said.items():
+        monkeypatch.setenv(name, value)
+    shown(capsys, "--version")
+    assert os.environ.get("GOMP_SPINCOUNT") == set_
 
 
 def test_help_names_every_command_on_one_screen(capsys):

@@ -12,8 +12,8 @@ from sisa_kernels import _extension, reference, selfcheck
 from sisa_kernels.checks import check_attention
 from sisa_kernels.distributed.attention import Place, attend_over_ranks, find_place
 from sisa_kernels.distributed.layout import SequenceLayout
-from sisa_kernels.distributed.local import Chunked, Native, Operands, Pieces, Triton
-from sisa_kernels.inputs import BACKENDS, Backend, Mode, Rotary, SisaInputs
+from sisa_kernels.distributed.local import Chunked, Native, Pieces, Triton
+from sisa_kernels.inputs import BACKENDS, Backend, Mode, Operands, Rotary, SisaInputs
 from sisa_kernels.ops import of_one_dtype, refuse_forward_mode, say_once, without_autocast
 from sisa_kernels.paths import native, one_call
 from sisa_kernels.paths.augment import guard_compiled

@@ -7,13 +7,12 @@ from torch import Tensor
 from sisa_kernels.attention import asked_backend, runs_native, sisa_attention
 from sisa_kernels.cache import TokenCache, last, refuse_gradients
 from sisa_kernels.checks import check_attention, check_rotary
-from sisa_kernels.inputs import Backend, Rotary, SisaInputs
+from sisa_kernels.inputs import Backend, Operands, Rotary, SisaInputs
 from sisa_kernels.ops import of_one_dtype, without_autocast
 from sisa_kernels.paths.choice import Adaptive
 from sisa_kernels.scans import cumulative_decay
 from sisa_kernels.step import (
     Held,
-    NewTokens,
     at_phase,
     decode_packed,
     decode_packed_eager,
@@ -170,7 +169,7 @@ def _extend(inputs: SisaInputs, cache: SisaCache, backend: Backend | Adaptive) -
     before = cache.last_phase()
     # One token takes the op, which is compiled where it can be.
     compiled = T == 1 or runs_native(inputs, backend)
-    y = extend(NewTokens(*inputs[:9]), held, compiled=compiled)
+    y = extend(Operands(*inputs[:9]), held, compiled=compiled)
     cache.advance(T, None)
     if cache.phases is not None:
         cache.phases.append(phase=wrapped_phase(inputs.theta, before))

@@ -21,8 +21,8 @@ from sisa_kernels.cache import TokenCache, refuse_gradients
 from sisa_kernels.checks import check_forgetting
 from sisa_kernels.distributed.attention import attend_over_ranks, find_place
 from sisa_kernels.distributed.layout import SequenceLayout
-from sisa_kernels.distributed.local import Native, Operands, Softmax, row_sums
-from sisa_kernels.inputs import Rotary, by_document, is_grouped, spans
+from sisa_kernels.distributed.local import Native, Softmax, row_sums
+from sisa_kernels.inputs import Operands, Rotary, by_document, is_grouped, spans
 from sisa_kernels.ops import (
     no_second_derivative,
     of_one_dtype,
@@ -30,10 +30,10 @@ from sisa_kernels.ops import (
     register,
     without_autocast,
 )
-from sisa_kernels.paths import chunked, native
+from sisa_kernels.paths import chunked, dense, native
 from sisa_kernels.rotation import rotate
 from sisa_kernels.scans import cumulative_decay, to_query_heads, work_dtype
-from sisa_kernels.step import NewTokens, extend, held_by
+from sisa_kernels.step import extend, held_by
 
 # Queries a call in half precision: over them g falls by less than 2^14 unless its mean step passes
 # -8.
@@ -183,7 +183,7 @@ def forgetting_decode(
     compiled = native.choose_plain(backend, "chunked", q, v, "forgetting attention", forgets=True)
     cache.reserve(new)
     with without_autocast(q.device):
-        y = extend(NewTokens(q, k, v, log_decay=log_forget), held_by(cache), compiled=compiled)
+        y = extend(Operands(q, k, v, log_decay=log_forget), held_by(cache), compiled=compiled)
     cache.advance(q.shape[1], None)  # last: after an error the cache is as it was
     return y
 
@@ -265,24 +265,22 @@ def _chunks(k_aug: Tensor, log_forget: Tensor, bias: slice) -> Iterator[tuple[in
     """Yield (start, end) of each chunk, the keys up to its end holding their biases about it."""
     G = k_aug.shape[2]
     g = cumulative_decay(log_forget)
-    for start, end in _chunk_bounds(g):
+    for start, end in chunked.chunk_bounds(g):
         relative = (_middle(g, start, end) - g[:, :end]).unflatten(2, (G, -1))
         k_aug[:, :end, :, bias] = relative.to(k_aug.dtype)
         yield start, end
 
 
-def _chunk_bounds(g: Tensor) -> list[tuple[int, int]]:
-    longest = g.shape[1] if chunked.has_flash(g.device) else chunked.MAX_DENSE_CHUNK
-    return chunked.chunk_bounds(g, longest)
-
-
 def row_frames(log_forget: Tensor, cu_seqlens: Tensor | None) -> Iterator[tuple[slice, Tensor]]:
     """Rows of each chunk, and what their log-sum-exp lacks in :func:`forgetting_eager`.
 
-    That is g_i less the middle of the chunk's range, [B, chunk, H] fp64."""
+    That is g_i less the middle of the chunk's range, [B, chunk, H] fp64; of dense scores
+    none."""
+    if not dense.has_flash(log_forget.device):
+        return
     for document in spans(cu_seqlens, log_forget.shape[1]):
         g = cumulative_decay(log_forget[:, document])
-        for start, end in _chunk_bounds(g):
+        for start, end in chunked.chunk_bounds(g):
             rows = slice(document.start + start, document.start + end)
             yield rows, g[:, start:end] - _middle(g, start, end)
 
@@ -292,14 +290,29 @@ def forgetting_eager(
 ) -> tuple[Tensor, Tensor]:
     """In fp32 or fp64: (y [B, L, H, Dv], log-sum-exp [B, H, L] within a query's chunk).
 
-    Past the last document y is 0 and the log-sum-exp -inf."""
+    By dense scores it is that of the scores themselves. Past the last document y is 0 and it is
+    -inf."""
     B, L, H, _ = q.shape
     y = q.new_zeros(B, L, H, v.shape[3])
     lse = q.new_full((B, H, L), -math.inf)
+    if not dense.has_flash(q.device):
+        for rows, x in _dense_operands(q, k, v, log_forget, cu_seqlens):
+            y[:, rows], lse[..., rows] = dense.attend(x)
+        return y, lse
     for rows in spans(cu_seqlens, L):
         query, key, value, gates = (x[:, rows] for x in (q, k, v, log_forget))
         _attend_document(query, key, value, gates, y[:, rows], lse[..., rows])
     return y, lse
+
+
+def _dense_operands(
+    q: Tensor, k: Tensor, v: Tensor, log_forget: Tensor, cu_seqlens: Tensor | None
+) -> Iterator[tuple[slice, dense.Operands]]:
+    """What :mod:`dense` takes, with its rows."""
+    for rows, bounds in dense.apart(cu_seqlens, q.shape[1]):
+        query, key, value, gates = (x[:, rows] for x in (q, k, v, log_forget))
+        g = cumulative_decay(gates)
+        yield rows, dense.Operands(query, key, value, g, bounds=bounds)
 
 
 def _attend_document(
@@ -341,9 +354,16 @@ def forgetting_backward_eager(
     cu_seqlens: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of :func:`forgetting_eager`, from its inputs and outputs alone."""
-    if cu_seqlens is None:
+    is_dense = not dense.has_flash(q.device)
+    if cu_seqlens is None and not is_dense:
         return _document_backward(dy, y, lse, q, k, v, log_forget)
     dq, dk, dv, dlog_forget = (x.new_zeros(x.shape) for x in (q, k, v, log_forget))
+    if is_dense:
+        for rows, operands in _dense_operands(q, k, v, log_forget, cu_seqlens):
+            found = dense.attend_backward(operands, dy[:, rows], y[:, rows], lse[..., rows])
+            for total, grad in zip((dq, dk, dv, dlog_forget), found[:4]):
+                total[:, rows] = grad
+        return dq, dk, dv, dlog_forget
     for rows in spans(cu_seqlens, q.shape[1]):
         document = (x[:, rows] for x in (q, k, v, log_forget))
         grads = _document_backward(dy[:, rows], y[:, rows], lse[..., rows], *document)

@@ -1,8 +1,10 @@
 """The operands of SISA attention as records, and the choices that go with them."""
 
+import functools
+import inspect
 import itertools
 from collections.abc import Callable
-from typing import Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -135,6 +137,71 @@ class SisaInputs(NamedTuple):
         tokens = (x[:, rows] for x in self[:7])
         rotary = self.rotary and (self.rotary[0][rows], self.rotary[1][rows])
         return SisaInputs._make((*tokens, self.lam, rotary, None))
+
+
+class Operands(NamedTuple):
+    """Tokens and what some kind of attention takes of them; what it does not take is None.
+
+    With all, SISA, under the names of :class:`SisaInputs`; with q, k, v and log_decay FoX or ALiBi;
+    with q, k and v plain attention."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    b: Tensor | None = None
+    c: Tensor | None = None
+    log_decay: Tensor | None = None
+    """[B, L, G] with b; without it FoX's [B, L, H]."""
+    theta: Tensor | None = None
+    lam: Tensor | None = None
+    rotary: Rotary | None = None
+    """As in SisaInputs; of new tokens over a cache also [B, L, Dh / 2]."""
+
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        """All that gradients flow to."""
+        return self[:8]
+
+    def given(self) -> list[Tensor]:
+        """:meth:`tensors` without those that there are not."""
+        return [x for x in self[:8] if x is not None]
+
+    def flat(self) -> tuple[Tensor | None, ...]:
+        """As a registered op takes it: (q, k, v, b, c, log_decay, theta, lam, cos, sin)."""
+        return *self[:8], *(self.rotary or (None, None))
+
+    def token(self, t: int) -> "Operands":
+        """The operands of the token t."""
+        parts = (None if x is None else x[:, t : t + 1] for x in self[:7])
+        rotary = self.rotary
+        if rotary is not None:
+            rotary = (rotary[0][..., t : t + 1, :], rotary[1][..., t : t + 1, :])
+        return Operands._make((*parts, self.lam, rotary))
+
+
+def takes_flat(function: Callable) -> Callable:
+    """``function`` of one record of operands as a registered op takes it, with that signature.
+
+    In the place of the record stand what its ``flat()`` gives: its tensors, cos and sin."""
+    signature = inspect.signature(function)
+    parameters = list(signature.parameters.values())
+    kinds = [parameter.annotation for parameter in parameters]
+    (start,) = (n for n, kind in enumerate(kinds) if kind in (ScoreInputs, SisaInputs, Operands))
+    record = kinds[start]
+    tensors = record._fields[: record._fields.index("rotary")]
+    flat = {name: record.__annotations__[name] for name in tensors}
+    flat |= dict.fromkeys(("cos", "sin"), Tensor | None)
+    cos = start + len(tensors)
+
+    @functools.wraps(function)
+    def run(*args: Any) -> Any:
+        rotary = as_rotary(*args[cos : cos + 2])
+        return function(*args[:start], record(*args[start:cos], rotary), *args[cos + 2 :])
+
+    parameters[start : start + 1] = [
+        parameters[start].replace(name=name, annotation=kind) for name, kind in flat.items()
+    ]
+    run.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+    return run
 
 
 # The fields of SisaInputs that have a gradient.

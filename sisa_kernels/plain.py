@@ -9,15 +9,15 @@ from sisa_kernels.cache import TokenCache, refuse_gradients
 from sisa_kernels.checks import check_documents, check_qk, check_rotary, check_values, readable
 from sisa_kernels.distributed.attention import attend_over_ranks, find_place
 from sisa_kernels.distributed.layout import SequenceLayout
-from sisa_kernels.distributed.local import Native, Operands
+from sisa_kernels.distributed.local import Native
 from sisa_kernels.forgetting import StockPieces
-from sisa_kernels.inputs import PlainBackend, Rotary, by_document, is_grouped
+from sisa_kernels.inputs import Operands, PlainBackend, Rotary, by_document, is_grouped
 from sisa_kernels.ops import of_one_dtype, refuse_forward_mode, without_autocast
 from sisa_kernels.paths import native
 from sisa_kernels.paths.chunked import finite
 from sisa_kernels.rotation import rotate
 from sisa_kernels.scans import to_query_heads
-from sisa_kernels.step import NewTokens, extend, held_by
+from sisa_kernels.step import extend, held_by
 
 
 def causal_attention(
@@ -103,7 +103,7 @@ def causal_decode(
     cache.check(new, None)
     cache.reserve(new)
     with without_autocast(q.device):
-        y = extend(NewTokens(q, k, v, rotary=rotary), held_by(cache), compiled=True)
+        y = extend(Operands(q, k, v, rotary=rotary), held_by(cache), compiled=True)
     cache.advance(q.shape[1], None)  # last: after an error the cache is as it was
     return y
 

@@ -24,40 +24,13 @@ from sisa_kernels.checks import (
     check_values,
     wide_dtypes,
 )
-from sisa_kernels.inputs import Rotary, ScoreInputs, as_rotary
+from sisa_kernels.inputs import Operands, Rotary, ScoreInputs, as_rotary, takes_flat
 from sisa_kernels.ops import register
 from sisa_kernels.paths import native
 from sisa_kernels.rotation import rotate
 from sisa_kernels.scans import cumulative_decay, work_dtype
 
 FEW = 4  # new tokens that are quicker one after another than together
-
-
-class NewTokens(NamedTuple):
-    """T new tokens' inputs [B, T, heads(, channels)].
-
-    As in :func:`sisa_kernels.sisa_attention`; without b, c, theta and lam as in
-    :func:`sisa_kernels.forgetting_attention`, with log_decay [B, T, H], or without that in
-    :func:`sisa_kernels.causal_attention`."""
-
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    b: Tensor | None = None
-    c: Tensor | None = None
-    log_decay: Tensor | None = None
-    theta: Tensor | None = None
-    lam: Tensor | None = None
-    rotary: Rotary | None = None
-    """(cos, sin) of the tokens' positions, each [T, Dh / 2] or [B, T, Dh / 2]."""
-
-    def token(self, t: int) -> "NewTokens":
-        """The inputs of the token t."""
-        parts = (None if x is None else x[:, t : t + 1] for x in self[:7])
-        rotary = self.rotary
-        if rotary is not None:
-            rotary = (rotary[0][..., t : t + 1, :], rotary[1][..., t : t + 1, :])
-        return NewTokens._make((*parts, self.lam, rotary))
 
 
 class Held(NamedTuple):
@@ -127,7 +100,7 @@ def reach_of(b: Tensor) -> Tensor:
     return b.double().norm(dim=-1).amax(1)
 
 
-def _check_step(new: NewTokens, held: Held) -> None:
+def _check_step(new: Operands, held: Held) -> None:
     """Refuse a wrong shape, dtype, device or range, as csrc/torch/decode.cpp does."""
     q = new.q
     check_qk(q, new.k)
@@ -147,7 +120,7 @@ def _check_step(new: NewTokens, held: Held) -> None:
     _check_tables(new.rotary, q)
 
 
-def _check_held(new: NewTokens, held: Held, gates: int) -> None:
+def _check_held(new: Operands, held: Held, gates: int) -> None:
     q = new.q
     if held.k.ndim != 4:
         wanted = "[batch, key heads, capacity, channels]"
@@ -197,7 +170,7 @@ def one_token(rotary: Rotary | None) -> tuple[Tensor | None, Tensor | None]:
     return cos, sin
 
 
-def extend(new: NewTokens, held: Held, *, compiled: bool) -> Tensor:
+def extend(new: Operands, held: Held, *, compiled: bool) -> Tensor:
     """T new tokens behind those of ``held``, which they are written to: y [B, T, H, Dv].
 
     ``compiled``, for what :func:`sisa_kernels.paths.native.refusal` lets through: a few by
@@ -230,7 +203,7 @@ def _copy(x: Tensor | None) -> Tensor | None:
     return None if x is None else x.clone()
 
 
-def _step(new: NewTokens, held: Held, attend: Callable[[Rotated, Held], Tensor]) -> Tensor:
+def _step(new: Operands, held: Held, attend: Callable[[Rotated, Held], Tensor]) -> Tensor:
     """:func:`extend` of any number T of new tokens."""
     g = phases = c = b = None
     lam = new.lam
@@ -330,17 +303,9 @@ def _attend_rows(new: Rotated, held: Held, rows: slice, offset: int, T: int) -> 
     return native.attention_op(*operands, None, None, None, offset)[0]
 
 
+@takes_flat
 def decode_eager(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    b: Tensor | None,
-    c: Tensor | None,
-    log_decay: Tensor | None,
-    theta: Tensor | None,
-    lam: Tensor | None,
-    cos: Tensor | None,
-    sin: Tensor | None,
+    new: Operands,
     k_cache: Tensor,
     v_cache: Tensor,
     b_cache: Tensor | None,
@@ -352,16 +317,15 @@ def decode_eager(
     """One new token a row in slot ``lengths[r]``: y [B, 1, H, Dv] over it and the slots before.
 
     Caches are those of :class:`Held`, ``phase`` and ``reach`` move on to the new token, ``cos`` and
-    ``sin`` [B or 1, 1, Dh/2] are of its position; the others are those of :class:`NewTokens`."""
-    new = NewTokens(q, k, v, b, c, log_decay, theta, lam, as_rotary(cos, sin))
+    ``sin`` [B or 1, 1, Dh/2] are of its position; the others are those of :class:`Operands`."""
     held = Held(k_cache, v_cache, b_cache, g_cache, phase, reach, lengths)
     _check_step(new, held)
     return _step(new, held, _attend)
 
 
-def _decode_fake(*arguments: Any) -> Tensor:
-    new = NewTokens._make((*arguments[:8], as_rotary(*arguments[8:10])))
-    _check_step(new, Held(*arguments[10:]))
+@takes_flat
+def _decode_fake(new: Operands, *held: Any) -> Tensor:
+    _check_step(new, Held(*held))
     return new.q.new_empty(*new.q.shape[:3], new.v.shape[3])
 
 
@@ -369,7 +333,7 @@ CACHES = ("k_cache", "v_cache", "b_cache", "g_cache", "phase", "reach")
 decode = register("decode", decode_eager, _decode_fake, mutates=CACHES, in_library=True)
 
 
-def _unpacked(packed: Tensor, decay_bias: Tensor, raw_lam: Tensor, held: Held) -> NewTokens:
+def _unpacked(packed: Tensor, decay_bias: Tensor, raw_lam: Tensor, held: Held) -> Operands:
     """What one product of all of a layer's projections holds, with its gates."""
     G, _, Dh = held.k.shape[1:]
     assert held.b is not None
@@ -386,7 +350,7 @@ def _unpacked(packed: Tensor, decay_bias: Tensor, raw_lam: Tensor, held: Held) -
     heads = [x.unflatten(-1, (n, -1)) for x, n in ((q, H), (k, G), (v, G), (b, G), (c, H))]
     log_decay = -F.softplus(alpha.float() + decay_bias)
     steps = theta.float().unflatten(-1, (G, -1))
-    return NewTokens._make((*heads, log_decay, steps, F.softplus(raw_lam), None))
+    return Operands._make((*heads, log_decay, steps, F.softplus(raw_lam), None))
 
 
 def decode_packed_eager(

@@ -18,10 +18,10 @@ from torch.distributed import ProcessGroup
 from sisa_kernels.checks import readable
 from sisa_kernels.distributed.exchange import Exchange, gather_rows
 from sisa_kernels.distributed.layout import Geometry, Piece, SequenceLayout, geometry
-from sisa_kernels.distributed.local import Operands, Pieces, Softmax
+from sisa_kernels.distributed.local import Pieces, Softmax
 from sisa_kernels.distributed.rectangle import operand_dtype, rectangle, rectangle_backward
 from sisa_kernels.distributed.terms import ForgetTerm, ImportanceTerm, PlainTerm
-from sisa_kernels.inputs import Rotary
+from sisa_kernels.inputs import Operands, Rotary
 from sisa_kernels.ops import without_autocast
 from sisa_kernels.paths.chunked import merge
 from sisa_kernels.rotation import rotate

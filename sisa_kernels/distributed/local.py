@@ -4,13 +4,13 @@ Each returns y and the scores' log-sum-exp, and its backward gives these pairs' 
 gradients, once y and the log-sum-exp of all pairs are known."""
 
 import math
-from typing import Any, NamedTuple, Protocol
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sisa_kernels.inputs import Rotary
+from sisa_kernels.inputs import Operands
 from sisa_kernels.paths import native
 from sisa_kernels.paths.chunked import chunked_backward, chunked_op
 
@@ -20,33 +20,6 @@ except ImportError:
     triton_op = None  # type: ignore[assignment]
 
 Softmax = tuple[Tensor, Tensor]  # y [B, L, H, Dv] and log-sum-exp [B, H, L], fp32 or fp64
-
-
-class Operands(NamedTuple):
-    """A rank's tokens as the operators take them; what a kind of attention has not is None."""
-
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    b: Tensor | None = None
-    c: Tensor | None = None
-    log_decay: Tensor | None = None
-    """[B, L, G] with b; without it FoX's [B, L, H]."""
-    theta: Tensor | None = None
-    lam: Tensor | None = None
-    rotary: Rotary | None = None
-
-    def tensors(self) -> tuple[Tensor | None, ...]:
-        """All that gradients flow to."""
-        return self[:8]
-
-    def given(self) -> list[Tensor]:
-        """:meth:`tensors` without those that there are not."""
-        return [x for x in self[:8] if x is not None]
-
-    def flat(self) -> tuple[Any, ...]:
-        """As a registered op takes them: q .. lam, cos, sin."""
-        return *self[:8], *(self.rotary or (None, None))
 
 
 class Pieces(Protocol):

@@ -2,18 +2,13 @@
 
 They return the log-sum-exp of the scores, and their backward takes that of a softmax over more
 keys: it is then these keys' share. On a CPU, and in half precision on a GPU, these are flash
-kernels; elsewhere scores are dense, ``MAX_DENSE_CHUNK`` queries at a time."""
+kernels; elsewhere scores are dense, ``ROWS`` queries at a time."""
 
 import torch
 from torch import Tensor
 
-from sisa_kernels.paths.chunked import (
-    MAX_DENSE_CHUNK,
-    attend,
-    attend_backward,
-    has_flash,
-    padded,
-)
+from sisa_kernels.paths.chunked import attend, attend_backward, padded
+from sisa_kernels.paths.dense import ROWS, has_flash
 from sisa_kernels.scans import to_key_heads, to_query_heads, work_dtype
 
 HALF = (torch.bfloat16, torch.float16)
@@ -51,7 +46,7 @@ def rectangle(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Te
         q, k, v = (to_query_heads(x, heads).transpose(1, 2) for x in (q, k, v))
         out, lse, *_ = _flash(q, k, v, 0.0, False, False, scale=scale)
         return out.transpose(1, 2)[..., :Dv].float(), lse
-    rows = max(1, q.shape[1] if has_flash(q.device) else MAX_DENSE_CHUNK)
+    rows = max(1, q.shape[1] if has_flash(q.device) else ROWS)
     parts = [attend(part, k, v, False, scale) for part in q.split(rows, 1)]
     out = torch.cat([part[0] for part in parts], 1)
     return out[..., :Dv], torch.cat([part[1] for part in parts], 2)
@@ -71,7 +66,7 @@ def rectangle_backward(
     if _runs_flash(q, width):
         dq, dk, dv = _by_flash(q, k, v, dout, out, lse.float().contiguous(), scale)
     else:
-        rows = max(1, q.shape[1] if has_flash(q.device) else MAX_DENSE_CHUNK)
+        rows = max(1, q.shape[1] if has_flash(q.device) else ROWS)
         cut = zip(*(x.split(rows, 1) for x in (q, dout, out)), lse.split(rows, 2))
         parts = [attend_backward(x, k, v, False, dx, y, sums, scale) for x, dx, y, sums in cut]
         dq = torch.cat([part[0] for part in parts], 1)

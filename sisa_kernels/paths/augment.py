@@ -15,7 +15,7 @@ from torch import Tensor
 
 from sisa_kernels import _extension, selfcheck
 from sisa_kernels.checks import DTYPES, check_operands, check_shapes, check_tensor
-from sisa_kernels.inputs import Rotary, ScoreInputs, as_rotary
+from sisa_kernels.inputs import Rotary, ScoreInputs, takes_flat
 from sisa_kernels.ops import (
     no_second_derivative,
     of_one_dtype,
@@ -64,10 +64,8 @@ class _Factors:
 # ---- The ops; like csrc they refuse every wrong shape, dtype, device or range of a direct call ---
 
 
-def _checked(*operands: Any) -> ScoreInputs:
-    """The record of what both ops take: (q .. lam, cos, sin, starts, clamp), all checked."""
-    *tensors, cos, sin, starts, clamp = operands
-    x = ScoreInputs._make((*tensors, as_rotary(cos, sin)))
+def _check(x: ScoreInputs, starts: list[int], clamp: float) -> None:
+    """Check what both ops take."""
     check_shapes(x)
     if not clamp >= 0:
         raise ValueError(f"clamp must be >= 0, got {clamp}")
@@ -75,7 +73,6 @@ def _checked(*operands: Any) -> ScoreInputs:
     rises = all(lo < hi for lo, hi in zip(starts, [*starts[1:], L]))
     if not starts or starts[0] != 0 or not rises:
         raise ValueError(f"starts must rise from 0 and stay below the length {L}, got {starts}")
-    return x
 
 
 def _check_results(x: ScoreInputs, width: int, dtype: torch.dtype) -> None:
@@ -109,24 +106,18 @@ def _check_gradients(
         check_tensor("phase_flux", phase_flux, shape, double, x.q.device)
 
 
+@takes_flat
 def augment_eager(
-    q: Tensor,
-    k: Tensor,
-    b: Tensor,
-    c: Tensor,
-    log_decay: Tensor,
-    theta: Tensor,
-    lam: Tensor,
-    cos: Tensor | None,
-    sin: Tensor | None,
+    x: ScoreInputs,
     starts: list[int],
     clamp: float,
     width: int,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
     """:func:`augment` as the op takes it. Differentiable."""
-    x = _checked(q, k, b, c, log_decay, theta, lam, cos, sin, starts, clamp)
+    _check(x, starts, clamp)
     _check_results(x, width, dtype)
+    q, k, b, c = x[:4]
     Dh = q.shape[3]
     importance = slice(Dh, Dh + b.shape[3])
     factors = _Factors(x, starts, clamp)
@@ -142,34 +133,30 @@ def augment_eager(
     return q_aug, k_aug
 
 
-def _augment_fake(*arguments: Any) -> tuple[Tensor, Tensor]:
-    *operands, width, dtype = arguments
-    x = _checked(*operands)
+@takes_flat
+def _augment_fake(
+    x: ScoreInputs, starts: list[int], clamp: float, width: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    _check(x, starts, clamp)
     _check_results(x, width, dtype)
     q_aug, k_aug = (t.new_empty(*t.shape[:3], width, dtype=dtype) for t in (x.q, x.k))
     return q_aug, k_aug
 
 
+@takes_flat
 def augment_backward_eager(
     dq_aug: Tensor,
     dk_aug: Tensor,
-    q: Tensor,
-    k: Tensor,
-    b: Tensor,
-    c: Tensor,
-    log_decay: Tensor,
-    theta: Tensor,
-    lam: Tensor,
-    cos: Tensor | None,
-    sin: Tensor | None,
+    x: ScoreInputs,
     starts: list[int],
     clamp: float,
     decay_flux: Tensor | None,
     phase_flux: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """:func:`augment_backward` as the op takes it; the fluxes are its carries."""
-    x = _checked(q, k, b, c, log_decay, theta, lam, cos, sin, starts, clamp)
+    _check(x, starts, clamp)
     _check_gradients(x, len(starts), dq_aug, dk_aug, decay_flux, phase_flux)
+    q, k, b, c, log_decay = x[:5]
     Dh = q.shape[3]
     G = k.shape[2]
     importance = slice(Dh, Dh + b.shape[3])
@@ -202,9 +189,17 @@ def augment_backward_eager(
     return dq, dk, db, dc, dlog_decay, dtheta, dlam
 
 
-def _augment_backward_fake(*arguments: Any) -> tuple[Tensor, ...]:
-    dq_aug, dk_aug, *operands, starts, clamp, decay_flux, phase_flux = arguments
-    x = _checked(*operands, starts, clamp)
+@takes_flat
+def _augment_backward_fake(
+    dq_aug: Tensor,
+    dk_aug: Tensor,
+    x: ScoreInputs,
+    starts: list[int],
+    clamp: float,
+    decay_flux: Tensor | None,
+    phase_flux: Tensor | None,
+) -> tuple[Tensor, ...]:
+    _check(x, starts, clamp)
     _check_gradients(x, len(starts), dq_aug, dk_aug, decay_flux, phase_flux)
     return tuple(t.new_empty(t.shape) for t in x.tensors())
 

@@ -7,7 +7,8 @@ exp(g_start - g_j)``: both exponents are <= 0, and old keys underflow harmlessly
 partial softmaxes are merged by their log-sum-exp; given the merged one, each part's backward is its
 exact share.
 
-With a finite clamp a document is one chunk, which is the authors' formulation."""
+With a finite clamp a document is one chunk, which is the authors' formulation. Where no stock flash
+kernel serves (a GPU) exact attention is :mod:`dense`, which reads nothing of the device."""
 
 import math
 from collections.abc import Iterator
@@ -17,11 +18,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sisa_kernels.inputs import SisaInputs, as_rotary, spans
+from sisa_kernels.inputs import SisaInputs, spans, takes_flat
 from sisa_kernels.ops import no_second_derivative, register
+from sisa_kernels.paths import dense
 from sisa_kernels.paths.augment import augment, augment_backward
+from sisa_kernels.rotation import rotate
 from sisa_kernels.scans import (
     cumulative_decay,
+    cumulative_phase,
     pair_products,
     segment_middle,
     to_query_heads,
@@ -31,14 +35,12 @@ from sisa_kernels.scans import (
 # Measured at b_a = +1, Ds = 128, L = 4096: gradient of log_decay within 1.6e-5 of fp64 at 80,
 # 9.7e-6 at 40, 6.4e-6 at 20.
 MAX_RANGE = 40.0
-# where scores are held densely (no CPU flash kernel), a chunk's rows x keys bounds the memory
-MAX_DENSE_CHUNK = 512
 
 
-def chunk_bounds(g: Tensor, max_length: int) -> list[tuple[int, int]]:
+def chunk_bounds(g: Tensor) -> list[tuple[int, int]]:
     """Cut [0, L) greedily into (start, end) over which no head's g falls by over ``MAX_RANGE``.
 
-    g is [B, L, G]; a piece has at most ``max_length`` tokens."""
+    g is [B, L, G]."""
     L = g.shape[1]
     fallen = g.transpose(1, 2).reshape(-1, L).neg().contiguous()
     bounds: list[tuple[int, int]] = []
@@ -46,29 +48,19 @@ def chunk_bounds(g: Tensor, max_length: int) -> list[tuple[int, int]]:
     while start < L:
         furthest = fallen[:, start : start + 1] + MAX_RANGE
         end = int(torch.searchsorted(fallen, furthest, right=True).min())
-        end = min(end, start + max_length)
         bounds.append((start, end))
         start = end
     return bounds
 
 
-def has_flash(device: torch.device) -> bool:
-    """Whether stock flash attention here takes any width and dtype and returns its log-sum-exp.
-
-    Elsewhere scores are dense."""
-    return device.type == "cpu"
-
-
 def attend(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
     """Softmax attention at one width W: (out [B, Lq, H, W], log-sum-exp [B, H, Lq])."""
-    if has_flash(q.device):
+    if dense.has_flash(q.device):
         out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
             q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), 0.0, causal, scale=scale
         )
         return out.transpose(1, 2), lse
-    score = _dense_score(q, k, causal, scale)
-    out = torch.einsum("bgrij,bjgw->bigrw", score.softmax(-1), v)
-    return out.flatten(2, 3), score.logsumexp(-1).flatten(1, 2)
+    return dense.softmax(_dense_score(q, k, causal, scale), v)
 
 
 def attend_backward(
@@ -84,20 +76,14 @@ def attend_backward(
     """(dq, dk, dv) of :func:`attend`; out and lse may come from a softmax over more keys.
 
     Then it is these keys' share."""
-    if has_flash(q.device):
+    if dense.has_flash(q.device):
         dout, q, k, v, out = (x.transpose(1, 2) for x in (dout, q, k, v, out))
         backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
         dq, dk, dv = backward(dout, q, k, v, out, lse, 0.0, causal, scale=scale)
         return dq.transpose(1, 2), dk.transpose(1, 2), dv.transpose(1, 2)
-    by_key_head = (k.shape[2], -1)
-    weight = (_dense_score(q, k, causal, scale) - lse.unflatten(1, by_key_head)[..., None]).exp()
-    delta = (dout * out).sum(-1).transpose(1, 2).unflatten(1, by_key_head)[..., None]
-    dout = dout.unflatten(2, by_key_head)
-    q = q.unflatten(2, by_key_head)
-    dscore = weight * (torch.einsum("bigrw,bjgw->bgrij", dout, v) - delta) * scale
-    dq = torch.einsum("bgrij,bjgw->bigrw", dscore, k).flatten(2, 3)
-    dk = torch.einsum("bgrij,bigrw->bjgw", dscore, q)
-    dv = torch.einsum("bgrij,bigrw->bjgw", weight, dout)
+    score = _dense_score(q, k, causal, scale)
+    dscore, dv = dense.softmax_backward(score, v, dout, out, lse)
+    dq, dk = dense.products_backward(dscore.mul_(scale), q, k)
     return dq, dk, dv
 
 
@@ -127,7 +113,7 @@ def merge(part: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -> tuple[Te
 
 
 def _dense_score(q: Tensor, k: Tensor, causal: bool, scale: float) -> Tensor:
-    score = torch.einsum("bigrw,bjgw->bgrij", q.unflatten(2, (k.shape[2], -1)), k) * scale
+    score = dense.products(q, k).mul_(scale)
     if causal:
         above = torch.ones(score.shape[-2:], dtype=torch.bool, device=q.device).triu(1)
         score.masked_fill_(above, -math.inf)
@@ -174,7 +160,7 @@ def _prepare(inputs: SisaInputs, clamp: float) -> _Operands:
     L = g.shape[1]
     bounds = [(0, L)]
     if clamp == math.inf:
-        bounds = chunk_bounds(g, L if has_flash(g.device) else MAX_DENSE_CHUNK)
+        bounds = chunk_bounds(g)
     starts = [start for start, _ in bounds]
     q_aug, k_aug = augment(inputs.scores(), starts, clamp, width, dtype)
     value = padded(inputs.v.to(dtype), width)
@@ -202,17 +188,53 @@ def _scaled(x: Tensor, scale: Tensor, importance: slice) -> Tensor:
     return x
 
 
+def _is_dense(inputs: SisaInputs, clamp: float) -> bool:
+    return clamp == math.inf and not dense.has_flash(inputs.q.device)
+
+
+def _apart(
+    inputs: SisaInputs, cu_seqlens: Tensor | None, clamp: float
+) -> list[tuple[slice, SisaInputs]]:
+    """Rows and inputs of what is attended to on its own: documents, or some that are a mask."""
+    L = inputs.q.shape[1]
+    if _is_dense(inputs, clamp):
+        parts = dense.apart(cu_seqlens, L)
+    else:
+        parts = [(rows, None) for rows in spans(cu_seqlens, L)]
+    return [(rows, inputs.rows(rows)._replace(cu_seqlens=bounds)) for rows, bounds in parts]
+
+
+def _dense_operands(x: SisaInputs) -> tuple[dense.Operands, Tensor, Tensor]:
+    """What :mod:`dense` takes, and R(Phi) by its cosine and sine [B, L, G, Ds / 2]."""
+    dtype = work_dtype(x.q)
+    q, k, v, b, c = (t.to(dtype) for t in x[:5])
+    if x.rotary is not None:
+        q, k = (rotate(t, *(table[:, None] for table in x.rotary)) for t in (q, k))
+    cos, sin = cumulative_phase(x.theta, dtype)
+    c = rotate(c, *(to_query_heads(table, q.shape[2]) for table in (cos, sin)))
+    c *= x.lam.to(dtype)[:, None]
+    g = cumulative_decay(x.log_decay)
+    return dense.Operands(q, k, v, g, c, rotate(b, cos, sin), x.cu_seqlens), cos, sin
+
+
+def _dense_backward(dy: Tensor, y: Tensor, lse: Tensor, inputs: SisaInputs) -> tuple[Tensor, ...]:
+    """Gradients of q .. lam, of :func:`dense.attend`."""
+    x, cos, sin = _dense_operands(inputs)
+    dq, dk, dv, dlog_decay, (dc, db, dtheta) = dense.attend_backward(x, dy, y, lse)
+    if inputs.rotary is not None:
+        cos_q, sin_q = (table[:, None] for table in inputs.rotary)
+        dq, dk = (rotate(t, cos_q, -sin_q) for t in (dq, dk))
+    dc = rotate(dc, *(to_query_heads(table, dc.shape[2]) for table in (cos, -sin)))
+    # Of c as it was given, so that lam = 0 divides nothing.
+    dlam = (dc * inputs.c).sum((0, 1, 3))
+    dc *= inputs.lam.to(dc.dtype)[:, None]
+    grads = dq, dk, dv, rotate(db, cos, -sin), dc, dlog_decay, dtheta, dlam
+    return tuple(grad.to(t.dtype).contiguous() for grad, t in zip(grads, inputs.tensors()))
+
+
+@takes_flat
 def chunked_eager(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    b: Tensor,
-    c: Tensor,
-    log_decay: Tensor,
-    theta: Tensor,
-    lam: Tensor,
-    cos: Tensor | None,
-    sin: Tensor | None,
+    inputs: SisaInputs,
     cu_seqlens: Tensor | None,
     clamp: float,
 ) -> tuple[Tensor, Tensor]:
@@ -222,18 +244,21 @@ def chunked_eager(
     precision is computed in fp32, and y stays fp32 for the backward: augmented operands rounded to
     bf16 would cost up to 2.7e-3 of y (1e-2 of a row), and bf16 flash is slow on CPUs without bf16
     matrix hardware. Past the last document y is 0 and the log-sum-exp -inf."""
-    inputs = SisaInputs(q, k, v, b, c, log_decay, theta, lam, as_rotary(cos, sin))
-    B, L, H, _ = q.shape
-    work = work_dtype(q)
-    y = q.new_zeros(B, L, H, v.shape[3], dtype=work)
-    lse = q.new_full((B, H, L), -math.inf, dtype=work)
-    for rows in spans(cu_seqlens, L):
-        _attend_document(inputs.rows(rows), clamp, y[:, rows], lse[..., rows])
+    B, L, H, _ = inputs.q.shape
+    work = work_dtype(inputs.q)
+    y = inputs.q.new_zeros(B, L, H, inputs.v.shape[3], dtype=work)
+    lse = inputs.q.new_full((B, H, L), -math.inf, dtype=work)
+    for rows, document in _apart(inputs, cu_seqlens, clamp):
+        _attend_document(document, clamp, y[:, rows], lse[..., rows])
     return y, lse
 
 
 def _attend_document(inputs: SisaInputs, clamp: float, y: Tensor, lse: Tensor) -> None:
     """Write the attention of one document to y and lse."""
+    if _is_dense(inputs, clamp):
+        for into, found in zip((y, lse), dense.attend(_dense_operands(inputs)[0])):
+            into.copy_(found)
+        return
     clean, lacking = finite(inputs.v)
     x = _prepare(inputs._replace(v=clean), clamp)
     Dv = inputs.v.shape[3]
@@ -256,31 +281,22 @@ def _chunked_fake(q: Tensor, k: Tensor, v: Tensor, *rest: Tensor | None) -> tupl
     return q.new_empty(B, L, H, v.shape[3], dtype=dtype), q.new_empty(B, H, L, dtype=dtype)
 
 
+@takes_flat
 def chunked_backward_eager(
     dy: Tensor,
     y: Tensor,
     lse: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    b: Tensor,
-    c: Tensor,
-    log_decay: Tensor,
-    theta: Tensor,
-    lam: Tensor,
-    cos: Tensor | None,
-    sin: Tensor | None,
+    inputs: SisaInputs,
     cu_seqlens: Tensor | None,
     clamp: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of :func:`chunked_eager`, from its inputs and outputs alone."""
-    inputs = SisaInputs(q, k, v, b, c, log_decay, theta, lam, as_rotary(cos, sin))
     if cu_seqlens is None:
         return _document_backward(dy, y, lse, inputs, clamp)
     dq, dk, dv, db, dc, dlog_decay, dtheta, dlam = (x.new_zeros(x.shape) for x in inputs.tensors())
-    for rows in spans(cu_seqlens, q.shape[1]):
+    for rows, document in _apart(inputs, cu_seqlens, clamp):
         saved = (dy[:, rows], y[:, rows], lse[..., rows])
-        *grads, of_lam = _document_backward(*saved, inputs.rows(rows), clamp)
+        *grads, of_lam = _document_backward(*saved, document, clamp)
         for total, grad in zip((dq, dk, dv, db, dc, dlog_decay, dtheta), grads):
             total[:, rows] = grad
         dlam += of_lam
@@ -290,6 +306,9 @@ def chunked_backward_eager(
 def _document_backward(
     dy: Tensor, y: Tensor, lse: Tensor, inputs: SisaInputs, clamp: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    if _is_dense(inputs, clamp):
+        dq, dk, dv, db, dc, dlog_decay, dtheta, dlam = _dense_backward(dy, y, lse, inputs)
+        return dq, dk, dv, db, dc, dlog_decay, dtheta, dlam
     x = _prepare(inputs, clamp)
     dout, out = (padded(t, x.value.shape[3]) for t in (dy, y))
     B, _, G = x.g.shape

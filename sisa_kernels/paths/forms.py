@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from sisa_kernels import selfcheck
-from sisa_kernels.inputs import SisaInputs, as_rotary, is_grouped
+from sisa_kernels.inputs import SisaInputs, is_grouped, takes_flat
 from sisa_kernels.ops import no_second_derivative, register
 from sisa_kernels.paths import stock
 from sisa_kernels.paths.choice import Form, flags, window_of
@@ -51,10 +51,9 @@ class Problem(NamedTuple):
 
 
 def _problem(inputs: SisaInputs, backward: bool) -> Problem:
-    terms = inputs.tensors()[3:]
     tiles = exact._tiles(inputs.q, inputs.v, inputs.b)
     keys, queries = (tiles.query.n, tiles.key.m) if backward else (tiles.forward.n, None)
-    q, k, x = exact._prepared(inputs.q, inputs.k, inputs.rotary, terms, keys, queries)
+    q, k, x = exact._prepared(inputs, keys, queries)
     assert x is not None
     v = exact._readable(inputs.v, "v")
     return Problem(q, k, v, x, exact._Launcher(q, k, v, x, None, tiles))
@@ -124,25 +123,14 @@ def _results(p: Problem) -> tuple[Tensor, Tensor]:
     return p.q.new_empty(B, L, H, p.v.shape[3]), lse
 
 
+@takes_flat
 def form_eager(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    b: Tensor,
-    c: Tensor,
-    log_decay: Tensor,
-    theta: Tensor,
-    lam: Tensor,
-    cos: Tensor | None,
-    sin: Tensor | None,
-    horizon: float,
-    form: str,
-    window: int,
+    inputs: SisaInputs, horizon: float, form: str, window: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """y [B, L, H, Dv], log2 of each softmax's sum [B, H, L], and :func:`needs` [B, G, 2].
 
     ``window`` < L is of the form "far_and_band"."""
-    p = _problem(SisaInputs(q, k, v, b, c, log_decay, theta, lam, as_rotary(cos, sin)), False)
+    p = _problem(inputs, False)
     past = exact.forward_horizon(p.x, p.launch.tiles, horizon, reach=True)
     assert past.reach is not None
     needed = needs(p.x, past.reach)
@@ -150,7 +138,7 @@ def form_eager(
         y, lse = _results(p)
         exact.run_forward(p.launch, p.x, past, y, lse)
         return y, lse, needed
-    flagged = flags(needed, form, window, q.shape[1], q.dtype)
+    flagged = flags(needed, form, window, p.q.shape[1], p.q.dtype)
     if form == "far_and_band":
         y, lse = _far_and_band(p, past, window, flagged)
     else:
@@ -166,42 +154,33 @@ def _form_fake(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Ten
     return q.new_empty(B, L, H, v.shape[3]), lse, needed
 
 
+@takes_flat
 def form_backward_eager(
     dy: Tensor,
     y: Tensor,
     lse: Tensor,
     needed: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    b: Tensor,
-    c: Tensor,
-    log_decay: Tensor,
-    theta: Tensor,
-    lam: Tensor,
-    cos: Tensor | None,
-    sin: Tensor | None,
+    inputs: SisaInputs,
     horizon: float,
     form: str,
     window: int,
 ) -> list[Tensor]:
     """Gradients of q .. lam, from the forward's inputs and results alone."""
-    rotary = as_rotary(cos, sin)
-    p = _problem(SisaInputs(q, k, v, b, c, log_decay, theta, lam, rotary), True)
+    p = _problem(inputs, True)
     dy = dy.contiguous()
     saved = exact.Saved(dy, lse, row_products(dy, y))
     past = exact.backward_horizon(p.x, p.launch.tiles, horizon)
     if form == "exact":
         raw = exact.empty_gradients(p.q, p.k, p.v, p.x)
         exact.run_backward(p.launch, p.x, past, saved, raw)
-        return exact.finished(raw, p.x, rotary, None)
-    flagged = flags(needed, form, window, q.shape[1], q.dtype)
+        return exact.finished(raw, p.x, inputs.rotary, None)
+    flagged = flags(needed, form, window, p.q.shape[1], p.q.dtype)
     if form == "far_and_band":
         raw = _far_and_band_backward(p, y, saved, past, window, flagged)
     else:
         raw = _wide_backward(p, y, saved)
     exact.run_backward(p.launch.only(flagged, 1), p.x, past, saved, raw)
-    return exact.finished(raw, p.x, rotary, None)
+    return exact.finished(raw, p.x, inputs.rotary, None)
 
 
 def _form_backward_fake(

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from sisa_kernels import _extension, reference, selfcheck
-from sisa_kernels.inputs import Rotary, SisaInputs
+from sisa_kernels.inputs import Operands, Rotary, SisaInputs, takes_flat
 from sisa_kernels.ops import no_second_derivative, register, say_once
 from sisa_kernels.testing import (
     ValueAndGrads,
@@ -46,17 +46,9 @@ def is_first_choice(q: Tensor) -> bool:
     return q.device.type in ("cpu", "meta") and _extension.LOADED and q.dtype != torch.float64
 
 
+@takes_flat
 def _attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    b: Tensor | None,
-    c: Tensor | None,
-    log_decay: Tensor | None,
-    theta: Tensor | None,
-    lam: Tensor | None,
-    cos: Tensor | None,
-    sin: Tensor | None,
+    x: Operands,
     bounds: Tensor | None,
     offset: int,
     bf16_products: bool = False,
@@ -81,21 +73,13 @@ def _attention_fake(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, T
     return y, q.new_empty(B, H, L, dtype=torch.float32)
 
 
+@takes_flat
 def _attention_backward(
     dy: Tensor,
     dlse: Tensor | None,
     y: Tensor,
     lse: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    b: Tensor | None,
-    c: Tensor | None,
-    log_decay: Tensor | None,
-    theta: Tensor | None,
-    lam: Tensor | None,
-    cos: Tensor | None,
-    sin: Tensor | None,
+    x: Operands,
     bounds: Tensor | None,
     offset: int,
     wanted: list[bool],

@@ -29,7 +29,7 @@ from sisa_kernels.checks import (
     check_rotary,
     check_values,
 )
-from sisa_kernels.inputs import Rotary, ScoreInputs, SisaInputs, as_rotary
+from sisa_kernels.inputs import Operands, Rotary, ScoreInputs, SisaInputs, takes_flat
 from sisa_kernels.ops import no_second_derivative, refuse_forward_mode, register, say_once
 from sisa_kernels.triton.epilogue import importance_gradients, row_products
 from sisa_kernels.triton.horizon import Horizon, horizons
@@ -155,20 +155,16 @@ def _readable(x: Tensor, name: str) -> Tensor:
 
 
 def _prepared(
-    q: Tensor,
-    k: Tensor,
-    rotary: Rotary | None,
-    terms: tuple[Tensor | None, ...],
-    keys: int,
-    queries: int | None = None,
+    inputs: SisaInputs | Operands, keys: int, queries: int | None = None
 ) -> tuple[Tensor, Tensor, Importance | None]:
-    """q and k with RoPE, and the importance operands of (b, c, log_decay, theta, lam)."""
+    """q and k with RoPE, and the importance operands, where there are any."""
+    q, k, _, *terms = inputs[:8]
     given = [x for x in terms if x is not None]
     if given:
-        x = ScoreInputs._make((q, k, *given, rotary))
+        x = ScoreInputs._make((q, k, *given, inputs.rotary))
         q, k, importance = prologue(x, keys, queries)
     else:
-        q, k = rotate_qk(q, k, rotary)
+        q, k = rotate_qk(q, k, inputs.rotary)
         importance = None
     return _readable(q, "q"), _readable(k, "k"), importance
 
@@ -327,26 +323,18 @@ def finished(
     return [dq, dk, dv, *importance_gradients(dc, db, d_diagonal, x, last)]
 
 
+@takes_flat
 def triton_exact_eager(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    b: Tensor | None,
-    c: Tensor | None,
-    log_decay: Tensor | None,
-    theta: Tensor | None,
-    lam: Tensor | None,
-    cos: Tensor | None,
-    sin: Tensor | None,
+    inputs: Operands,
     cu_seqlens: Tensor | None,
     horizon: float | None,
 ) -> tuple[Tensor, Tensor]:
     """y [B, L, H, Dv] in q's dtype, and log2 of each softmax's sum [B, H, L] fp32.
 
     Without b: plain attention."""
-    terms = (b, c, log_decay, theta, lam)
-    tiles = _tiles(q, v, b)
-    q, k, x = _prepared(q, k, as_rotary(cos, sin), terms, tiles.forward.n)
+    v = inputs.v
+    tiles = _tiles(inputs.q, v, inputs.b)
+    q, k, x = _prepared(inputs, tiles.forward.n)
     launch = _Launcher(q, k, _readable(v, "v"), x, cu_seqlens, tiles)
     B, L, H, _ = q.shape
     y = q.new_empty(B, L, H, v.shape[3])
@@ -360,34 +348,25 @@ def _triton_exact_fake(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Ten
     return q.new_empty(B, L, H, v.shape[3]), q.new_empty(B, H, L, dtype=torch.float32)
 
 
+@takes_flat
 def triton_exact_backward_eager(
     dy: Tensor,
     y: Tensor,
     lse: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    b: Tensor | None,
-    c: Tensor | None,
-    log_decay: Tensor | None,
-    theta: Tensor | None,
-    lam: Tensor | None,
-    cos: Tensor | None,
-    sin: Tensor | None,
+    inputs: Operands,
     cu_seqlens: Tensor | None,
     horizon: float | None,
 ) -> list[Tensor]:
     """Gradients of what is given of q .. lam, from the forward's inputs and results alone."""
-    rotary = as_rotary(cos, sin)
-    terms = (b, c, log_decay, theta, lam)
-    tiles = _tiles(q, v, b)
-    q, k, x = _prepared(q, k, rotary, terms, tiles.query.n, tiles.key.m)
+    v = inputs.v
+    tiles = _tiles(inputs.q, v, inputs.b)
+    q, k, x = _prepared(inputs, tiles.query.n, tiles.key.m)
     launch = _Launcher(q, k, _readable(v, "v"), x, cu_seqlens, tiles)
     dy = dy.contiguous()
     saved = Saved(dy, lse, row_products(dy, y))
     raw = empty_gradients(q, k, v, x)
     run_backward(launch, x, backward_horizon(x, tiles, horizon), saved, raw)
-    return finished(raw, x, rotary, launch.last)
+    return finished(raw, x, inputs.rotary, launch.last)
 
 
 def _empty(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:

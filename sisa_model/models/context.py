@@ -1,6 +1,7 @@
 """What a layer knows of its tokens beside their states: RoPE's tables, documents, caches."""
 
 import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -73,6 +74,13 @@ class Context:
             counts = [end - start for start, end in itertools.pairwise(bounds)]
             self._documents = [count for count in counts if count]
         return self._documents
+
+
+def as_bounds(cu_seqlens: Tensor | Sequence[int] | None) -> Tensor | None:
+    """cu_seqlens as a tensor: integers become one on the CPU."""
+    if cu_seqlens is None or isinstance(cu_seqlens, Tensor):
+        return cu_seqlens
+    return torch.tensor(cu_seqlens, device="cpu")
 
 
 def context_refusal(config: ModelConfig) -> str | None:

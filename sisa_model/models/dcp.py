@@ -14,8 +14,6 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-# One process is no mishap.
-warnings.filterwarnings("ignore", message="torch.distributed is disabled")
 INDEX = ".metadata"  # torch's name
 # The index is a pickle: these are the modules whose names it may hold, and the names.
 _ALLOWED = {
@@ -66,6 +64,11 @@ _DAMAGES = (
 _PROJECTION = re.compile(r"(.+)\.\w+(\.weight(?:\.\w+)?)$")
 
 
+def expect_one_process() -> None:
+    """No warning of torch's that only one process reads or writes a folder."""
+    warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+
+
 def read_tensors(
     folder: Path, tensors: dict[str, Tensor], group: dist.ProcessGroup | None = None
 ) -> None:
@@ -75,6 +78,8 @@ def read_tensors(
     ``tensors``: "proj.weight" for "proj.W_Q.weight", "proj.W_K.weight" ..., which runs held before
     each projection was a parameter. With ``group`` every process of it must call this. Raises
     ValueError for a folder that is damaged or holds other tensors."""
+    if group is None:
+        expect_one_process()
     try:
         held: dict[str, Any] = _Reader(folder).read_metadata().state_dict_metadata
         wanted: dict[str, Tensor] = {}

@@ -1,6 +1,6 @@
 """The language model: embedding, layers, tied output; build() makes one from a preset."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -14,7 +14,14 @@ from sisa_kernels.cache import check_lengths
 from sisa_kernels.checks import check_documents, readable
 from sisa_model.models.biased import AlibiAttention, ForgettingAttention
 from sisa_model.models.config import ModelConfig
-from sisa_model.models.context import Context, ModelCache, context_refusal, rotary_at, rotary_behind
+from sisa_model.models.context import (
+    Context,
+    ModelCache,
+    as_bounds,
+    context_refusal,
+    rotary_at,
+    rotary_behind,
+)
 from sisa_model.models.hybrid import make_layer
 from sisa_model.models.linear import PackedLinear, is_split, local
 from sisa_model.models.mamba import MambaMixer
@@ -35,8 +42,9 @@ class LanguageModel(nn.Module):
     """A causal language model: ``model(input_ids [B, L] int64) -> logits [B, L, V]``.
 
     ``cu_seqlens`` [documents + 1] int32 or int64, rising from 0 to at most L, packs documents into
-    one sequence (B = 1): none sees another. They may be on the CPU: a Transformer, FoX, ALiBi, a
-    Mamba and mode "clamped" then read them without waiting for a GPU. ``cache``
+    one sequence (B = 1): none sees another. They may be on the CPU, or plain integers: a
+    Transformer, FoX, ALiBi, a Mamba and mode "clamped" then read them without waiting for a GPU (to
+    which FSDP moves every tensor that a model is called with, but not integers). ``cache``
     (:meth:`make_cache`) holds the tokens before these, which are appended to it; ``lengths``, with
     the first of them, are the real tokens of each row, whose rest is padding on the right. A cache
     is for inference, under ``torch.no_grad()``. Works under ``torch.device("meta")``; after
@@ -92,7 +100,7 @@ class LanguageModel(nn.Module):
     def forward(
         self,
         input_ids: Tensor,
-        cu_seqlens: Tensor | None = None,
+        cu_seqlens: Tensor | Sequence[int] | None = None,
         cache: ModelCache | None = None,
         lengths: list[int] | None = None,
         group: dist.ProcessGroup | None = None,
@@ -109,13 +117,14 @@ class LanguageModel(nn.Module):
     def hidden(
         self,
         input_ids: Tensor,
-        cu_seqlens: Tensor | None = None,
+        cu_seqlens: Tensor | Sequence[int] | None = None,
         cache: ModelCache | None = None,
         lengths: list[int] | None = None,
         group: dist.ProcessGroup | None = None,
         layout: SequenceLayout | None = None,
     ) -> Tensor:
         """The final normed states [B, L, D], before the output matrix."""
+        cu_seqlens = as_bounds(cu_seqlens)
         self.check_ids(input_ids)
         if layout is None:
             self._check_longest(input_ids, cu_seqlens, cache)

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
 from sisa_model.models.checkpoint import CONFIG
-from sisa_model.models.dcp import read_tensors
+from sisa_model.models.dcp import expect_one_process, read_tensors
 from sisa_model.runs.weights import checkpoints, step_of
 from sisa_model.training.parallel import World
 from sisa_model.utils.files import remove_folder, write_json
@@ -79,6 +79,8 @@ class Checkpointer:
         final = self.run / "checkpoints" / f"step-{step:08d}"
         aside = final.with_name(f".{final.name}")
         writer = dcp.FileSystemWriter(aside)
+        if self.group is None:
+            expect_one_process()
         written = dcp.async_save(
             dict(tensors),
             storage_writer=writer,

@@ -23,20 +23,32 @@ except ImportError:
 CHUNK_LOGITS = 2**25  # logits that exist at a time: 128 MiB in fp32
 
 
+class _Words(NamedTuple):
+    """Which rows of a weight that tensor parallel splits this process has."""
+
+    rows: slice
+    most: int
+    """Rows of the largest part."""
+    group: dist.ProcessGroup
+
+
 class _ChunkedCrossEntropy(torch.autograd.Function):
     """Loss and gradients chunk by chunk: three products, as for whole logits, none recomputed.
 
-    A chunk's logits become their own gradient in place, in one buffer that all chunks share."""
+    A chunk's logits become their own gradient in place, in one buffer that all chunks share. With
+    ``words`` the weight's rows are this process's, as are the logits' columns; the gradient of
+    hidden is its share of a sum."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, targets, dtype):
+    def forward(ctx, hidden, weight, targets, dtype, words):
         wanted = any(ctx.needs_input_grad)
         vocab = len(weight)
         loss = hidden.new_zeros((), dtype=torch.float32)
         dhidden = torch.empty_like(hidden)
         dweight = torch.zeros_like(weight, dtype=torch.float32)
         matrix = _padded(weight, dtype)
-        rows = _rows_of_a_chunk(len(hidden), vocab)
+        # As many rows in every process.
+        rows = _rows_of_a_chunk(len(hidden), vocab if words is None else words.most)
         buffer = empty_aligned(matrix, rows, len(matrix))
         product = torch.empty_like(matrix) if wanted and dtype != torch.float32 else None
         chunks = zip(hidden.split(rows), targets[:, None].split(rows), dhidden.split(rows))
@@ -45,7 +57,10 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 h = h.to(dtype)
                 logits = torch.mm(h, matrix.t(), out=buffer[: len(h)])
                 # Those of the padding are 0 and stay so.
-                loss += _cross_entropy_(logits, y, vocab, wanted)
+                if words is None:
+                    loss += _cross_entropy_(logits, y, vocab, wanted)
+                else:
+                    loss += _split_cross_entropy_(logits, y, vocab, wanted, words)
                 if not wanted:
                     continue
                 dlogits = logits
@@ -70,6 +85,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             dweight.mul_(dloss).to(ctx.weight_dtype),
             None,
             None,
+            None,
         )
 
 
@@ -79,81 +95,6 @@ def _padded(weight: Tensor, dtype: torch.dtype) -> Tensor:
     if rows == len(weight):
         return weight.to(dtype)
     return pack([weight], dtype, [rows], weight.shape[1])
-
-
-class _SplitCrossEntropy(torch.autograd.Function):
-    """The same where each process of ``group`` has the rows ``words`` of the weight.
-
-    Of each chunk the processes exchange three numbers a token: the highest of their logits, the sum
-    of exponentials below it, the target's logit. The gradient of hidden is this process's share."""
-
-    @staticmethod
-    def forward(ctx, hidden, weight, targets, dtype, words, most, group):
-        wanted = any(ctx.needs_input_grad)
-        loss = hidden.new_zeros((), dtype=torch.float32)
-        dhidden = torch.empty_like(hidden)
-        dweight = torch.zeros_like(weight, dtype=torch.float32)
-        matrix = _padded(weight, dtype)
-        rows = _rows_of_a_chunk(len(hidden), most)  # as many in every process
-        buffer = empty_aligned(matrix, rows, len(matrix))
-        targets = targets[:, None]
-        here = (targets >= words.start) & (targets < words.stop)
-        at = (targets - words.start).clamp(0, len(weight) - 1)
-        counts = targets != IGNORE
-        chunks = zip(*(x.split(rows) for x in (hidden, at, here, counts, dhidden)))
-        with torch.autocast(hidden.device.type, enabled=False):
-            for h, y, mine, counted, dh in chunks:
-                h = h.to(dtype)
-                dlogits = torch.mm(h, matrix.t(), out=buffer[: len(h)])
-                logits = dlogits[:, : len(weight)]
-                log_sums, at_target = _over_all(*_row_sums(logits, y, mine), group)
-                loss += (log_sums - at_target).where(counted, 0).sum()
-                if not wanted:
-                    continue
-                log_sums = log_sums.where(counted, torch.inf)  # a softmax of 0
-                _softmax_minus_target_(logits, log_sums, y, mine)
-                dh.copy_(dlogits @ matrix)
-                dweight += (dlogits.t() @ h)[: len(weight)]
-        if wanted:
-            ctx.save_for_backward(dhidden, dweight)
-            ctx.weight_dtype = weight.dtype
-        return loss
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, dloss):
-        return *_ChunkedCrossEntropy.backward(ctx, dloss), None, None, None
-
-
-def _row_sums(logits: Tensor, at: Tensor, mine: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Of each row the highest logit, the sum of exponentials below it, the target's or 0: fp32."""
-    found = []
-    for tile, y, here in tiles(logits, at, mine):
-        x = tile.float()
-        at_target = x.gather(1, y) * here
-        highest = x.amax(1, keepdim=True)
-        found.append((highest, (x - highest).exp_().sum(1, keepdim=True), at_target))
-    highest, sums, at_target = (torch.cat(parts) for parts in zip(*found))
-    return highest, sums, at_target
-
-
-def _over_all(
-    highest: Tensor, sums: Tensor, at_target: Tensor, group: dist.ProcessGroup
-) -> tuple[Tensor, Tensor]:
-    """Log-sum-exp and target's logit of rows [N, 1] whose parts are :func:`_row_sums`'s."""
-    mine = torch.cat((highest, sums, at_target), 1)
-    everyone = mine.new_empty(group.size() * len(mine), 3)
-    dist.all_gather(list(everyone.chunk(group.size())), mine, group)
-    tops, sums, at_targets = everyone.view(group.size(), -1, 3).unbind(-1)
-    return (tops + sums.log()).logsumexp(0)[:, None], at_targets.sum(0)[:, None]
-
-
-def _softmax_minus_target_(logits: Tensor, log_sums: Tensor, at: Tensor, mine: Tensor) -> None:
-    """Let each row of ``logits`` become ``softmax - onehot``, its part in this process."""
-    for tile, log_sum, y, here in tiles(logits, log_sums, at, mine):
-        softmax = tile.float().sub_(log_sum).exp_()
-        softmax.scatter_add_(1, y, -here.to(softmax.dtype))
-        tile.copy_(softmax)
 
 
 def _rows_of_a_chunk(rows: int, vocab: int) -> int:
@@ -169,7 +110,7 @@ def _cross_entropy_(logits: Tensor, targets: Tensor, vocab: int, gradient: bool)
     Of the first ``vocab`` columns, without targets that are IGNORE. With ``gradient`` the logits
     become its gradient, ``softmax(logits) - onehot(targets)``, else they are lost. All is computed
     in fp32."""
-    if logits.is_cuda and _runs_fused(logits):
+    if _runs_fused(logits):
         return fused.cross_entropy_(logits, targets[:, 0], vocab, IGNORE, gradient).sum()
     loss = logits.new_zeros((), dtype=torch.float32)
     for tile, y in tiles(logits[:, :vocab], targets):
@@ -188,9 +129,64 @@ def _cross_entropy_(logits: Tensor, targets: Tensor, vocab: int, gradient: bool)
     return loss
 
 
-def _runs_fused(logits: Tensor) -> bool:
-    """Whether the Triton kernel takes such logits on a GPU; where not, it is said once."""
-    why = fused.fault(logits) if fused is not None else "the package triton is missing"
+def _split_cross_entropy_(
+    logits: Tensor, targets: Tensor, vocab: int, gradient: bool, words: _Words
+) -> Tensor:
+    """:func:`_cross_entropy_` where ``logits`` are of the vocabulary's ``words``: the same sum.
+
+    The processes exchange three numbers a row: the highest of their logits, the sum of exponentials
+    below it, the target's logit."""
+    counts = targets != IGNORE
+    at = targets - words.rows.start
+    at = at.where((at >= 0) & (at < vocab), -1)  # -1: in another process
+    in_triton = _runs_fused(logits, parts=True)
+    sums = (
+        fused.softmax_sums(logits, at[:, 0], vocab) if in_triton else _sums(logits[:, :vocab], at)
+    )
+    log_sums, at_target = _over_all(sums, words.group)
+    if gradient:
+        scales = log_sums.where(counts, torch.inf)  # a softmax of 0
+        if in_triton:
+            fused.softmax_minus_target_(logits, at[:, 0], scales[:, 0], vocab)
+        else:
+            _softmax_minus_target_(logits[:, :vocab], at, scales)
+    return (log_sums - at_target).where(counts, 0).sum()
+
+
+def _sums(logits: Tensor, at: Tensor) -> Tensor:
+    """[N, 3] fp32: the highest of each row, the sum of exponentials below it, the one ``at``.
+
+    The last is 0 where ``at`` [N, 1] is -1."""
+    found = []
+    for tile, y in tiles(logits, at):
+        x = tile.float()
+        at_target = x.gather(1, y.clamp(min=0)).where(y >= 0, 0)
+        highest = x.amax(1, keepdim=True)
+        found.append(torch.cat((highest, (x - highest).exp_().sum(1, keepdim=True), at_target), 1))
+    return torch.cat(found)
+
+
+def _over_all(sums: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, Tensor]:
+    """Log-sum-exp and target's logit of rows [N, 1], whose parts are :func:`_sums`'s."""
+    everyone = sums.new_empty(group.size() * len(sums), 3)
+    dist.all_gather(list(everyone.chunk(group.size())), sums, group)
+    highest, exps, at_target = everyone.view(group.size(), -1, 3).unbind(-1)
+    return (highest + exps.log()).logsumexp(0)[:, None], at_target.sum(0)[:, None]
+
+
+def _softmax_minus_target_(logits: Tensor, at: Tensor, log_sums: Tensor) -> None:
+    """Let each row of ``logits`` become ``softmax - onehot``, its part in this process."""
+    for tile, y, log_sum in tiles(logits, at, log_sums):
+        softmax = tile.float().sub_(log_sum).exp_()
+        softmax.scatter_add_(1, y.clamp(min=0), -(y >= 0).to(softmax.dtype))
+        tile.copy_(softmax)
+
+
+def _runs_fused(logits: Tensor, parts: bool = False) -> bool:
+    """Whether Triton's kernels take such logits on a GPU; where not, it is said once."""
+    if not logits.is_cuda:
+        return False
+    why = fused.fault(logits, parts) if fused is not None else "the package triton is missing"
     if why is not None:
         say_once(f"the loss on a GPU runs in plain PyTorch, slower: {why}")
     return why is None
@@ -202,7 +198,8 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Ten
     Targets equal to IGNORE are left out. hidden [..., D] and weight [V, D] in fp32 or bf16, targets
     [...] int64. Products run in autocast's dtype where it is on; softmax, sum and the weight's
     gradient are fp32. At most ``CHUNK_LOGITS`` logits exist at a time, or one token's. On a GPU
-    nothing waits for it; the softmax and its gradient are one Triton kernel there. With a weight
+    nothing waits for it; the softmax and its gradient are one Triton kernel there, two where the
+    weight is split. With a weight
     that tensor parallel splits all of its processes call this, with the same tokens; each gets the
     whole sum, and its share of hidden's gradient."""
     hidden, targets = hidden.flatten(0, -2), targets.flatten()
@@ -211,12 +208,11 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Ten
         if not kept.all():
             hidden, targets = hidden[kept], targets[kept]
     dtype = _compute_dtype(hidden)
-    if not is_split(weight):
-        return _ChunkedCrossEntropy.apply(hidden, weight, targets, dtype)
-    words = vocabulary_shard(weight)
-    most = -(-weight.shape[0] // weight.device_mesh.size())
-    group = weight.device_mesh.get_group()
-    return _SplitCrossEntropy.apply(hidden, local(weight), targets, dtype, words, most, group)
+    words = None
+    if is_split(weight):
+        most = -(-weight.shape[0] // weight.device_mesh.size())
+        words = _Words(vocabulary_shard(weight), most, weight.device_mesh.get_group())
+    return _ChunkedCrossEntropy.apply(hidden, local(weight), targets, dtype, words)
 
 
 def _compute_dtype(x: Tensor) -> torch.dtype:
@@ -233,7 +229,7 @@ class Piece(NamedTuple):
     targets: Tensor
     """[B, L] int64."""
     cu_seqlens: Tensor | None = None
-    """Bounds of packed documents, of the whole micro-batch."""
+    """Bounds of packed documents, of the whole micro-batch; on the CPU."""
     layout: SequenceLayout | None = None
     """Which tokens of the micro-batch these are, where context parallel cuts it."""
 
@@ -258,6 +254,8 @@ class Objective(nn.Module):
         cu_seqlens: Tensor | None = None,
         layout: SequenceLayout | None = None,
     ) -> Tensor:
+        # As integers, since FSDP moves tensors to the device, which waits for it.
+        bounds = None if cu_seqlens is None else cu_seqlens.tolist()
         with self.autocast:
-            hidden = self.model.hidden(inputs, cu_seqlens, group=self.group, layout=layout)
+            hidden = self.model.hidden(inputs, bounds, group=self.group, layout=layout)
             return linear_cross_entropy(hidden, self.model.embed.weight, targets)

@@ -37,8 +37,6 @@ from sisa_model.training.loss import Objective, Piece
 # For a process that hangs: one that dies closes its connections, which is seen at once.
 TIMEOUT = timedelta(minutes=5)
 T = TypeVar("T")
-# Of the final states, into which nobody writes.
-warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
 
 
 @dataclass(frozen=True)
@@ -166,6 +164,9 @@ def shard(model: LanguageModel, mesh: DeviceMesh, whole: list[nn.Parameter], bf1
     gathered in fp32: its rows are the residual stream's first term."""
     fp32 = MixedPrecisionPolicy(cast_forward_inputs=False, reduce_dtype=torch.float32)
     half = replace(fp32, param_dtype=torch.bfloat16)
+    # Of the final states over tensor parallel, into which nobody writes. Not around each call: that
+    # would make Python forget what it has said once.
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     settings: dict[str, Any] = {
         "mesh": mesh,
         "ignored_params": set(whole),

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 import sisa_kernels as sk
 from sisa_kernels import __main__ as command
 from sisa_kernels import checks
-from sisa_kernels.paths import chunked
+from sisa_kernels.paths import chunked, dense
 from sisa_kernels.testing import (
     NAMES,
     gradient_errors,
@@ -152,11 +152,11 @@ def test_fp64_and_its_gradcheck(decay):
     assert torch.autograd.gradcheck(sk.sisa_attention, tuple(inputs.values()), nondet_tol=1e-12)
 
 
-@pytest.mark.parametrize("decay", [-4.0, 1.0])
+@pytest.mark.parametrize("decay", [-4.0, 1.0, 3.0])
 def test_devices_without_a_flash_kernel(monkeypatch, decay):
-    """The dense partial attention of other devices, on the CPU, in chunks of 100 at most."""
-    monkeypatch.setattr(chunked, "has_flash", lambda device: False)
-    monkeypatch.setattr(chunked, "MAX_DENSE_CHUNK", 100)
+    """The dense scores of other devices, on the CPU, 100 queries at a time."""
+    monkeypatch.setattr(dense, "has_flash", lambda device: False)
+    monkeypatch.setattr(dense, "ROWS", 100)
     check_exact(*problem(B=2, L=257, H=4, G=2, Ds=16, decay=decay))
 
 
@@ -174,7 +174,9 @@ def test_later_tokens_do_not_change_earlier_outputs(decay):
     assert worst_row(after, before.double()) <= 5e-6
 
 
-def test_one_token_may_wipe_out_everything_before_it():
+@pytest.mark.parametrize("flash", [True, False])
+def test_one_token_may_wipe_out_everything_before_it(monkeypatch, flash):
+    monkeypatch.setattr(dense, "has_flash", lambda device: flash)
     inputs, dy = problem(L=300, decay=-5.0)
     log_decay = inputs["log_decay"].detach().clone()
     log_decay[:, 150] = -1e30
@@ -185,14 +187,14 @@ def test_one_token_may_wipe_out_everything_before_it():
 
 def test_chunks_follow_the_decay():
     g = torch.linspace(0, -100, 1001, dtype=torch.float64)[None, :, None].expand(1, 1001, 2).clone()
-    bounds = chunked.chunk_bounds(g, 10**9)
+    bounds = chunked.chunk_bounds(g)
     assert bounds[0][0] == 0
     assert bounds[-1][1] == 1001
     assert all(end == start for (_, end), (start, _) in itertools.pairwise(bounds))
     assert len(bounds) == 3
     assert all((g[:, lo] - g[:, hi - 1]).max() <= chunked.MAX_RANGE for lo, hi in bounds)
     g[:, :, 1] *= 4
-    assert len(chunked.chunk_bounds(g, 10**9)) == 10, "the fastest head decides"
+    assert len(chunked.chunk_bounds(g)) == 10, "the fastest head decides"
 
 
 @pytest.mark.parametrize("decay", [-5.0, 0.0])

@@ -14,7 +14,7 @@ import sisa_model as sm
 from sisa_kernels import _extension, selfcheck
 from sisa_kernels.inputs import SisaInputs
 from sisa_kernels.ops import matmul
-from sisa_kernels.paths import chunked, one_call
+from sisa_kernels.paths import one_call
 from sisa_kernels.testing import (
     forgetting_problem,
     in_fp64,
@@ -135,7 +135,7 @@ def test_a_backward_inside_autocast_has_the_gradients_of_one_outside(monkeypatch
     if "native" in name and not _extension.LOADED:
         pytest.skip("needs the library")
     if dense:
-        monkeypatch.setattr(chunked, "has_flash", lambda device: False)
+        monkeypatch.setattr("sisa_kernels.paths.dense.has_flash", lambda device: False)
     function, inputs = paths()[name]
     leaves = {n: x.clone().requires_grad_() for n, x in inputs.items()}
     wanted = [x for n, x in leaves.items() if (name, n) != ("augment", "v")]

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 import sisa_kernels as sk
 from sisa_kernels import forgetting, step
-from sisa_kernels.paths import chunked
+from sisa_kernels.paths import dense
 from sisa_kernels.testing import forgetting_problem, in_fp64, relative, value_and_grads, worst_row
 from tests.support import ROOT
 
@@ -152,9 +152,9 @@ def test_fp64_and_its_gradcheck(decay):
 
 @pytest.mark.parametrize("decay", [-4.0, 1.0])
 def test_devices_without_a_flash_kernel(monkeypatch, decay):
-    """The dense partial attention of other devices, on the CPU, in chunks of 100 at most."""
-    monkeypatch.setattr(chunked, "has_flash", lambda device: False)
-    monkeypatch.setattr(chunked, "MAX_DENSE_CHUNK", 100)
+    """The dense scores of other devices, on the CPU, 100 queries at a time."""
+    monkeypatch.setattr(dense, "has_flash", lambda device: False)
+    monkeypatch.setattr(dense, "ROWS", 100)
     check_exact(*forgetting_problem(B=2, L=257, H=4, G=2, decay=decay))
 
 

@@ -142,3 +142,15 @@ def test_only_the_command_lines_print():
         if isinstance(node.func, ast.Name) and node.func.id == "print"
     ]
     assert not prints
+
+
+def test_an_import_changes_no_filter_of_warnings():
+    """They are the whole process's."""
+    changes = [
+        named(path, node)
+        for path in SOURCES
+        if path.relative_to(ROOT).parts[0] in ("sisa_kernels", "sisa_model")
+        for node in ast.parse(path.read_text()).body
+        if isinstance(node, ast.Expr) and ast.unparse(node).startswith("warnings.")
+    ]
+    assert not changes

@@ -5,6 +5,7 @@ without leave to go on, "odd" the products with rows that begin at no multiple o
 
 import contextlib
 import json
+import math
 import traceback
 import warnings
 
@@ -14,14 +15,17 @@ from torch._subclasses.fake_tensor import (
     DynamicOutputShapeException,
     FakeTensor,
     FakeTensorMode,
+    unset_fake_temporarily,
 )
+from torch.distributed.utils import _to_kwargs
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import sisa_model as sm
-from sisa_kernels import attention
+from sisa_kernels import attention, forgetting
+from sisa_kernels.paths import chunked
 from sisa_kernels.testing import problem
 from sisa_kernels.triton import epilogue, horizon, op, prologue
-from sisa_model.models import linear
+from sisa_model.models import language_model, linear
 from sisa_model.training.loss import Objective, Piece
 from sisa_model.training.parallel import Parallel, World
 from tests.support import ROOT
@@ -55,6 +59,16 @@ class NoKernel:
         return lambda *args, **kwargs: None
 
 
+def with_values(function):
+    """``function``, whose tensors on the CPU have values as on a GPU's machine."""
+
+    def run(*args):
+        with unset_fake_temporarily():
+            return function(*args)
+
+    return run
+
+
 def prepare():
     """What is asked of a GPU and its libraries, answered as on one."""
     warnings.simplefilter("ignore")
@@ -63,6 +77,7 @@ def prepare():
     torch.cuda.device_of = lambda _: contextlib.nullcontext()
     torch.Tensor.pin_memory = lambda x: x
     linear.PLAIN = {*linear.PLAIN, FakeTensor}  # what a parameter without values is
+    language_model.as_bounds = with_values(language_model.as_bounds)
     attention._triton_state = lambda: "available"
     op.INTERPRETED = False
     for module in (prologue, horizon, epilogue):
@@ -73,11 +88,21 @@ def prepare():
     torch.set_autocast_enabled("cuda", True)
 
 
-def step(preset, packed, **overrides):
-    """Forward, loss, backward and clipping of a model of one layer."""
+def step(preset, packed, moved=False, **overrides):
+    """Forward, loss, backward and clipping of a model of one layer.
+
+    ``moved``: what the model is called with goes to the device first, as FSDP sends it there."""
     with torch.device("cuda"):
         model = sm.build(preset, n_layers=1, **overrides)
         ids = torch.zeros(1 if packed else 2, LENGTH, dtype=torch.int64)
+    if moved:
+        hidden = model.hidden
+
+        def send(*args, **kwargs):
+            (args,), (kwargs,) = _to_kwargs(args, kwargs, torch.device("cuda"), False)
+            return hidden(*args, **kwargs)
+
+        model.hidden = send
     with Copies():
         _step(model, ids, packed)
 
@@ -99,6 +124,20 @@ def triton_wrapper(packed):
     with Copies():
         y, lse = op.triton_exact_eager(*operands, bounds, 2**-8)
         op.triton_exact_backward_eager(dy, y, lse, *operands, bounds, 2**-8)
+
+
+def chunked_wrapper(packed, on):
+    """SISA and FoX by dense scores, with bounds on a device: the ops have no values to run on."""
+    inputs, dy = problem(L=LENGTH, H=4, G=2, Dh=16, Ds=16, Dv=16)
+    gates = torch.zeros(1, LENGTH, 4)
+    operands = [None if x is None else x.detach().cuda() for x in inputs.flat()]
+    bounds = DOCUMENTS.to(on) if packed else None
+    dy, gates = dy.cuda(), gates.cuda()
+    with Copies():
+        y, lse = chunked.chunked_eager(*operands, bounds, math.inf)
+        chunked.chunked_backward_eager(dy, y, lse, *operands, bounds, math.inf)
+        y, lse = forgetting.forgetting_eager(*operands[:3], gates, bounds)
+        forgetting.forgetting_backward_eager(dy, y, lse, *operands[:3], gates, bounds)
 
 
 def read(how):
@@ -127,8 +166,10 @@ SIZES = ["sisa-50m-ds16", "sisa-152m-ds16", "sisa-369m-ds16", "sisa-152m-ds128"]
 SIZES += ["transformer-152m", "fox-152m", "mamba2-152m"]
 CASES = [
     *((step, {**model, "packed": packed}) for model in MODELS for packed in (False, True)),
+    *((step, {**model, "packed": True, "moved": True}) for model in MODELS),
     *((step, {"preset": preset, "packed": False}) for preset in SIZES),
     *((triton_wrapper, {"packed": packed}) for packed in (False, True)),
+    *((chunked_wrapper, {"packed": bool(on), "on": on}) for on in (None, "cpu", "cuda")),
     *((read, {"how": how}) for how in ("item", "bool", "mask", "list", "copy")),
 ]
 

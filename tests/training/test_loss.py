@@ -3,6 +3,7 @@
 import contextlib
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -64,7 +65,7 @@ def test_padded_logits_and_targets_that_stay_count_for_nothing(monkeypatch, auto
     monkeypatch.setattr(module, "CHUNK_LOGITS", 1000)
     hidden, weight, targets = operands((77,), 24, 101, 0.4)
     dtype = torch.bfloat16 if autocast else torch.float32
-    loss = module._ChunkedCrossEntropy.apply(hidden, weight, targets, dtype)
+    loss = module._ChunkedCrossEntropy.apply(hidden, weight, targets, dtype, None)
     found = torch.autograd.grad(0.7 * loss, (hidden, weight))
     exact = [x.detach().to(dtype).double().requires_grad_() for x in (hidden, weight)]
     wanted_loss = whole(*exact, targets)
@@ -116,7 +117,7 @@ def test_without_triton_a_gpu_says_once_what_runs_instead(monkeypatch):
     monkeypatch.setattr(module, "fused", None)
     monkeypatch.setattr(ops, "_said", set())
     with pytest.warns(UserWarning, match="plain PyTorch, slower: the package triton") as caught:
-        assert not any(module._runs_fused(torch.zeros(1, 2)) for _ in range(3))
+        assert not any(module._runs_fused(SimpleNamespace(is_cuda=True)) for _ in range(3))
     assert len(caught) == 1
 
 

@@ -17,6 +17,7 @@ from torch.distributed.tensor import Shard, distribute_tensor
 import sisa_model as sm
 from sisa_model.models.linear import TENSOR
 from sisa_model.runs.config import TrainConfig
+from sisa_model.training import loss as loss_module
 from sisa_model.training.batches import Splitter
 from sisa_model.training.loss import Objective, linear_cross_entropy
 from sisa_model.training.parallel import Parallel, World, gathered
@@ -144,7 +145,8 @@ def test_a_run_goes_on_in_any_grid(four, corpus, tmp_path):
     assert sm.generate(sm.load(moved / "final"), torch.zeros(1, 1).long(), 3).shape == (1, 4)
 
 
-def sharded_loss(rank, group, hidden, weight, targets):
+def sharded_loss(rank, group, hidden, weight, targets, fused):
+    loss_module._runs_fused = lambda logits, parts=False: fused
     mesh = init_device_mesh("cpu", (group.size(),), mesh_dim_names=(TENSOR,))
     hidden.requires_grad_()
     split = distribute_tensor(weight, mesh, [Shard(0)]).requires_grad_()
@@ -154,9 +156,14 @@ def sharded_loss(rank, group, hidden, weight, targets):
     return loss.item(), hidden.grad, split.grad.full_tensor()
 
 
-@pytest.mark.parametrize("words", [257, 10])
-def test_the_loss_over_split_words_is_that_over_all(four, words):
-    """Also of logits of hundreds, whose highest are in one process, and without any target."""
+@pytest.mark.parametrize(("words", "fused"), [(257, False), (10, False), (257, True)])
+def test_the_loss_over_split_words_is_that_over_all(four, words, fused):
+    """Also of logits of hundreds, whose highest are in one process, and without any target.
+
+    ``fused``: by Triton's kernels, interpreted."""
+    if fused:
+        pytest.importorskip("triton")
+    torch.manual_seed(0)
     hidden = torch.randn(40, 16)
     weight = torch.randn(words, 16).index_add_(0, torch.tensor([3]), torch.full((1, 16), 30.0))
     targets = torch.randint(words, (40,))
@@ -165,7 +172,7 @@ def test_the_loss_over_split_words_is_that_over_all(four, words):
         h, w = (x.double().requires_grad_() for x in (hidden, weight))
         expected = F.cross_entropy(h @ w.T, y, reduction="sum")
         (3 * expected).backward()
-        for loss, dhidden, dweight in four.run(sharded_loss, hidden, weight, y):
+        for loss, dhidden, dweight in four.run(sharded_loss, hidden, weight, y, fused):
             assert loss == pytest.approx(expected.item(), rel=1e-6)
             torch.testing.assert_close(dhidden, h.grad.float(), rtol=1e-5, atol=1e-5)
             torch.testing.assert_close(dweight, w.grad.float(), rtol=1e-5, atol=1e-5)

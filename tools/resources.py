@@ -538,11 +538,13 @@ def parse() -> tuple[argparse.Namespace, list[str]]:
     add("--widths", type=int, nargs="+", default=[64], choices=WIDTHS)
     add("--d-states", type=int, nargs="+", default=[0, 16, 64], choices=[0, *WIDTHS])
     add("--dtype", default="bf16", choices=sorted(TYPES.values()))
-    add("--kernels", nargs="+", default=list(KERNELS), choices=KERNELS)
+    add("--kernels", nargs="+", choices=KERNELS, help="default: all; with --loops, attention's")
     add("--variants", nargs="+", default=["plain", "packed+gqa"], choices=VARIANTS)
     add("--all", action="store_true", help="every width and variant: an hour of a core")
     add("--jobs", type=int, default=os.cpu_count(), help="compiled at a time")
-    return parser.parse_args(), output.parse_known_args()[1]
+    args = parser.parse_args()
+    args.kernels = args.kernels or list(ATTENTION if args.loops else KERNELS)
+    return args, [*output.parse_known_args()[1], "--kernels", *args.kernels]
 
 
 def makes_sense(kernel: str, variant: str, d_state: int, first: tuple[int, str]) -> bool:
@@ -590,7 +592,8 @@ def show(row: Row, args: argparse.Namespace) -> None:
     if args.json:
         print(json.dumps(row), flush=True)
     elif args.loops:
-        print("\n".join(loops_of(row)), flush=True)
+        for text in loops_of(row):
+            print(text, flush=True)
     elif not args.markdown:
         print(line(row), flush=True)
 

@@ -5,7 +5,7 @@ import json
 import os
 import tempfile
 import warnings
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -74,8 +74,8 @@ AMPERE: Rows = (
     # Forward: Dh 16 spills with 3 stages.
     (64, 32, Tiles(Tile(128, 64, 8, 2), Tile(128, 32, 8, 3), Tile(32, 128, 8, 3))),
     (64, 64, Tiles(Tile(128, 64, 8, 3), Tile(128, 32, 8, 3), Tile(32, 128, 8, 3))),
-    # dc, db as wide as two heads.
-    (64, 128, Tiles(Tile(128, 64, 8, 3), Tile(64, 32, 8, 3), Tile(64, 64, 8, 2))),
+    # dc, db as wide as two heads. Key: 64 keys spill within its loops.
+    (64, 128, Tiles(Tile(128, 64, 8, 3), Tile(64, 32, 8, 3), Tile(64, 32, 4, 2))),
     # Operands of 128 in registers.
     (128, 0, Tiles(Tile(128, 32, 8, 3), Tile(128, 32, 8, 3), Tile(64, 64, 8, 2))),
     # The same, and the decay's weights.
@@ -87,14 +87,15 @@ AMPERE: Rows = (
 )
 
 # Ampere's registers with 99 KiB of shared memory instead of 163: fewer loads in flight where those
-# do not fit. Consumer Blackwell (sm_120) has neither wgmma nor tensor memory: it is as these.
+# do not fit.
 ADA: Rows = (
     (64, 0, Tiles(Tile(128, 128, 8, 2), Tile(128, 64, 8, 3), Tile(64, 128, 8, 2))),
     # Forward: narrow heads spill at 64 keys.
     (32, 32, Tiles(Tile(128, 32, 8, 3), Tile(128, 32, 8, 3), Tile(32, 128, 8, 3))),
     (64, 64, Tiles(Tile(128, 64, 8, 3), Tile(128, 32, 8, 3), Tile(32, 128, 8, 3))),
-    # Forward: c, undecayed and lowered, of 128 rows is 64 KiB.
-    (64, 128, Tiles(Tile(64, 64, 4, 2), Tile(64, 32, 8, 3), Tile(64, 64, 8, 2))),
+    # Forward: c, undecayed and lowered, of 128 rows is 64 KiB. Key: 64 keys spill within its loops;
+    # 8 warps, since only one block fits an SM.
+    (64, 128, Tiles(Tile(64, 64, 4, 2), Tile(64, 32, 8, 3), Tile(64, 32, 8, 3))),
     # Operands of 128 in registers.
     (128, 0, Tiles(Tile(128, 32, 8, 3), Tile(128, 32, 8, 3), Tile(64, 64, 8, 2))),
     # The same, and the decay's weights.
@@ -103,6 +104,13 @@ ADA: Rows = (
     (128, 64, Tiles(Tile(128, 32, 8, 2), Tile(32, 32, 4, 3), Tile(32, 32, 4, 3))),
     # Three accumulators of 128.
     (128, 128, Tiles(Tile(64, 32, 4, 2), Tile(64, 32, 8, 2), Tile(16, 32, 4, 3, 16))),
+)
+
+# Consumer Blackwell (sm_120) has neither wgmma nor tensor memory: it is as Ada, but that Triton 3.8
+# spills within the query kernel's loop with 3 stages.
+CONSUMER: Rows = tuple(
+    (width, state, replace(row, query=Tile(128, 32, 8, 2)) if (width, state) == (64, 64) else row)
+    for width, state, row in ADA
 )
 
 # Accumulators live in tensor memory. One stage: deeper pipelines silently corrupted a kernel like
@@ -134,7 +142,7 @@ TABLE = {
     (9, 0): HOPPER,
     (10, 0): BLACKWELL,
     (10, 3): BLACKWELL,
-    (12, 0): ADA,
+    (12, 0): CONSUMER,
 }
 _tuned: dict[str, Tiles] | None = None
 

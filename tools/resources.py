@@ -1,14 +1,15 @@
 """What the Triton kernels take of a GPU, compiled ahead of time for GPUs that are not there.
 
-It compiles ``KERNELS``, those of attention and those before and after it, for every architecture,
-width, importance width and variant, with the tiles of sisa_kernels/triton/tiles.py, and prints a
-row each: registers, spilled bytes, shared memory, instructions of a step of each loop (near,
-diagonal, far; of the kernels around attention as they come), and global loads in the program, 16
-bytes at a time into shared memory ahead of their use, and 2 bytes at a time. Variants: packed
-documents, four query heads a key head (gqa), both; launches of flagged heads, of a band, for the
-forms on stock kernels; and, of the first widths, a v of an odd token stride, which shows the cost:
-the wrapper copies such a v. What goes before and after attention takes the first width, and once
-an importance width, ODD, whose rows do not begin at 16 bytes.
+It compiles ``KERNELS``, those of attention, those before and after it and that of cross entropy,
+for every architecture, width, importance width and variant, with the tiles of
+sisa_kernels/triton/tiles.py, and prints a row each: registers, spilled bytes, shared memory,
+instructions of a step of each loop (near, diagonal, far; of the kernels around attention as they
+come), and global loads in the program, 16 bytes at a time into shared memory ahead of their use,
+and 2 bytes at a time. Variants: packed documents, four query heads a key head (gqa), both; launches
+of flagged heads, of a band, for the forms on stock kernels; and, of the first widths, a v of an odd
+token stride, which shows the cost: the wrapper copies such a v. What goes before and after
+attention takes the first width, and once an importance width, ODD, whose rows do not begin at 16
+bytes.
 
 It fails if a kernel needs more shared memory than its chip has, spills within a loop or, outside,
 more than tools/spills.csv holds for it and this Triton (the safe rows of the tiles, which fp32
@@ -562,7 +563,7 @@ def parse() -> tuple[argparse.Namespace, list[str]]:
     add("--dtype", default="bf16", choices=sorted(TYPES.values()))
     add("--kernels", nargs="+", choices=KERNELS, help="default: all; with --loops, attention's")
     add("--variants", nargs="+", default=["plain", "packed+gqa"], choices=VARIANTS)
-    add("--all", action="store_true", help="every width and variant: an hour of a core")
+    add("--all", action="store_true", help="every width and variant: hours of a core")
     add("--jobs", type=int, default=os.cpu_count(), help="compiled at a time")
     args = parser.parse_args()
     args.kernels = args.kernels or list(ATTENTION if args.loops else KERNELS)

@@ -78,10 +78,11 @@ AMPERE: Rows = (
     (64, 128, Tiles(Tile(128, 64, 8, 3), Tile(64, 32, 8, 3), Tile(64, 32, 4, 2))),
     # Operands of 128 in registers.
     (128, 0, Tiles(Tile(128, 32, 8, 3), Tile(128, 32, 8, 3), Tile(64, 64, 8, 2))),
-    # The same, and the decay's weights.
-    (128, 16, Tiles(Tile(128, 64, 8, 3), Tile(64, 16, 4, 2, 16), Tile(16, 64, 4, 2, 16))),
-    (128, 32, Tiles(Tile(128, 64, 8, 3), Tile(64, 16, 4, 2, 16), Tile(16, 64, 4, 2, 16))),
-    (128, 64, Tiles(Tile(128, 64, 8, 3), Tile(32, 32, 4, 3), Tile(32, 32, 4, 3))),
+    # The same, and the decay's weights. Forward: 64 keys spill within its loops from d_s 32 on;
+    # 3 stages spill at 16.
+    (128, 16, Tiles(Tile(128, 64, 8, 2), Tile(64, 16, 4, 2, 16), Tile(16, 64, 4, 2, 16))),
+    (128, 32, Tiles(Tile(128, 32, 8, 3), Tile(64, 16, 4, 2, 16), Tile(16, 64, 4, 2, 16))),
+    (128, 64, Tiles(Tile(128, 32, 8, 3), Tile(32, 32, 4, 3), Tile(32, 32, 4, 3))),
     # Three accumulators of 128.
     (128, 128, Tiles(Tile(128, 32, 8, 3), Tile(32, 32, 4, 2), Tile(32, 32, 4, 3))),
 )

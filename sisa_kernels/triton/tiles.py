@@ -107,11 +107,19 @@ ADA: Rows = (
     (128, 128, Tiles(Tile(64, 32, 4, 2), Tile(64, 32, 8, 2), Tile(16, 32, 4, 3, 16))),
 )
 
-# Consumer Blackwell (sm_120) has neither wgmma nor tensor memory: it is as Ada, but that Triton 3.8
-# spills within the query kernel's loop with 3 stages.
-CONSUMER: Rows = tuple(
-    (width, state, replace(row, query=Tile(128, 32, 8, 2)) if (width, state) == (64, 64) else row)
-    for width, state, row in ADA
+# Consumer Blackwell (sm_120) has neither wgmma nor tensor memory: it is as Ada, but for what spills
+# within a loop there.
+CONSUMER: Rows = (
+    *ADA[:2],
+    # Query: 3 stages spill by Triton 3.8.
+    (64, 64, replace(ADA[2][2], query=Tile(128, 32, 8, 2))),
+    *ADA[3:5],
+    # Forward: 3 stages spill, and past d_s 16 diagonal steps of 32 keys (of 16, c and b of 16
+    # channels would be loaded in single numbers).
+    (128, 16, replace(ADA[5][2], forward=Tile(128, 32, 8, 2))),
+    (128, 32, replace(ADA[6][2], forward=Tile(128, 32, 8, 3, 16))),
+    (128, 64, replace(ADA[7][2], forward=Tile(128, 32, 8, 2, 16))),
+    ADA[8],
 )
 
 # Accumulators live in tensor memory. One stage: deeper pipelines silently corrupted a kernel like
@@ -124,7 +132,9 @@ BLACKWELL: Rows = (
     (64, 128, Tiles(Tile(128, 64, 8, 1), Tile(128, 32, 8, 1), Tile(32, 64, 8, 1))),
     (128, 0, Tiles(Tile(128, 128, 8, 1), Tile(128, 64, 8, 1), Tile(64, 128, 8, 1))),
     # The decay's weights, in registers.
-    (128, 64, Tiles(Tile(128, 64, 8, 1), Tile(128, 64, 8, 1), Tile(32, 128, 8, 1))),
+    (128, 32, Tiles(Tile(128, 64, 8, 1), Tile(128, 64, 8, 1), Tile(32, 128, 8, 1))),
+    # Key: diagonal steps of 32 rows spill in a band.
+    (128, 64, Tiles(Tile(128, 64, 8, 1), Tile(128, 64, 8, 1), Tile(32, 128, 8, 1, 16))),
     # Three accumulators of 128. Key: diagonal steps of 32 rows spill, for packed documents.
     (128, 128, Tiles(Tile(128, 64, 8, 1), Tile(64, 64, 8, 1), Tile(32, 64, 8, 1, 16))),
 )

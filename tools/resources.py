@@ -1,13 +1,15 @@
 """What the Triton kernels take of a GPU, compiled ahead of time for GPUs that are not there.
 
-It compiles ``KERNELS``, those of attention and those before and after it, for every architecture,
-width, importance width and variant, with the tiles of sisa_kernels/triton/tiles.py, and prints a
-row each: registers, spilled bytes, shared memory, instructions of a step of each loop (near,
-diagonal, far; of the kernels around attention as they come), and global loads in the program, 16
-bytes at a time into shared memory ahead of their use, and 2 bytes at a time. Variants: packed
-documents, four query heads a key head (gqa), both; launches of flagged heads, of a band, for the
-forms on stock kernels; and, of the first widths, a v of an odd token stride, which shows the cost:
-the wrapper copies such a v.
+It compiles ``KERNELS``, those of attention, those before and after it and that of cross entropy,
+for every architecture, width, importance width and variant, with the tiles of
+sisa_kernels/triton/tiles.py, and prints a row each: registers, spilled bytes, shared memory,
+instructions of a step of each loop (near, diagonal, far; of the kernels around attention as they
+come), and global loads in the program, 16 bytes at a time into shared memory ahead of their use,
+and 2 bytes at a time. Variants: packed documents, four query heads a key head (gqa), both; launches
+of flagged heads, of a band, for the forms on stock kernels; and, of the first widths, a v of an odd
+token stride, which shows the cost: the wrapper copies such a v. What goes before and after
+attention takes the first width, and once an importance width, ODD, whose rows do not begin at 16
+bytes.
 
 It fails if a kernel needs more shared memory than its chip has, spills within a loop or, outside,
 more than tools/spills.csv holds for it and this Triton (the safe rows of the tiles, which fp32
@@ -29,7 +31,7 @@ import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from itertools import chain, product
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -41,6 +43,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from sisa_kernels.triton import (
+    cross_entropy,
     epilogue_kernels,
     horizon_kernels,
     kernels,
@@ -48,11 +51,12 @@ from sisa_kernels.triton import (
     wide,
     wide_kernels,
 )
-from sisa_kernels.triton.prologue import TOKENS, block_of, rows_of_program
+from sisa_kernels.triton.prologue import TOKENS, block_of, pairs_of_program, rows_of_program
 from sisa_kernels.triton.tiles import SAFE, Tile, Tiles, table_tiles
 
 PRODUCTS = ("wgmma", "tcgen05.mma", "mma.sync", "fma")  # as PTX calls them
-WIDTHS = [16, 32, 64, 128]
+WIDTHS = [64, 16, 32, 128]  # the first is that of the kernels around attention
+ODD = 34
 TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 FP32 = ("lam", "lse", "delta", "dc", "db", "d_diagonal", "far_lse")
 SIZES = ("L", "H", "G", "count", "terms", "tolerance")
@@ -105,6 +109,8 @@ class Kernel:
     types: Mapping[str, str] = field(default_factory=dict)  # of arguments, as Triton writes them
     importance: bool = False  # compiled for d_s > 0 alone
     loops: tuple[str, ...] = ("near", "diagonal", "far")  # in the program's order
+    narrow_loads: int = 0  # of single numbers that it makes once a program
+    unaligned: tuple[str, ...] = ()  # arguments of its own that 16 need not divide
 
     def tile_of(self, tiles: Tiles) -> Tile:
         return self.fixed or getattr(tiles, self.tile)
@@ -126,7 +132,7 @@ ROPE = {
 }
 CHANNELS = {
     "C": lambda job: job.d_state // 2,
-    "BLOCK": lambda job: min(prologue_kernels.PAIRS, block_of(job.d_state // 2)),
+    "BLOCK": lambda job: pairs_of_program(job.d_state // 2),
     "CHUNK": CHUNK.m,
     "UNIT": 4,
     "a_h": 1,
@@ -213,7 +219,29 @@ AROUND = {
     "products": around(epilogue_kernels.products_kernel, CHANNELS, BACK | {"phase": "*i32"}),
     "reverse": around(epilogue_kernels.reverse_sums_kernel, CHANNELS, BACK),
 }
-KERNELS = ATTENTION | AROUND
+
+
+def of_loss(function: Any, constants: Mapping[str, Any], narrow_loads: int) -> Kernel:
+    """One of cross entropy's kernels."""
+    return Kernel(
+        function,
+        fixed=replace(CHUNK, warps=cross_entropy.WARPS),
+        constants={"BLOCK": cross_entropy.BLOCK, **constants},
+        types=dict.fromkeys(("stride", "width", "vocab", "ignored"), "i32")
+        | dict.fromkeys(("targets", "at"), "*i64")
+        | dict.fromkeys(("losses", "sums", "log_sums"), "*fp32"),
+        unaligned=("vocab", "ignored"),
+        loops=(),
+        narrow_loads=narrow_loads,
+    )
+
+
+LOSS = {
+    "cross_entropy": of_loss(cross_entropy._kernel, {"GRADIENT": True}, 1),  # the target's logit
+    "softmax_sums": of_loss(cross_entropy._sums_kernel, {}, 1),
+    "softmax_gradient": of_loss(cross_entropy._gradient_kernel, {}, 0),
+}
+KERNELS = ATTENTION | AROUND | LOSS
 
 
 @dataclass(frozen=True)
@@ -302,7 +330,7 @@ def compiled(job: Job) -> tuple[Any, str]:
     """The kernel as a launch would specialise it, and what ptxas says of it."""
     kernel = KERNELS[job.kernel]
     known = constants(job)
-    unaligned = {"scale", *SIZES} | ({"v_l"} if job.variant == "odd v" else set())
+    unaligned = {"scale", *SIZES, *kernel.unaligned, *(["v_l"] if job.variant == "odd v" else [])}
     signature, constexprs, attributes = {}, {}, {}
     for i, argument in enumerate(kernel.function.arg_names):
         if argument in known:
@@ -427,7 +455,7 @@ def faults(job: Job, found: Report) -> Iterator[str]:
             yield "spills in a loop"
         if found.spilled > allowed_spills().get(key_of(job), 0):
             yield "a new spill"
-    if found.narrow_loads:
+    if found.narrow_loads > KERNELS[job.kernel].narrow_loads:
         yield "loads single numbers"
     multiplies = job.arch == 90 and job.dtype != torch.float32 and not KERNELS[job.kernel].fixed
     if multiplies and found.product != "wgmma":
@@ -443,7 +471,7 @@ COLUMNS = {  # of the text table: title, width
     "arch": 6,
     "Dh": 4,
     "Ds": 4,
-    "kernel": -8,
+    "kernel": -13,
     "variant": -10,
     "tile": -20,
     "registers": 9,
@@ -556,20 +584,23 @@ def parse() -> tuple[argparse.Namespace, list[str]]:
     add("--widths", type=int, nargs="+", default=[64], choices=WIDTHS)
     add("--d-states", type=int, nargs="+", default=[0, 16, 64], choices=[0, *WIDTHS])
     add("--dtype", default="bf16", choices=sorted(TYPES.values()))
-    add("--kernels", nargs="+", default=list(KERNELS), choices=KERNELS)
+    add("--kernels", nargs="+", choices=KERNELS, help="default: all; with --loops, attention's")
     add("--variants", nargs="+", default=["plain", "packed+gqa"], choices=VARIANTS)
-    add("--all", action="store_true", help="every width and variant: an hour of a core")
+    add("--all", action="store_true", help="every width and variant: hours of a core")
     add("--jobs", type=int, default=os.cpu_count(), help="compiled at a time")
-    return parser.parse_args(), output.parse_known_args()[1]
+    args = parser.parse_args()
+    args.kernels = args.kernels or list(ATTENTION if args.loops else KERNELS)
+    return args, [*output.parse_known_args()[1], "--kernels", *args.kernels]
 
 
-def makes_sense(kernel: str, variant: str, d_state: int, first: tuple[int, str]) -> bool:
-    """Whether a kernel is another for this variant and d_state, ``first`` the first of both."""
-    if kernel in ATTENTION:
-        return d_state > 0 or not VARIANTS[variant].flagged
-    if not KERNELS[kernel].importance:
-        return (d_state, variant) == first
-    return d_state > 0 and not VARIANTS[variant].flagged
+def makes_sense(job: Job, first: tuple[int, int, str]) -> bool:
+    """Whether it is another kernel than before, ``first`` the first width, d_state and variant."""
+    flagged = VARIANTS[job.variant].flagged
+    if job.kernel in ATTENTION:
+        return job.d_state > 0 or not flagged
+    if KERNELS[job.kernel].importance:
+        return job.width == first[0] and job.d_state > 0 and not flagged
+    return (job.d_state, job.variant) == first[1:]
 
 
 def chosen_jobs(args: argparse.Namespace) -> Iterator[Job]:
@@ -581,11 +612,17 @@ def chosen_jobs(args: argparse.Namespace) -> Iterator[Job]:
     for arch, width, d_state, kernel, variant in product(
         args.arch, widths, d_states, args.kernels, variants
     ):
-        if makes_sense(kernel, variant, d_state, first=(d_states[0], variants[0])):
-            yield Job(arch, dtype, width, d_state, kernel, variant)
-    if "odd v" not in variants and "forward" in args.kernels and not args.loops:
-        for arch in args.arch:
+        job = Job(arch, dtype, width, d_state, kernel, variant)
+        if makes_sense(job, first=(widths[0], d_states[0], variants[0])):
+            yield job
+    if args.loops:
+        return
+    for arch in args.arch:
+        if "odd v" not in variants and "forward" in args.kernels:
             yield Job(arch, dtype, widths[0], d_states[0], "forward", "odd v")
+        for kernel in args.kernels:
+            if KERNELS[kernel].importance:
+                yield Job(arch, dtype, widths[0], ODD, kernel, "plain")
 
 
 def rows_here(args: argparse.Namespace) -> Iterator[Row]:
@@ -608,7 +645,8 @@ def show(row: Row, args: argparse.Namespace) -> None:
     if args.json:
         print(json.dumps(row), flush=True)
     elif args.loops:
-        print("\n".join(loops_of(row)), flush=True)
+        for text in loops_of(row):
+            print(text, flush=True)
     elif not args.markdown:
         print(line(row), flush=True)
 

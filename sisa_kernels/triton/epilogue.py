@@ -12,8 +12,13 @@ from sisa_kernels.triton.epilogue_kernels import (
     reverse_sums_kernel,
     row_products_kernel,
 )
-from sisa_kernels.triton.prologue import Importance, block_of, launch, rows_of_program
-from sisa_kernels.triton.prologue_kernels import PAIRS
+from sisa_kernels.triton.prologue import (
+    Importance,
+    block_of,
+    launch,
+    pairs_of_program,
+    rows_of_program,
+)
 
 
 def row_products(dy: Tensor, y: Tensor) -> Tensor:
@@ -48,7 +53,7 @@ def importance_gradients(
     db_out, dc_out = x.b.new_empty(x.b.shape), x.c.new_empty(x.c.shape)
     chunk = prologue_kernels.CHUNK
     chunks = triton.cdiv(L, chunk)
-    block = min(PAIRS, block_of(C))
+    block = pairs_of_program(C)
     terms = B * chunks * triton.cdiv(C, block)
     sums = new(B, G, chunks, 2), new(B, G, chunks, 2, C), new(H, terms, 2)
     sizes = L, G, H // G, C, block, chunk, last is not None

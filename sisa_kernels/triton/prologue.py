@@ -63,6 +63,14 @@ def block_of(width: int) -> int:
     return triton.next_power_of_2(width)
 
 
+def pairs_of_program(pairs: int) -> int:
+    """Channel pairs that a program takes at a time, of ``pairs`` a row.
+
+    Half as many where rows do not begin at 16 bytes: each number is at an address of its own then,
+    and the addresses of PAIRS fill the registers."""
+    return min(PAIRS if pairs % 4 == 0 else PAIRS // 2, block_of(pairs))
+
+
 def rows_of_program(width: int) -> int:
     """Tokens of a program that goes row by row, of ``width`` channels."""
     return min(128, 4096 // block_of(width))
@@ -133,7 +141,7 @@ def folded(x: ScoreInputs, keys: int, queries: int | None = None) -> Importance:
     *rows, step = x.theta.stride()
     unit = 1 if any(stride % 4 for stride in rows) else 4
     steps = *x.log_decay.stride(), *(stride // unit for stride in rows), step
-    block = min(PAIRS, block_of(C))
+    block = pairs_of_program(C)
     programs = B * chunks * G
     sizes = C, block, chunk, unit
     launch(sums_kernel, programs, x.log_decay, x.theta, *sums, *steps, L, G, *sizes)

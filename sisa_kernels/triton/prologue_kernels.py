@@ -18,7 +18,7 @@ from sisa_kernels.rotation import SMALLEST_LAM
 from sisa_kernels.triton.kernels import _power_of_two
 
 CHUNK = 128  # tokens of a program; no tile is larger
-PAIRS = 8  # channel pairs of a program at a time: 8 sums of 64 bits a thread
+PAIRS = 8  # channel pairs of a program at a time, at most: 8 sums of 64 bits a thread
 
 
 def _halves(x: float) -> tuple[float, float, float]:

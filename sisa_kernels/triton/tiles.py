@@ -5,7 +5,7 @@ import json
 import os
 import tempfile
 import warnings
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -74,27 +74,29 @@ AMPERE: Rows = (
     # Forward: Dh 16 spills with 3 stages.
     (64, 32, Tiles(Tile(128, 64, 8, 2), Tile(128, 32, 8, 3), Tile(32, 128, 8, 3))),
     (64, 64, Tiles(Tile(128, 64, 8, 3), Tile(128, 32, 8, 3), Tile(32, 128, 8, 3))),
-    # dc, db as wide as two heads.
-    (64, 128, Tiles(Tile(128, 64, 8, 3), Tile(64, 32, 8, 3), Tile(64, 64, 8, 2))),
+    # dc, db as wide as two heads. Key: 64 keys spill within its loops.
+    (64, 128, Tiles(Tile(128, 64, 8, 3), Tile(64, 32, 8, 3), Tile(64, 32, 4, 2))),
     # Operands of 128 in registers.
     (128, 0, Tiles(Tile(128, 32, 8, 3), Tile(128, 32, 8, 3), Tile(64, 64, 8, 2))),
-    # The same, and the decay's weights.
-    (128, 16, Tiles(Tile(128, 64, 8, 3), Tile(64, 16, 4, 2, 16), Tile(16, 64, 4, 2, 16))),
-    (128, 32, Tiles(Tile(128, 64, 8, 3), Tile(64, 16, 4, 2, 16), Tile(16, 64, 4, 2, 16))),
-    (128, 64, Tiles(Tile(128, 64, 8, 3), Tile(32, 32, 4, 3), Tile(32, 32, 4, 3))),
+    # The same, and the decay's weights. Forward: 64 keys spill within its loops from d_s 32 on;
+    # 3 stages spill at 16.
+    (128, 16, Tiles(Tile(128, 64, 8, 2), Tile(64, 16, 4, 2, 16), Tile(16, 64, 4, 2, 16))),
+    (128, 32, Tiles(Tile(128, 32, 8, 3), Tile(64, 16, 4, 2, 16), Tile(16, 64, 4, 2, 16))),
+    (128, 64, Tiles(Tile(128, 32, 8, 3), Tile(32, 32, 4, 3), Tile(32, 32, 4, 3))),
     # Three accumulators of 128.
     (128, 128, Tiles(Tile(128, 32, 8, 3), Tile(32, 32, 4, 2), Tile(32, 32, 4, 3))),
 )
 
 # Ampere's registers with 99 KiB of shared memory instead of 163: fewer loads in flight where those
-# do not fit. Consumer Blackwell (sm_120) has neither wgmma nor tensor memory: it is as these.
+# do not fit.
 ADA: Rows = (
     (64, 0, Tiles(Tile(128, 128, 8, 2), Tile(128, 64, 8, 3), Tile(64, 128, 8, 2))),
     # Forward: narrow heads spill at 64 keys.
     (32, 32, Tiles(Tile(128, 32, 8, 3), Tile(128, 32, 8, 3), Tile(32, 128, 8, 3))),
     (64, 64, Tiles(Tile(128, 64, 8, 3), Tile(128, 32, 8, 3), Tile(32, 128, 8, 3))),
-    # Forward: c, undecayed and lowered, of 128 rows is 64 KiB.
-    (64, 128, Tiles(Tile(64, 64, 4, 2), Tile(64, 32, 8, 3), Tile(64, 64, 8, 2))),
+    # Forward: c, undecayed and lowered, of 128 rows is 64 KiB. Key: 64 keys spill within its loops;
+    # 8 warps, since only one block fits an SM.
+    (64, 128, Tiles(Tile(64, 64, 4, 2), Tile(64, 32, 8, 3), Tile(64, 32, 8, 3))),
     # Operands of 128 in registers.
     (128, 0, Tiles(Tile(128, 32, 8, 3), Tile(128, 32, 8, 3), Tile(64, 64, 8, 2))),
     # The same, and the decay's weights.
@@ -103,6 +105,21 @@ ADA: Rows = (
     (128, 64, Tiles(Tile(128, 32, 8, 2), Tile(32, 32, 4, 3), Tile(32, 32, 4, 3))),
     # Three accumulators of 128.
     (128, 128, Tiles(Tile(64, 32, 4, 2), Tile(64, 32, 8, 2), Tile(16, 32, 4, 3, 16))),
+)
+
+# Consumer Blackwell (sm_120) has neither wgmma nor tensor memory: it is as Ada, but for what spills
+# within a loop there.
+CONSUMER: Rows = (
+    *ADA[:2],
+    # Query: 3 stages spill by Triton 3.8.
+    (64, 64, replace(ADA[2][2], query=Tile(128, 32, 8, 2))),
+    *ADA[3:5],
+    # Forward: 3 stages spill, and past d_s 16 diagonal steps of 32 keys (of 16, c and b of 16
+    # channels would be loaded in single numbers).
+    (128, 16, replace(ADA[5][2], forward=Tile(128, 32, 8, 2))),
+    (128, 32, replace(ADA[6][2], forward=Tile(128, 32, 8, 3, 16))),
+    (128, 64, replace(ADA[7][2], forward=Tile(128, 32, 8, 2, 16))),
+    ADA[8],
 )
 
 # Accumulators live in tensor memory. One stage: deeper pipelines silently corrupted a kernel like
@@ -115,7 +132,9 @@ BLACKWELL: Rows = (
     (64, 128, Tiles(Tile(128, 64, 8, 1), Tile(128, 32, 8, 1), Tile(32, 64, 8, 1))),
     (128, 0, Tiles(Tile(128, 128, 8, 1), Tile(128, 64, 8, 1), Tile(64, 128, 8, 1))),
     # The decay's weights, in registers.
-    (128, 64, Tiles(Tile(128, 64, 8, 1), Tile(128, 64, 8, 1), Tile(32, 128, 8, 1))),
+    (128, 32, Tiles(Tile(128, 64, 8, 1), Tile(128, 64, 8, 1), Tile(32, 128, 8, 1))),
+    # Key: diagonal steps of 32 rows spill in a band.
+    (128, 64, Tiles(Tile(128, 64, 8, 1), Tile(128, 64, 8, 1), Tile(32, 128, 8, 1, 16))),
     # Three accumulators of 128. Key: diagonal steps of 32 rows spill, for packed documents.
     (128, 128, Tiles(Tile(128, 64, 8, 1), Tile(64, 64, 8, 1), Tile(32, 64, 8, 1, 16))),
 )
@@ -134,7 +153,7 @@ TABLE = {
     (9, 0): HOPPER,
     (10, 0): BLACKWELL,
     (10, 3): BLACKWELL,
-    (12, 0): ADA,
+    (12, 0): CONSUMER,
 }
 _tuned: dict[str, Tiles] | None = None
 

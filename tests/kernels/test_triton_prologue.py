@@ -100,7 +100,7 @@ def test_what_is_no_number_is_seen():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize(("Ds", "H", "G"), [(6, 4, 2), (40, 1, 1)])
+@pytest.mark.parametrize(("Ds", "H", "G"), [(6, 4, 2), (34, 2, 1), (40, 1, 1)])
 def test_operands(dtype, Ds, H, G):
     """Each rounded once: within half a unit in the last place of its dtype, or a few of fp32."""
     x, _ = random_inputs(L=150, H=H, G=G, Dh=16, Ds=Ds, decay=-1.0, dtype=dtype)

@@ -199,9 +199,8 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Ten
     [...] int64. Products run in autocast's dtype where it is on; softmax, sum and the weight's
     gradient are fp32. At most ``CHUNK_LOGITS`` logits exist at a time, or one token's. On a GPU
     nothing waits for it; the softmax and its gradient are one Triton kernel there, two where the
-    weight is split. With a weight
-    that tensor parallel splits all of its processes call this, with the same tokens; each gets the
-    whole sum, and its share of hidden's gradient."""
+    weight is split. With a weight that tensor parallel splits all of its processes call this, with
+    the same tokens; each gets the whole sum, and its share of hidden's gradient."""
     hidden, targets = hidden.flatten(0, -2), targets.flatten()
     if targets.device.type == "cpu":  # elsewhere to find them would be a wait
         kept = targets != IGNORE

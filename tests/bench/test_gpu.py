@@ -537,6 +537,7 @@ def run_section(section, run):
         measure(run, group)
 
 
+@pytest.mark.slow
 def test_the_attention_section_end_to_end(run):
     run_section("attention", run)
     rows = run.rows("attention")
@@ -600,6 +601,7 @@ def test_a_wrong_prologue_is_not_timed(run, monkeypatch):
     ] * 2
 
 
+@pytest.mark.slow
 def test_tuned_tiles_are_timed_beside_those_in_use(run, monkeypatch, capsys):
     used, tuned = [], replace(SAFE, forward=tiles.Tile(64, 32, 4, 1))
     monkeypatch.setattr(tiles, "_tuned", {})

@@ -468,6 +468,7 @@ HARNESS_PROMPTS = {
 }
 
 
+@pytest.mark.slow
 def test_harness_protocol_by_hand(model, data, run, forwards):
     pytest.importorskip("lm_eval")
     tasks = tuple(benchmarks_of("harness"))

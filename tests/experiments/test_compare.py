@@ -20,6 +20,7 @@ def small(text, tmp_path):
     return {"seeds": (0, 1), "out": tmp_path / "compare", **settings}
 
 
+@pytest.mark.slow
 def test_compare_trains_alike_and_reports(small, caplog, monkeypatch):
     folder = compare(CompareConfig(**small))
     runs = sorted(p.name for p in folder.iterdir() if p.is_dir())

@@ -693,6 +693,7 @@ def tuning(monkeypatch, tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_autotuning_keeps_the_fastest_and_times_nothing_that_is_wrong(tuning, caplog, monkeypatch):
     timed, bad, autotune = tuning
     best = autotune()

@@ -122,6 +122,7 @@ def settings(corpus, out, **changes):
     return {"data": (corpus,), "out": out, **fields, **changes}
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_in_any_grid(four, corpus, tmp_path):
     """Resumed as it began it does the same to the bit, otherwise to rounding."""
     one = train(TrainConfig(**settings(corpus, tmp_path / "one"))).folder

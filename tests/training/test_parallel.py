@@ -191,6 +191,7 @@ def await_rows(process, log, count):
         time.sleep(0.05)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="finds the workers in /proc")
 def test_sigterm_to_one_process_stops_all_and_a_kill_ends_the_job(corpus, tmp_path):
     run, log = tmp_path / "run", tmp_path / "run" / "train.jsonl"

@@ -82,6 +82,7 @@ def test_forty_steps_are_twenty_and_resume_and_twenty(corpus, tmp_path):
     assert [row["step"] for row in read_rows(tmp_path / "b" / "train.jsonl")] == list(range(1, 41))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     sk.backends()["extension"] != "available",
     reason=f"the extension is {sk.backends()['extension']}",

@@ -206,7 +206,15 @@ def test_signals_save_and_the_command_says_that_it_is_not_done(text, tmp_path, n
     run = tmp_path / "a run"
     flags = ["--data", str(text), "--steps", "100000", "--seq-len", "32", "--batch-size", "1"]
     command = [sys.executable, "-m", "sisa_model", "train", "--out", str(run), *flags]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(
+            signal.SIGHUP, signal.SIG_DFL
+        ),  # not nohup's, of the tests
+    )
     for line in process.stdout:
         if line.startswith("step 1 of"):
             break

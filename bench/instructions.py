@@ -33,7 +33,7 @@ from bench.roofline import (
     prologue_bytes,
     two_product_kernels,
 )
-from sisa_kernels.paths.choice import WIDE_HALF_LIFE, WIDE_RANGE, window_of
+from sisa_kernels.paths.choice import flags, window_of
 
 TABLE = Path(__file__).parent / "instructions.csv"
 FLOPS_A_CYCLE = {80: 2048, 90: 4096, 100: 8192}  # of a multiprocessor, dense bf16
@@ -217,12 +217,10 @@ def exact_seconds(
 
 
 def serves(form: str, length: int, half_life: float, horizon: float) -> bool:
-    """Whether a form takes heads of such a memory in bf16, sisa_kernels/paths/choice.py."""
-    if form == "far_and_band":
-        return horizon <= window_of(length)
-    if form.startswith("wide"):
-        return half_life >= WIDE_HALF_LIFE and length / half_life <= WIDE_RANGE[torch.bfloat16]
-    return True
+    """Whether a form takes heads of such a memory in bf16."""
+    needed = torch.tensor([[[horizon, length / half_life]]])
+    form = form.partition(",")[0]
+    return not flags(needed, form, window_of(length), length, torch.bfloat16).any()
 
 
 def attention_seconds(form: str, shape: Shape, device: Device, horizon: float) -> float:

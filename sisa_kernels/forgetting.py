@@ -295,30 +295,26 @@ def forgetting_eager(
     B, L, H, _ = q.shape
     y = q.new_zeros(B, L, H, v.shape[3])
     lse = q.new_full((B, H, L), -math.inf)
-    if not dense.has_flash(q.device):
-        for rows, x in _dense_operands(q, k, v, log_forget, cu_seqlens):
-            y[:, rows], lse[..., rows] = dense.attend(x)
-        return y, lse
-    for rows in spans(cu_seqlens, L):
+    for rows, bounds in dense.apart(cu_seqlens, L):
         query, key, value, gates = (x[:, rows] for x in (q, k, v, log_forget))
-        _attend_document(query, key, value, gates, y[:, rows], lse[..., rows])
+        _attend_document(query, key, value, gates, bounds, y[:, rows], lse[..., rows])
     return y, lse
 
 
-def _dense_operands(
-    q: Tensor, k: Tensor, v: Tensor, log_forget: Tensor, cu_seqlens: Tensor | None
-) -> Iterator[tuple[slice, dense.Operands]]:
-    """What :mod:`dense` takes, with its rows."""
-    for rows, bounds in dense.apart(cu_seqlens, q.shape[1]):
-        query, key, value, gates = (x[:, rows] for x in (q, k, v, log_forget))
-        g = cumulative_decay(gates)
-        yield rows, dense.Operands(query, key, value, g, bounds=bounds)
-
-
 def _attend_document(
-    q: Tensor, k: Tensor, v: Tensor, log_forget: Tensor, y: Tensor, lse: Tensor
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_forget: Tensor,
+    bounds: Tensor | None,
+    y: Tensor,
+    lse: Tensor,
 ) -> None:
-    """Write the attention of one document to y and lse."""
+    """Write the attention of one document, or by dense scores of some, to y and lse."""
+    if not dense.has_flash(q.device):
+        g = cumulative_decay(log_forget)
+        y[:], lse[:] = dense.attend(dense.Operands(q, k, v, g, bounds=bounds))
+        return
     H, Dh = q.shape[2:]
     Dv = v.shape[3]
     scale = Dh**-0.5
@@ -354,33 +350,39 @@ def forgetting_backward_eager(
     cu_seqlens: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of :func:`forgetting_eager`, from its inputs and outputs alone."""
-    is_dense = not dense.has_flash(q.device)
-    if cu_seqlens is None and not is_dense:
-        return _document_backward(dy, y, lse, q, k, v, log_forget)
+    if cu_seqlens is None:
+        return _document_backward(dy, y, lse, q, k, v, log_forget, None)
     dq, dk, dv, dlog_forget = (x.new_zeros(x.shape) for x in (q, k, v, log_forget))
-    if is_dense:
-        for rows, operands in _dense_operands(q, k, v, log_forget, cu_seqlens):
-            found = dense.attend_backward(operands, dy[:, rows], y[:, rows], lse[..., rows])
-            for total, grad in zip((dq, dk, dv, dlog_forget), found[:4]):
-                total[:, rows] = grad
-        return dq, dk, dv, dlog_forget
-    for rows in spans(cu_seqlens, q.shape[1]):
-        document = (x[:, rows] for x in (q, k, v, log_forget))
-        grads = _document_backward(dy[:, rows], y[:, rows], lse[..., rows], *document)
+    for rows, bounds in dense.apart(cu_seqlens, q.shape[1]):
+        query, key, value, gates = (x[:, rows] for x in (q, k, v, log_forget))
+        saved = dy[:, rows], y[:, rows], lse[..., rows]
+        grads = _document_backward(*saved, query, key, value, gates, bounds)
         for total, grad in zip((dq, dk, dv, dlog_forget), grads):
             total[:, rows] = grad
     return dq, dk, dv, dlog_forget
 
 
 def _document_backward(
-    dy: Tensor, y: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, log_forget: Tensor
+    dy: Tensor,
+    y: Tensor,
+    lse: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_forget: Tensor,
+    bounds: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of one document.
+    """Gradients of :func:`_attend_document`.
 
     With dS = dL/ds, ``dL/d log_forget_t`` is the sum of dS_ij over i >= t > j. A row of dS sums to
     0, so that all rows i of a chunk may be counted: a running sum, over the chunk's keys, of the
     gradients of their biases. It starts at the oldest keys, which have none, and ends with the
     chunk, so that rounding errors stay where they were made."""
+    if not dense.has_flash(q.device):
+        x = dense.Operands(q, k, v, cumulative_decay(log_forget), bounds=bounds)
+        found = zip(dense.attend_backward(x, dy, y, lse)[:4], (q, k, v, log_forget))
+        dq, dk, dv, dlog_forget = (grad.to(t.dtype).contiguous() for grad, t in found)
+        return dq, dk, dv, dlog_forget
     Dh = q.shape[3]
     Dv = v.shape[3]
     q_aug, k_aug, value, bias = _operands(q, k, v)

@@ -1,8 +1,8 @@
 """The README followed to the letter, timed: python tools/walk.py.
 
 It clones this checkout (its last commit) into a scratch folder, makes an environment there, and
-runs the commands of the README as they come, in one shell, each with its seconds. Fails at the
-first that fails, and if git sees anything that they wrote. Without --tests the line that runs the
+runs the commands of the README as they come, each with its seconds. Fails at the first that fails,
+and if git sees anything that they wrote. Without --tests the line that runs the
 tests is left out: it takes ten minutes."""
 
 import argparse

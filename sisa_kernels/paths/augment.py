@@ -191,16 +191,10 @@ def augment_backward_eager(
 
 @takes_flat
 def _augment_backward_fake(
-    dq_aug: Tensor,
-    dk_aug: Tensor,
-    x: ScoreInputs,
-    starts: list[int],
-    clamp: float,
-    decay_flux: Tensor | None,
-    phase_flux: Tensor | None,
+    dq_aug: Tensor, dk_aug: Tensor, x: ScoreInputs, starts: list[int], clamp: float, *fluxes: Any
 ) -> tuple[Tensor, ...]:
     _check(x, starts, clamp)
-    _check_gradients(x, len(starts), dq_aug, dk_aug, decay_flux, phase_flux)
+    _check_gradients(x, len(starts), dq_aug, dk_aug, *fluxes)
     return tuple(t.new_empty(t.shape) for t in x.tensors())
 
 
